@@ -1,0 +1,30 @@
+"""Makes diffusers' diffusion transformer pipelines several times faster, with one line."""
+
+from sgl_diffusion_accel._version import __version__
+from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit
+from sgl_diffusion_accel.caching.cache_patch import CachePatch
+from sgl_diffusion_accel.caching.config import CacheDiTConfig
+from sgl_diffusion_accel.caching.masks import StepsMask
+from sgl_diffusion_accel.errors import (
+    AccelError,
+    ConfigError,
+    ConfigTypeError,
+    MissingPackageError,
+    UnsupportedModelError,
+)
+from sgl_diffusion_accel.patch import Patch, remove
+
+__all__ = [
+    "AccelError",
+    "CacheDiTConfig",
+    "CachePatch",
+    "ConfigError",
+    "ConfigTypeError",
+    "MissingPackageError",
+    "Patch",
+    "StepsMask",
+    "UnsupportedModelError",
+    "__version__",
+    "apply_cache_dit",
+    "remove",
+]

@@ -1,0 +1,134 @@
+"""Finds a transformer's block lists and divides them into head, span and tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sgl_diffusion_accel.caching.models import AUXILIARY_LISTS, ODD_MODELS, OddModel
+from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """One list of transformer blocks that are called one after the other.
+
+    Attributes:
+        name: The attribute under which the transformer holds it.
+        blocks: The blocks.
+        start: Index of the first block of the span, which is skipped as a whole.
+        end: Index behind the last block of the span; `start == end` when nothing of this list is skipped.
+    """
+
+    name: str
+    blocks: tuple[nn.Module, ...]
+    start: int = 0
+    end: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The block lists of a transformer, divided.
+
+    Attributes:
+        lists: In the order in which they run.
+        fn: Number of first blocks that are always computed (the head).
+        bn: Number of last blocks that are always computed (the tail).
+    """
+
+    lists: tuple[BlockList, ...]
+    fn: int
+    bn: int
+
+    @property
+    def total(self) -> int:
+        """Number of blocks in all lists."""
+        return sum(len(blocks.blocks) for blocks in self.lists)
+
+    @property
+    def skippable(self) -> int:
+        """Number of blocks in the span."""
+        return sum(blocks.end - blocks.start for blocks in self.lists)
+
+
+def find_block_lists(transformer: nn.Module) -> tuple[BlockList, ...]:
+    """Finds the lists of blocks that a transformer runs one after the other.
+
+    Args:
+        transformer: A diffusion transformer.
+
+    Returns:
+        The lists, in the order in which the model defines them.
+
+    Raises:
+        UnsupportedModelError: There are none, or the model is known not to work.
+    """
+    name = type(transformer).__name__
+    odd = ODD_MODELS.get(name, OddModel())
+    if odd.refuse:
+        raise UnsupportedModelError(f"{name} cannot be cached: {odd.refuse}.")
+    lists = tuple(
+        BlockList(child_name, tuple(child))
+        for child_name, child in transformer.named_children()
+        if isinstance(child, nn.ModuleList) and child_name not in AUXILIARY_LISTS and _are_blocks(child)
+    )
+    if not lists:
+        seen = [child_name for child_name, _ in transformer.named_children()]
+        raise UnsupportedModelError(
+            f"{name} has no list of transformer blocks among its parts ({', '.join(seen) or 'none'}). A cache needs a "
+            "torch.nn.ModuleList of blocks that the model calls one after the other."
+        )
+    return lists
+
+
+def _are_blocks(candidates: nn.ModuleList) -> bool:
+    """Blocks have attention of some kind inside; projections, norms and heads do not."""
+    return len(candidates) > 0 and all(
+        any("attn" in name.lower() or "attention" in name.lower() for name, _ in block.named_modules())
+        for block in candidates
+    )
+
+
+def divide(transformer: nn.Module, fn: int, bn: int) -> Layout:
+    """Divides a transformer's blocks into head, span and tail.
+
+    Args:
+        transformer: A diffusion transformer of N blocks.
+        fn: Number of first blocks to compute at every step.
+        bn: Number of last blocks to compute at every step.
+
+    Returns:
+        The layout; its span is blocks fn … N - bn.
+
+    Raises:
+        ConfigError: fn and bn leave nothing to skip, or reach beyond the list that they start in.
+        UnsupportedModelError: See `find_block_lists`.
+    """
+    name = type(transformer).__name__
+    lists = find_block_lists(transformer)
+    sizes = ", ".join(f"{blocks.name}: {len(blocks.blocks)}" for blocks in lists)
+    total = sum(len(blocks.blocks) for blocks in lists)
+    if fn + bn >= total:
+        raise ConfigError(
+            f"fn_compute_blocks={fn} and bn_compute_blocks={bn} leave none of the {total} blocks of {name} to skip "
+            f"({sizes}). Allowed: fn_compute_blocks + bn_compute_blocks <= {total - 1}."
+        )
+    if fn > len(lists[0].blocks):
+        raise ConfigError(
+            f"fn_compute_blocks={fn} reaches beyond the first block list of {name} ({sizes}). "
+            f"Allowed: 0 to {len(lists[0].blocks)}."
+        )
+    limit = ODD_MODELS.get(name, OddModel()).max_bn
+    most = len(lists[-1].blocks) if limit is None else limit
+    if bn > most:
+        raise ConfigError(
+            f"bn_compute_blocks={bn} is more than the last block list of {name} allows ({sizes}). Allowed: 0 to {most}."
+        )
+    return Layout(tuple(_with_span(blocks, lists, fn, bn) for blocks in lists), fn, bn)
+
+
+def _with_span(blocks: BlockList, lists: tuple[BlockList, ...], fn: int, bn: int) -> BlockList:
+    start = fn if blocks is lists[0] else 0
+    end = len(blocks.blocks) - (bn if blocks is lists[-1] else 0)
+    return BlockList(blocks.name, blocks.blocks, start, end)

@@ -1,0 +1,92 @@
+"""The patch that a cache leaves on a pipeline: applied to its transformers, with statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from sgl_diffusion_accel.caching import report
+from sgl_diffusion_accel.caching.call import CachedModel, Parts
+from sgl_diffusion_accel.caching.engine import BlockHandler, Controller, Session
+from sgl_diffusion_accel.caching.stats import Stats
+from sgl_diffusion_accel.errors import UnsupportedModelError
+from sgl_diffusion_accel.patch import Patch, patches_of
+
+KIND = "cache"
+
+
+class CachePatch(Patch):
+    """A cache on the transformers of a pipeline.
+
+    Attributes:
+        title: What the cache is, with its settings, in a line.
+    """
+
+    def __init__(self, title: str) -> None:
+        super().__init__(KIND)
+        self.title = title
+        self._session = Session()
+
+    @property
+    def stats(self) -> Stats:
+        """What the cache did, run by run."""
+        return self._session.stats
+
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that are kept for the runs under way; 0 between runs."""
+        return self._session.nbytes()
+
+    def attach(self, name: str, transformer: nn.Module, parts: Parts) -> None:
+        """Puts the cache on one transformer."""
+        controller = Controller(self, CachedModel(name, transformer, parts), self._session)
+        self.intercept(transformer, controller)
+        for list_index, blocks in enumerate(parts.layout.lists):
+            for index, block in enumerate(blocks.blocks):
+                self.intercept(block, BlockHandler(controller, list_index, index))
+
+    def _on_removed(self) -> None:
+        self._session.runs.clear()
+
+    def __enter__(self) -> CachePatch:
+        return self
+
+    def __str__(self) -> str:
+        return report.text(self.title, self.active, self.stats)
+
+    def _repr_html_(self) -> str:
+        return report.html(self.title, self.active, self.stats)
+
+
+def apply_cache(title: str, transformers: Mapping[str, nn.Module], parts: Mapping[str, Parts]) -> CachePatch:
+    """Puts a cache on transformers; one that is there already is taken off first.
+
+    Everything that can be refused must have been: from here on the old cache is gone.
+
+    Args:
+        title: What the cache is, in a line.
+        transformers: Component name to transformer.
+        parts: The same names to what the cache is made of; a component without parts is left alone.
+    """
+    for transformer in transformers.values():
+        for old in [patch for patch in patches_of(transformer) if patch.kind == KIND]:
+            old.remove()
+    patch = CachePatch(title)
+    try:
+        for name, transformer in transformers.items():
+            if name in parts:
+                patch.attach(name, transformer, parts[name])
+    except BaseException:
+        patch.remove()
+        raise
+    return patch
+
+
+def refuse_foreign_cache(transformers: Mapping[str, nn.Module]) -> None:
+    """Raises UnsupportedModelError where one of diffusers' own caches is switched on."""
+    for name, transformer in transformers.items():
+        if getattr(transformer, "is_cache_enabled", False):
+            raise UnsupportedModelError(
+                f"pipe.{name} has one of diffusers' own caches switched on, and two caches cannot share a model. "
+                f"Type: pipe.{name}.disable_cache()"
+            )

@@ -1,0 +1,108 @@
+"""The only code that intercepts a block: stands in front of a transformer and of its blocks."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import nn
+
+from sgl_diffusion_accel.caching.call import Branch, CachedModel, TransformerCall
+from sgl_diffusion_accel.caching.loop import Run, Runs, locate
+from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
+from sgl_diffusion_accel.caching.stats import Stats
+from sgl_diffusion_accel.patch import Patch, PatchHandler
+
+
+class Session:
+    """The runs and the statistics that the transformers of one patch share."""
+
+    def __init__(self) -> None:
+        self.runs = Runs()
+        self.stats = Stats()
+        self._lock = threading.Lock()
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are kept for all runs under way."""
+        return sum(part.nbytes() for run in self.runs for part in run.data.values() if isinstance(part, Branch))
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, int, str] | None:
+        """Tells the run, step and branch of a transformer call, None outside of any loop."""
+        call = locate(module, args, kwargs)
+        with self._lock:
+            if call is not None:
+                run, new = self.runs.find(call)
+                if new:
+                    run.data["stats"] = self.stats.start(run.total)
+                step, branch = run.advance(module, call)
+                if step < run.total:
+                    return run, step, branch
+            self.stats.outside += 1
+        return None
+
+
+class Controller(PatchHandler):
+    """Caches one transformer: stands in front of it, and knows the call that is under way in this thread.
+
+    Args:
+        patch: The patch that it belongs to.
+        model: The transformer under its cache.
+        session: Shared by the transformers of the patch.
+    """
+
+    def __init__(self, patch: Patch, model: CachedModel, session: Session) -> None:
+        self.patch = patch
+        self._model = model
+        self._session = session
+        self._threads = threading.local()
+
+    @property
+    def current(self) -> TransformerCall | None:
+        """The transformer call that is under way in this thread."""
+        return getattr(self._threads, "current", None)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransformerCall | None:
+        """Begins a transformer call."""
+        where = self._session.enter(module, args, kwargs)
+        self._threads.current = None
+        if where is not None:
+            must_compute = any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS)
+            self._threads.current = TransformerCall(self._model, module, *where, must_compute)
+        return self.current
+
+    def leave(self, module: nn.Module, token: TransformerCall | None, output: Any) -> Any:
+        """Ends a transformer call: what it computed enters the history."""
+        self._threads.current = None
+        if token is not None:
+            token.finish()
+        return output
+
+    def fail(self, module: nn.Module, token: TransformerCall | None) -> None:
+        """Ends a transformer call that raised, and with it the run's memory."""
+        self._threads.current = None
+        if token is not None:
+            self._session.runs.discard(token.run)
+
+
+class BlockHandler(PatchHandler):
+    """Stands in front of one block."""
+
+    def __init__(self, controller: Controller, list_index: int, index: int) -> None:
+        self.patch = controller.patch
+        self._controller = controller
+        self._list = list_index
+        self._index = index
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers for a skipped block."""
+        current = self._controller.current
+        return None if current is None else current.before(self._list, self._index, (args, kwargs))
+
+    def leave(self, module: nn.Module, token: TransformerCall | None, output: Any) -> Any:
+        """Sees what a computed block returned."""
+        if token is not None:
+            token.after(self._list, self._index, output)
+        return output
+
+    def fail(self, module: nn.Module, token: TransformerCall | None) -> None:
+        """Nothing: the transformer's own handler drops the run."""

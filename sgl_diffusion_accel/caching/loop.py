@@ -1,0 +1,260 @@
+"""Where in which denoising loop a transformer call is: which run, which step of how many, which branch.
+
+The answer is read from the pipeline that is calling: its local `timesteps` and loop index, the cache context where it sets
+one, the names that it gives to the conditioning it passes. So it holds for any pipeline that happens to use the
+transformer, and a call from anywhere else is known to belong to no loop. Nothing is read from the device.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+from sgl_diffusion_accel.intercept import cache_context_of
+
+_PROGRESS_BARS = ("progress_bar", "pbar")
+_NEGATIVE = re.compile(r"(^|_)(neg|negative|uncond)", re.IGNORECASE)
+_CONDITIONING = re.compile(r"prompt|embed|text|cond", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopCall:
+    """What the calling pipeline tells about one transformer call.
+
+    Attributes:
+        scheduler: The pipeline's scheduler, if it has one.
+        timesteps: The timesteps of this run, one a step; a new object at every run.
+        owner: An object that lives exactly as long as the run (its progress bar), or None.
+        step: Index into `timesteps`, or None where the pipeline does not tell.
+        timestep: The loop's current timestep; a new object at every step.
+        branch: `"cond"`, `"uncond"`, or whatever name the pipeline has set.
+    """
+
+    scheduler: Any
+    timesteps: Any
+    owner: Any
+    step: int | None
+    timestep: Any
+    branch: str
+
+
+def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LoopCall | None:
+    """Finds the denoising loop from which `module` is being called.
+
+    Args:
+        module: The intercepted transformer.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The position as the pipeline tells it, or None for a call that belongs to no known loop.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        interesting = _interesting.get(code)
+        if interesting is None:
+            interesting = _interesting[code] = _may_be_loop(code)
+        if interesting:
+            with _Locals(frame) as local:
+                call = _read(local, module, args, kwargs)
+            if call is not None:
+                return call
+        frame = frame.f_back
+    return None
+
+
+_interesting: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()
+
+
+def _may_be_loop(code: CodeType) -> bool:
+    names = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+    return bool(names & {"t", "i"}) and bool(names & {"timesteps", "self"})
+
+
+class _Locals:
+    """A frame's local variables, let go of again at the end.
+
+    Before Python 3.13 reading them leaves a snapshot on the frame, which would keep each tensor that it names alive
+    until the next reading: it is emptied.
+    """
+
+    def __init__(self, frame: FrameType) -> None:
+        self._frame = frame
+
+    def __enter__(self) -> Mapping[str, Any]:
+        self._mapping = self._frame.f_locals
+        return self._mapping
+
+    def __exit__(self, *_: object) -> None:
+        if sys.version_info < (3, 13) and type(self._mapping) is dict and self._frame.f_code.co_flags & _OPTIMIZED:
+            self._mapping.clear()
+        del self._mapping, self._frame
+
+
+_OPTIMIZED = 0x0001  # the code object of a function, whose locals are not the mapping itself
+
+
+def _read(
+    local: Mapping[str, Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> LoopCall | None:
+    state = local.get("block_state")  # a modular pipeline keeps its loop's variables there
+    if state is not None and hasattr(state, "timesteps"):
+        pipeline, timesteps, owner = local.get("components"), state.timesteps, state
+    elif _is_pipeline(local.get("self")):
+        pipeline = local["self"]
+        timesteps = local.get("timesteps")
+        if not _is_timesteps(timesteps):
+            timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+        owner = next((local[name] for name in _PROGRESS_BARS if local.get(name) is not None), None)
+    else:
+        return None
+    if not _is_timesteps(timesteps):
+        return None
+    context = cache_context_of(module)
+    step = context[1].get("step_index") if context else None
+    if step is None and type(local.get("i")) is int:
+        step = local["i"]
+    branch = context[0].removeprefix("pred_") if context else _branch_by_name(local, args, kwargs)
+    return LoopCall(getattr(pipeline, "scheduler", None), timesteps, owner, step, local.get("t"), branch)
+
+
+def _is_pipeline(candidate: object) -> bool:
+    from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
+
+    return isinstance(candidate, DiffusionPipeline)
+
+
+def _is_timesteps(candidate: object) -> bool:
+    return isinstance(candidate, Tensor) and candidate.ndim == 1 and len(candidate) > 0
+
+
+def _branch_by_name(local: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Tells cond from uncond by the name under which the pipeline holds the conditioning tensor that it passes."""
+    passed = {id(value) for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, list))}
+    names = [name for name, value in local.items() if id(value) in passed and _CONDITIONING.search(name)]
+    return "uncond" if any(_NEGATIVE.search(name) for name in names) else "cond"
+
+
+class Run:
+    """One pass through a denoising loop.
+
+    Attributes:
+        total: Number of denoising steps, the length of the run's timesteps.
+        data: What others keep for as long as the run lasts.
+    """
+
+    def __init__(self, call: LoopCall) -> None:
+        self.total = len(call.timesteps)
+        self.data: dict[Any, Any] = {}
+        self._timesteps = weakref.ref(call.timesteps)
+        self._scheduler = weakref.ref(call.scheduler) if call.scheduler is not None else lambda: None
+        self._owner = weakref.ref(call.owner) if _has_weakrefs(call.owner) else None
+        self._step = -1
+        self._timestep: weakref.ref[Any] | None = None
+        self._called: dict[tuple[int, str], int] = {}
+
+    def is_of(self, call: LoopCall) -> bool:
+        """Whether the call belongs to this run: same loop, and not further back in it."""
+        if self._timesteps() is not call.timesteps or self.total != len(call.timesteps):
+            return False
+        if self._owner is not None and self._owner() is not call.owner:
+            return False
+        return call.step is None or call.step >= self._step
+
+    def advance(self, module: nn.Module, call: LoopCall) -> tuple[int, str]:
+        """Moves the run on to the call.
+
+        Returns:
+            The step index, and the branch: the n-th call of the same name within a step is `"name#n"`.
+        """
+        step = self._step_of(call)
+        if step != self._step:
+            self._step = step
+            self._called.clear()
+        key = (id(module), call.branch)
+        self._called[key] = count = self._called.get(key, 0) + 1
+        return step, call.branch if count == 1 else f"{call.branch}#{count}"
+
+    def _step_of(self, call: LoopCall) -> int:
+        if call.step is not None:
+            return call.step
+        if not _has_weakrefs(call.timestep):
+            return self._step + 1
+        same = self._timestep is not None and self._timestep() is call.timestep
+        self._timestep = weakref.ref(call.timestep)
+        return self._step if same else self._step + 1
+
+    def sigmas(self) -> list[float]:
+        """The noise level at each step: the scheduler's sigmas, or the timesteps where it has none.
+
+        Copied from the device once a run.
+        """
+        if "sigmas" not in self.data:
+            timesteps = self._timesteps()
+            sigmas = getattr(self._scheduler(), "sigmas", None)
+            begin = len(sigmas) - 1 - self.total if isinstance(sigmas, Tensor) else -1
+            if isinstance(sigmas, Tensor) and begin >= 0:
+                values = sigmas[begin : begin + self.total]
+            else:
+                values = timesteps
+            self.data["sigmas"] = [float(value) for value in values.tolist()] if values is not None else []
+        return list(self.data["sigmas"])
+
+
+def _has_weakrefs(candidate: object) -> bool:
+    return candidate is not None and type(candidate).__weakrefoffset__ != 0
+
+
+class Runs:
+    """The runs that are under way, each forgotten when its loop ends, however it ends."""
+
+    def __init__(self) -> None:
+        self._runs: dict[int, Run] = {}
+
+    def find(self, call: LoopCall) -> tuple[Run, bool]:
+        """Returns the run of a call, and whether it is a new one."""
+        key = id(call.timesteps)
+        run = self._runs.get(key)
+        if run is not None and run.is_of(call):
+            return run, False
+        run = self._runs[key] = Run(call)
+        for tied in (call.timesteps, call.owner):
+            if _has_weakrefs(tied):
+                run.data.setdefault("ends", []).append(weakref.ref(tied, self._forgetter(key, run)))
+        return run, True
+
+    def _forgetter(self, key: int, run: Run) -> Any:
+        runs, this = weakref.ref(self), weakref.ref(run)
+
+        def forget(_: object) -> None:
+            registry, ended = runs(), this()
+            if ended is not None:
+                ended.data.clear()
+                if registry is not None and registry._runs.get(key) is ended:
+                    del registry._runs[key]
+
+        return forget
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(list(self._runs.values()))
+
+    def discard(self, run: Run) -> None:
+        """Forgets one run and what was kept for it."""
+        run.data.clear()
+        for key, known in list(self._runs.items()):
+            if known is run:
+                del self._runs[key]
+
+    def clear(self) -> None:
+        """Forgets all runs and what was kept for them."""
+        for run in self:
+            run.data.clear()
+        self._runs.clear()

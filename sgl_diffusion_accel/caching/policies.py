@@ -1,0 +1,166 @@
+"""Turns positions, limits and measured changes into *compute* or *skip*."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
+
+from sgl_diffusion_accel.caching.masks import StepsMask
+
+Change = Callable[[], float]
+"""Measures the relative change of the signal since the last computed step. Calling it synchronises with the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in a run a decision is due.
+
+    Attributes:
+        step: Index of the denoising step in the run.
+        total: Number of denoising steps of the run.
+        local_step: Index of the step among those that this transformer has seen; differs from `step` for the second
+            expert of a two-expert model.
+    """
+
+    step: int
+    total: int
+    local_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What was decided so far on one branch of one run.
+
+    Attributes:
+        cached: Steps skipped in all.
+        consecutive: Steps skipped since the last computed one.
+        accumulated: Sum of the changes measured at those steps.
+    """
+
+    cached: int = 0
+    consecutive: int = 0
+    accumulated: float = 0.0
+
+    def after(self, decision: Decision) -> Tally:
+        """Returns the tally with one more decision."""
+        if decision.compute:
+            return replace(self, consecutive=0, accumulated=0.0)
+        change = decision.change or 0.0
+        return Tally(self.cached + 1, self.consecutive + 1, self.accumulated + change)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Compute or skip, and why.
+
+    Attributes:
+        compute: Whether the span is computed.
+        reason: A few words for the statistics.
+        change: The change that was measured, if one was.
+    """
+
+    compute: bool
+    reason: str
+    change: float | None = None
+
+
+class Policy(ABC):
+    """Decides at each denoising step, once a residual is known."""
+
+    @property
+    @abstractmethod
+    def needs_signal(self) -> bool:
+        """Whether it may ask for the change of the signal."""
+
+    def prepare(self, total: int) -> None:  # noqa: B027  (most policies have nothing to check)
+        """Checks, at the start of a run, that the policy fits a run of `total` steps."""
+
+    @abstractmethod
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """Decides one step.
+
+        Args:
+            position: Where it is.
+            tally: What was decided before.
+            change: Measures the change of the signal; called at most once, and only where the value is needed.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class ThresholdPolicy(Policy):
+    """Skips while the signal has changed little, within limits: the policy of DBCache.
+
+    Attributes:
+        threshold: Skip while the relative L1 change stays below; 0 never skips.
+        max_warmup_steps: Steps at the start that are computed.
+        warmup_interval: Compute every n-th step of the warm-up only; the others may be skipped.
+        max_continuous: Longest run of skipped steps, None for no limit.
+        max_cached: Most skipped steps in a run, None for no limit.
+        max_accumulated: Largest sum of changes since the last computed step, None for no limit.
+    """
+
+    threshold: float
+    max_warmup_steps: int = 0
+    warmup_interval: int = 1
+    max_continuous: int | None = None
+    max_cached: int | None = None
+    max_accumulated: float | None = None
+
+    @property
+    def needs_signal(self) -> bool:
+        """Unless the threshold is 0."""
+        return self.threshold > 0
+
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """See `Policy.decide`."""
+        if position.local_step < self.max_warmup_steps and position.local_step % self.warmup_interval == 0:
+            return Decision(True, "warm-up")
+        if self.threshold <= 0:
+            return Decision(True, "threshold 0")
+        if self.max_continuous is not None and tally.consecutive >= self.max_continuous:
+            return Decision(True, "longest run of skipped steps")
+        if self.max_cached is not None and tally.cached >= self.max_cached:
+            return Decision(True, "most skipped steps")
+        moved = change()
+        if not math.isfinite(moved):
+            return Decision(True, "change not finite", moved)
+        if moved >= self.threshold:
+            return Decision(True, "change over threshold", moved)
+        if self.max_accumulated is not None and tally.accumulated + moved >= self.max_accumulated:
+            return Decision(True, "accumulated change", moved)
+        return Decision(False, "change below threshold", moved)
+
+
+@final
+@dataclass(frozen=True)
+class MaskPolicy(Policy):
+    """Follows a step computation mask.
+
+    Attributes:
+        mask: 1 computes the step. A 0 skips it, or leaves it to `inner`.
+        inner: Decides where the mask has a 0; None for a static mask.
+    """
+
+    mask: StepsMask
+    inner: Policy | None = None
+
+    @property
+    def needs_signal(self) -> bool:
+        """As `inner` does."""
+        return self.inner is not None and self.inner.needs_signal
+
+    def prepare(self, total: int) -> None:
+        """Checks that the mask has an entry for each step."""
+        self.mask.resolve(total)
+
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """See `Policy.decide`."""
+        if self.mask.resolve(position.total)[position.step]:
+            return Decision(True, "mask")
+        if self.inner is None:
+            return Decision(False, "mask")
+        return self.inner.decide(position, tally, change)

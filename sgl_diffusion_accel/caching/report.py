@@ -1,0 +1,56 @@
+"""Shows what a cache did: a few lines of text, or a picture of the steps in a notebook."""
+
+from __future__ import annotations
+
+from html import escape
+
+from sgl_diffusion_accel.caching.stats import BranchStats, RunStats, Stats
+
+COMPUTED, SKIPPED = "#0072b2", "#e8e4d9"  # told apart also without colour vision: dark and light
+
+
+def text(title: str, active: bool, stats: Stats) -> str:
+    """Returns the summary that `print(patch)` shows."""
+    lines = [title if active else f"{title} [removed]"]
+    if not stats.runs:
+        lines.append("  no run yet")
+    else:
+        run = stats.runs[-1]
+        lines.append(f"  run {len(stats.runs)}: {run.steps} steps, {run.compute_share:.0%} of the blocks computed")
+        lines += [f"  {name:>8} {_marks(branch)} {_count(branch)}" for name, branch in run.branches.items()]
+    if stats.outside:
+        lines.append(f"  {stats.outside} transformer calls outside of any denoising loop, computed in full")
+    return "\n".join(lines)
+
+
+def html(title: str, active: bool, stats: Stats) -> str:
+    """Returns the picture that a notebook shows: one row a branch, dark where the step was computed."""
+    head = f"<b>{escape(title)}</b>{'' if active else ' (removed)'}"
+    if not stats.runs:
+        return f"<div>{head}<br>no run yet</div>"
+    run = stats.runs[-1]
+    rows = "".join(_row(name, branch) for name, branch in run.branches.items())
+    return (
+        f"<div>{head}<br>{run.steps} steps, {run.compute_share:.0%} of the blocks computed"
+        f"<table style='border-collapse:collapse'>{rows}</table></div>"
+    )
+
+
+def _marks(branch: BranchStats) -> str:
+    return "".join("█" if computed else "·" for computed in branch.computed)
+
+
+def _count(branch: BranchStats) -> str:
+    return f"{sum(branch.computed)} of {len(branch.computed)} computed"
+
+
+def _row(name: str, branch: BranchStats) -> str:
+    cells = "".join(
+        f"<td title='step {record.step}: {escape(record.reason)}' style='width:9px;height:14px;padding:0;"
+        f"border:1px solid white;background:{COMPUTED if record.computed else SKIPPED}'></td>"
+        for record in branch.records
+    )
+    return f"<tr><td style='padding-right:8px'>{escape(name)}</td>{cells}<td style='padding-left:8px'>{_count(branch)}</td></tr>"
+
+
+__all__ = ["COMPUTED", "SKIPPED", "RunStats", "html", "text"]

@@ -1,0 +1,112 @@
+"""What a cache did, run by run: which denoising steps were computed, which skipped, and why."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from sgl_diffusion_accel.caching.policies import Decision
+
+_KEPT_RUNS = 64
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One transformer call.
+
+    Attributes:
+        step: Index of the denoising step.
+        component: `"transformer"` or `"transformer_2"`.
+        computed: Whether the span was computed.
+        reason: Why.
+        change: Relative change of the signal, where it was measured.
+        blocks_run: Blocks that were executed.
+        blocks: Blocks that the transformer has.
+    """
+
+    step: int
+    component: str
+    computed: bool
+    reason: str
+    change: float | None
+    blocks_run: int
+    blocks: int
+
+
+@dataclass
+class BranchStats:
+    """What happened on one branch (cond, uncond, …) of a run.
+
+    Attributes:
+        records: One record for each denoising step, in order.
+    """
+
+    records: list[StepRecord] = field(default_factory=list)
+
+    @property
+    def computed(self) -> tuple[bool, ...]:
+        """Whether the span was computed, one entry a step."""
+        return tuple(record.computed for record in self.records)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why, one entry a step."""
+        return tuple(record.reason for record in self.records)
+
+    @property
+    def changes(self) -> tuple[float | None, ...]:
+        """Relative change of the signal where it was measured, one entry a step."""
+        return tuple(record.change for record in self.records)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Which transformer ran, one entry a step."""
+        return tuple(record.component for record in self.records)
+
+
+@dataclass
+class RunStats:
+    """What happened in one run of a pipeline.
+
+    Attributes:
+        steps: Number of denoising steps that the run has.
+        branches: By name.
+    """
+
+    steps: int
+    branches: dict[str, BranchStats] = field(default_factory=dict)
+
+    @property
+    def compute_share(self) -> float:
+        """Share of all block calls that were executed, head and tail included; 1.0 means that nothing was skipped."""
+        records = [record for branch in self.branches.values() for record in branch.records]
+        blocks = sum(record.blocks for record in records)
+        return sum(record.blocks_run for record in records) / blocks if blocks else 1.0
+
+    def add(self, branch: str, step: int, component: str, decision: Decision, blocks_run: int, blocks: int) -> None:
+        """Records one transformer call."""
+        record = StepRecord(step, component, decision.compute, decision.reason, decision.change, blocks_run, blocks)
+        self.branches.setdefault(branch, BranchStats()).records.append(record)
+
+
+@dataclass
+class Stats:
+    """What a patch did since it was applied.
+
+    Attributes:
+        outside: Transformer calls that belonged to no known denoising loop; they were computed in full.
+    """
+
+    outside: int = 0
+    _runs: deque[RunStats] = field(default_factory=lambda: deque(maxlen=_KEPT_RUNS))
+
+    @property
+    def runs(self) -> tuple[RunStats, ...]:
+        """The last runs, oldest first (at most 64)."""
+        return tuple(self._runs)
+
+    def start(self, steps: int) -> RunStats:
+        """Begins the record of a new run."""
+        run = RunStats(steps)
+        self._runs.append(run)
+        return run
