@@ -1,9 +1,9 @@
 """Calls of one module instance pass through handlers, whatever is done to its `forward` before or after.
 
 An intercepted instance gets a class of its own kind: a subclass of its class, with the same name, that overrides
-`__call__`. So the handler is outermost: hooks, offloading, adapters and compiled code all run inside it. There is one such
-subclass for each original class, shared by all intercepted instances and kept for the life of the process, so that
-`torch.compile` sees one type for all the blocks of a model and recompiles nothing when a patch is applied again.
+`__call__`. So the handler is outermost: hooks, offloading, adapters and compiled code all run inside it. There is one
+such subclass for each original class, shared by all intercepted instances and kept for the life of the process, so
+that `torch.compile` sees one type for all the blocks of a model and recompiles nothing when a patch is applied again.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Handler(Protocol):
     leave them out and still compile the module between them.
     """
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
         """Runs before the module. Returns `Instead(output)` to answer in its place, else a token for the other two."""
 
-    def leave(self, module: nn.Module, token: Any, output: Any) -> Any:
+    def leave(self, module: nn.Module, token: Any, output: Any, /) -> Any:
         """Runs after the module and returns what its caller gets."""
 
-    def fail(self, module: nn.Module, token: Any) -> None:
+    def fail(self, module: nn.Module, token: Any, /) -> None:
         """Runs when the module raised, before the error goes on to its caller."""
 
 
@@ -63,16 +63,25 @@ class Slot:
         self.handlers = tuple(reversed(self.kinds.values()))
 
 
-_enter = torch.compiler.disable(lambda handler, *rest: handler.enter(*rest))  # type: ignore[no-untyped-call]
-_leave = torch.compiler.disable(lambda handler, *rest: handler.leave(*rest))  # type: ignore[no-untyped-call]
-_fail = torch.compiler.disable(lambda handler, *rest: handler.fail(*rest))  # type: ignore[no-untyped-call]
+def _eager(function: Callable[..., Any], recursive: bool = True) -> Callable[..., Any]:
+    """Keeps `torch.compile` of a whole transformer out of a function and, if recursive, of what it calls."""
+    disable: Any = torch.compiler.disable
+    wrapped: Callable[..., Any] = disable(function, recursive=recursive)
+    return wrapped
 
 
-@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+_enter = _eager(lambda handler, *rest: handler.enter(*rest))
+_leave = _eager(lambda handler, *rest: handler.leave(*rest))
+_fail = _eager(lambda handler, *rest: handler.fail(*rest))
+
+
 def _run(
-    module: nn.Module, handlers: tuple[Handler, ...], call: Callable[..., Any], args: tuple[Any, ...],
+    module: nn.Module,
+    handlers: tuple[Handler, ...],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> Any:  # fmt: skip
+) -> Any:
     """Runs `call(module, *args, **kwargs)` inside its handlers, the first of them outermost."""
     if not handlers:
         return call(module, *args, **kwargs)
@@ -86,6 +95,9 @@ def _run(
         _fail(handler, module, token)
         raise
     return _leave(handler, module, token, output)
+
+
+_run = _eager(_run, recursive=False)
 
 
 class _Contexts(threading.local):
@@ -143,20 +155,19 @@ def slot_of(module: nn.Module) -> Slot | None:
     return slot if isinstance(slot, Slot) else None
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_classes: dict[type[nn.Module], Any] = {}
 _lock = threading.Lock()
 
 
-def _intercepted_class(base: type[nn.Module]) -> type[nn.Module]:
+def _intercepted_class(base: type[nn.Module]) -> Any:
     with _lock:
         made = _classes.get(base)
         if made is None:
-            made = _make_class(base)
-            _classes[base] = made
+            made = _classes[base] = _make_class(base)
         return made
 
 
-def _make_class(base: type[nn.Module]) -> type[nn.Module]:
+def _make_class(base: Any) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         slot = self.__dict__.get(SLOT)
         return _run(self, slot.handlers if slot else (), base.__call__, args, kwargs)
@@ -171,7 +182,7 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
         return (function, tuple(base if a is type(self) else a for a in arguments), *rest)
 
     namespace: dict[str, Any] = {
-        "__call__": torch.compiler.disable(__call__, recursive=False),  # type: ignore[no-untyped-call]
+        "__call__": _eager(__call__, recursive=False),
         "__getstate__": __getstate__,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
@@ -183,13 +194,13 @@ def _make_class(base: type[nn.Module]) -> type[nn.Module]:
     return type(base)(base.__name__, (base,), namespace)
 
 
-def _listening_cache_context(base: type[nn.Module]) -> Callable[..., Any]:
+def _listening_cache_context(base: Any) -> Callable[..., Any]:
     @contextlib.contextmanager
     def cache_context(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
         entry = (self, name, kwargs)
         _contexts.stack.append(entry)
         try:
-            with base.cache_context(self, name, *args, **kwargs) as entered:  # type: ignore[operator]
+            with base.cache_context(self, name, *args, **kwargs) as entered:
                 yield entered
         finally:
             _contexts.stack.pop()

@@ -1,0 +1,1 @@
+"""Caches: one machine of exchangeable parts, and its front doors."""

@@ -26,9 +26,9 @@ def apply_cache_dit(pipe: object, config: CacheDiTConfig | None = None, **knobs:
     """Caches the transformer blocks of a pipeline: DBCache, with Taylor prediction and step masks if wanted.
 
     At each denoising step the first `fn_compute_blocks` blocks run. If what they add has changed by less than
-    `residual_diff_threshold` (relative L1, mean|r - r_last| / mean|r_last|) since the last computed step, the other blocks are
-    skipped, but for the last `bn_compute_blocks`, and what they would have added is taken from the computed steps.
-    The pipeline is used as before. Caching is lossy: the picture stays close to the unpatched one, not equal.
+    `residual_diff_threshold` (relative L1, mean|r - r_last| / mean|r_last|) since the last computed step, the other
+    blocks are skipped, but for the last `bn_compute_blocks`, and what they would have added is taken from the computed
+    steps. The pipeline is used as before. Caching is lossy: the picture stays close to the unpatched one, not equal.
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2), or the transformer itself.
@@ -43,8 +43,8 @@ def apply_cache_dit(pipe: object, config: CacheDiTConfig | None = None, **knobs:
         ConfigTypeError: `pipe` or a setting has a wrong type.
         UnsupportedModelError: The pipeline has no transformer whose blocks could be cached.
 
-    Source: DBCache and step masks as in cache-dit (https://github.com/vipshop/cache-dit) and SGLang-Diffusion; TaylorSeer,
-    https://arxiv.org/abs/2503.06923.
+    Source: DBCache and step masks as in cache-dit (https://github.com/vipshop/cache-dit) and SGLang-Diffusion;
+    TaylorSeer, https://arxiv.org/abs/2503.06923.
 
     Example:
         >>> patch = apply_cache_dit(pipe, residual_diff_threshold=0.12, taylorseer_order=1)

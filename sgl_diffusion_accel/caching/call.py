@@ -1,8 +1,8 @@
 """One transformer call on its way through the blocks.
 
-A call is computed or skipped as a whole. Computed: the blocks run, and at the end of each list's span `output - input` goes
-into the branch's history. Skipped: the span's blocks pass their input through, and the last of them returns
-`span input + predicted residual`, whatever it was given.
+A call is computed or skipped as a whole. Computed: the blocks run, and at the end of each list's span
+`output - input` goes into the branch's history. Skipped: the span's blocks pass their input through, and the last of
+them returns `span input + predicted residual`, whatever it was given.
 """
 
 from __future__ import annotations
@@ -260,8 +260,8 @@ def _residual(output: Tensor, entering: Tensor) -> Tensor | None:
         return None
     if output.shape != entering.shape:
         raise UnsupportedModelError(
-            f"a block list takes {list(entering.shape)} and returns {list(output.shape)}: there is no residual to keep. "
-            "This model cannot be cached."
+            f"a block list takes {list(entering.shape)} and returns {list(output.shape)}: there is no residual to "
+            "keep. This model cannot be cached."
         )
     return output - entering.to(output.device)
 

@@ -18,22 +18,22 @@ class CacheDiTConfig:
     The defaults are SGLang-Diffusion's. A config is checked when it is made and never changed.
 
     Attributes:
-        fn_compute_blocks: First blocks that are computed at every step; what they add is the signal. 0 only with a static
-            mask, which needs no signal.
+        fn_compute_blocks: First blocks that are computed at every step; what they add is the signal. 0 only with a
+            static mask, which needs no signal.
         bn_compute_blocks: Last blocks that are computed at every step; they correct the prediction.
         max_warmup_steps: Steps at the start that are computed in full.
         warmup_interval: Compute every n-th step of the warm-up; the others may be skipped.
-        residual_diff_threshold: Skip while the relative L1 change of the signal since the last computed step stays below.
-            0 never skips.
+        residual_diff_threshold: Skip while the relative L1 change of the signal since the last computed step stays
+            below. 0 never skips.
         max_continuous_cached_steps: Longest run of skipped steps; None or -1 for no limit.
         max_cached_steps: Most skipped steps in a run; None or -1 for no limit.
         max_accumulated_residual_diff: Largest sum of the changes since the last computed step; None for no limit.
         taylorseer_order: Order of the Taylor prediction of what the skipped blocks add; 0 reuses the last computed.
         taylorseer_spacing: What the prediction counts in: `"step"`, or `"sigma"` for the scheduler's noise levels.
-        steps_mask: Which denoising steps are computed: `"slow"`, `"medium"`, `"fast"`, `"ultra"`, a list of 0 and 1, or a
-            `StepsMask`. None for no mask.
-        steps_policy: `"dynamic"`: a 0 in the mask allows a skip, and warm-up, limits and threshold decide. `"static"`: a 0
-            is a skip, and the mask alone decides.
+        steps_mask: Which denoising steps are computed: `"slow"`, `"medium"`, `"fast"`, `"ultra"`, a list of 0 and 1, or
+            a `StepsMask`. None for no mask.
+        steps_policy: `"dynamic"`: a 0 in the mask allows a skip, and warm-up, limits and threshold decide. `"static"`:
+            a 0 is a skip, and the mask alone decides.
         secondary: Settings of `transformer_2` that differ, by the same names; None for none.
         enabled: False makes `apply_cache_dit` change nothing (for SGLANG_CACHE_DIT_ENABLED=false).
 
@@ -116,8 +116,8 @@ class CacheDiTConfig:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> CacheDiTConfig:
         """Reads SGLang-Diffusion's environment variables, `SGLANG_CACHE_DIT_*`.
 
-        What is not set keeps its default. `SGLANG_CACHE_DIT_ENABLED=false` gives a config with which nothing is changed;
-        where it is not set, calling this function is taken as the wish to have the cache.
+        What is not set keeps its default. `SGLANG_CACHE_DIT_ENABLED=false` gives a config with which nothing is
+        changed; where it is not set, calling this function is taken as the wish to have the cache.
 
         Args:
             environ: Variables to read instead of the process's own.

@@ -1,4 +1,4 @@
-"""Reads the settings of `apply_cache_dit` from SGLang's environment variables and from SGLang's or cache-dit's files."""
+"""Reads the settings of `apply_cache_dit` from SGLang's environment variables and SGLang's or cache-dit's files."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def knobs_from_env(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
         primary["steps_mask"] = mask
     elif "steps_policy" in primary:
         _check_policy(primary.pop("steps_policy"))  # without a mask it says nothing
-    inherited = {key: primary[key] for key in ("_taylorseer", "_order") if key in primary}
     if secondary:
-        primary["secondary"] = _with_order({**inherited, **secondary})
+        inherited = {key: value for key, value in primary.items() if key in ("_taylorseer", "_order")}
+        primary["secondary"] = _with_order(inherited | secondary)
     return _with_order(primary)
 
 
@@ -136,7 +136,20 @@ def _with_order(knobs: dict[str, Any]) -> dict[str, Any]:
 
 def knobs_from_file(path: str) -> dict[str, Any]:
     """Returns the knobs that a YAML or JSON file sets; see `CacheDiTConfig.from_file`."""
-    content = _load(Path(path))
+    section = _cache_section(_load(Path(path)), path)
+    knobs: dict[str, Any] = {}
+    for key, value in section.items():
+        if key not in _FILE_KEYS:
+            raise unknown_name("key", str(key), _FILE_KEYS, path)
+        knob = _FILE_KEYS[key]
+        if knob is not None and value is not None:
+            knobs[knob] = value
+    if knobs.pop("_cache_type", "DBCache") != "DBCache":
+        raise ConfigError(f"{path}: cache_type={section['cache_type']!r}; allowed: DBCache.")
+    return _with_order(knobs)
+
+
+def _cache_section(content: Any, path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping with the key cache_config, found a {type(content).__name__}.")
     if "cache_config" not in content:
@@ -153,16 +166,7 @@ def knobs_from_file(path: str) -> dict[str, Any]:
     section = content["cache_config"]
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: cache_config must be a mapping of settings, found a {type(section).__name__}.")
-    knobs: dict[str, Any] = {}
-    for key, value in section.items():
-        if key not in _FILE_KEYS:
-            raise unknown_name("key", str(key), _FILE_KEYS, path)
-        knob = _FILE_KEYS[key]
-        if knob is not None:
-            knobs[knob] = value
-    if knobs.pop("_cache_type", "DBCache") != "DBCache":
-        raise ConfigError(f"{path}: cache_type={section['cache_type']!r}; allowed: DBCache.")
-    return _with_order({key: value for key, value in knobs.items() if value is not None})
+    return section
 
 
 def _load(path: Path) -> Any:

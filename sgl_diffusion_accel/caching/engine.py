@@ -70,14 +70,14 @@ class Controller(PatchHandler):
             self._threads.current = TransformerCall(self._model, module, *where, must_compute)
         return self.current
 
-    def leave(self, module: nn.Module, token: TransformerCall | None, output: Any) -> Any:
+    def leave(self, _: nn.Module, token: TransformerCall | None, output: Any) -> Any:
         """Ends a transformer call: what it computed enters the history."""
         self._threads.current = None
         if token is not None:
             token.finish()
         return output
 
-    def fail(self, module: nn.Module, token: TransformerCall | None) -> None:
+    def fail(self, _: nn.Module, token: TransformerCall | None) -> None:
         """Ends a transformer call that raised, and with it the run's memory."""
         self._threads.current = None
         if token is not None:
@@ -93,16 +93,16 @@ class BlockHandler(PatchHandler):
         self._list = list_index
         self._index = index
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers for a skipped block."""
         current = self._controller.current
         return None if current is None else current.before(self._list, self._index, (args, kwargs))
 
-    def leave(self, module: nn.Module, token: TransformerCall | None, output: Any) -> Any:
+    def leave(self, _: nn.Module, token: TransformerCall | None, output: Any) -> Any:
         """Sees what a computed block returned."""
         if token is not None:
             token.after(self._list, self._index, output)
         return output
 
-    def fail(self, module: nn.Module, token: TransformerCall | None) -> None:
+    def fail(self, _: nn.Module, token: TransformerCall | None) -> None:
         """Nothing: the transformer's own handler drops the run."""

@@ -1,7 +1,7 @@
 """Where in which denoising loop a transformer call is: which run, which step of how many, which branch.
 
-The answer is read from the pipeline that is calling: its local `timesteps` and loop index, the cache context where it sets
-one, the names that it gives to the conditioning it passes. So it holds for any pipeline that happens to use the
+The answer is read from the pipeline that is calling: its local `timesteps` and loop index, the cache context where it
+sets one, the names that it gives to the conditioning it passes. So it holds for any pipeline that happens to use the
 transformer, and a call from anywhere else is known to belong to no loop. Nothing is read from the device.
 """
 
@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ class LoopCall:
     """
 
     scheduler: Any
-    timesteps: Any
+    timesteps: Tensor
     owner: Any
     step: int | None
     timestep: Any
@@ -127,12 +127,12 @@ def _read(
 
 
 def _is_pipeline(candidate: object) -> bool:
-    from diffusers import DiffusionPipeline  # type: ignore[attr-defined]
+    from diffusers import DiffusionPipeline
 
     return isinstance(candidate, DiffusionPipeline)
 
 
-def _is_timesteps(candidate: object) -> bool:
+def _is_timesteps(candidate: object) -> TypeGuard[Tensor]:
     return isinstance(candidate, Tensor) and candidate.ndim == 1 and len(candidate) > 0
 
 
@@ -199,14 +199,14 @@ class Run:
         """
         if "sigmas" not in self.data:
             timesteps = self._timesteps()
-            sigmas = getattr(self._scheduler(), "sigmas", None)
-            begin = len(sigmas) - 1 - self.total if isinstance(sigmas, Tensor) else -1
-            if isinstance(sigmas, Tensor) and begin >= 0:
-                values = sigmas[begin : begin + self.total]
+            values = getattr(self._scheduler(), "sigmas", None)
+            if isinstance(values, Tensor) and len(values) > self.total:
+                values = values[-self.total - 1 : -1]  # one more than steps, the last of them 0
             else:
                 values = timesteps
-            self.data["sigmas"] = [float(value) for value in values.tolist()] if values is not None else []
-        return list(self.data["sigmas"])
+            self.data["sigmas"] = values.tolist() if isinstance(values, Tensor) else []
+        sigmas: list[float] = self.data["sigmas"]
+        return sigmas
 
 
 def _has_weakrefs(candidate: object) -> bool:

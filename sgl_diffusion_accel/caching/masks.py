@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
 
 Bins = tuple[tuple[int, ...], tuple[int, ...]]
 """Lengths of the stretches of computed and of skipped steps, which alternate, computed first."""
 
-# The peers' presets, https://docs.sglang.ai and https://cache-dit.readthedocs.io, at the step counts they are quoted for.
+# The presets of SGLang-Diffusion and cache-dit, at the step counts for which they state them.
 _SHAPE = 28
 _BINS: dict[int, dict[str, Bins]] = {
     28: {
@@ -141,8 +142,8 @@ class StepsMask:
         return self._preset or "".join(map(str, self._steps))
 
 
-def _lengths(name: str, bins: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(bins, str) or any(not isinstance(length, int) or length < 1 for length in bins):
+def _lengths(name: str, bins: Any) -> tuple[int, ...]:
+    if not isinstance(bins, (list, tuple)) or any(not isinstance(length, int) or length < 1 for length in bins):
         raise ConfigError(f"{name}={bins!r}: allowed are whole numbers of 1 and more, such as [8, 3, 2].")
     return tuple(bins)
 

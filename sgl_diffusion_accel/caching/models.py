@@ -1,4 +1,4 @@
-"""What cannot be learned from a model: which of its block lists are not part of the denoising stack, and odd wirings."""
+"""What cannot be learned from a model: block lists beside the denoising stack, and odd wirings."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import final
 
 
@@ -43,7 +44,7 @@ class Reuse(Predictor):
         """One computed step."""
         return 1
 
-    def weights(self, times: Sequence[float], target: float) -> tuple[float, ...]:
+    def weights(self, times: Sequence[float], target: float) -> tuple[float, ...]:  # noqa: ARG002
         """All weight on the newest step."""
         return (1.0,) + (0.0,) * (len(times) - 1)
 
@@ -82,7 +83,7 @@ class Taylor(Predictor):
         for order in range(1, count):
             derivatives = [
                 [(a - b) / (times[j] - times[j + 1]) for a, b in zip(newer, older, strict=True)]
-                for j, (newer, older) in enumerate(zip(derivatives, derivatives[1:], strict=False))
+                for j, (newer, older) in enumerate(pairwise(derivatives))
             ]
             factor = (target - times[0]) ** order / math.factorial(order)
             result = [total + factor * weight for total, weight in zip(result, derivatives[0], strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from sgl_diffusion_accel.caching.stats import BranchStats, RunStats, Stats
+from sgl_diffusion_accel.caching.stats import BranchStats, Stats
 
 COMPUTED, SKIPPED = "#0072b2", "#e8e4d9"  # told apart also without colour vision: dark and light
 
@@ -50,7 +50,5 @@ def _row(name: str, branch: BranchStats) -> str:
         f"border:1px solid white;background:{COMPUTED if record.computed else SKIPPED}'></td>"
         for record in branch.records
     )
-    return f"<tr><td style='padding-right:8px'>{escape(name)}</td>{cells}<td style='padding-left:8px'>{_count(branch)}</td></tr>"
-
-
-__all__ = ["COMPUTED", "SKIPPED", "RunStats", "html", "text"]
+    label, count = f"<td style='padding-right:8px'>{escape(name)}</td>", _count(branch)
+    return f"<tr>{label}{cells}<td style='padding-left:8px'>{count}</td></tr>"

@@ -1,8 +1,8 @@
 """Which output of a block is which argument of the next one, learned from a computed step.
 
-In almost every diffusion transformer each tensor that a block returns *is* the object that the next block takes. So two
-calls in a row tell the wiring. Where something is added between the blocks (a ControlNet's residuals), the argument's shape and name
-tell.
+In almost every diffusion transformer each tensor that a block returns *is* the object that the next block takes. So
+two calls in a row tell the wiring. Where something is added between the blocks (a ControlNet's residuals), the
+argument's shape and name tell.
 """
 
 from __future__ import annotations

@@ -1,0 +1,162 @@
+"""Measures caches on the miniatures: what they save, and how near the result stays to the unpatched run's.
+
+    python -m benchmarks.cache [--models wan qwen flux] [--captions 6] [--steps 50]
+
+Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
+own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
+
+from . import environment, pareto
+from .contenders import UNPATCHED, Contender, contenders
+from .metrics import Frames, psnr, ssim
+from .work import BlockWork, computed_steps
+
+RESULTS = Path(__file__).parent / "results"
+_CAPTION_SEED = 77
+_NOISE_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a pipeline: its frames, the work of each transformer call, and its wall time in seconds."""
+
+    frames: Frames
+    work: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One contender on one caption, against the unpatched run of that caption.
+
+    Attributes:
+        share: Share of the blocks' work that was executed.
+        computed: Denoising steps computed.
+        psnr: In dB.
+        ssim: Structural similarity.
+        speedup: Wall time of the unpatched run over that of this one.
+        seconds: Wall time.
+    """
+
+    share: float
+    computed: float
+    psnr: float
+    ssim: float
+    speedup: float
+    seconds: float
+
+
+def main() -> None:
+    """Runs the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--captions", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only", default="", help="measure only contenders whose family or name holds this")
+    given = parser.parse_args()
+    torch.set_num_threads(1)  # the miniatures are fastest so
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    RESULTS.mkdir(exist_ok=True)
+    for model in given.models:
+        result = measure(model, given.captions, given.steps, given.only)
+        (RESULTS / f"{model}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        pareto.draw(result, RESULTS / f"pareto_{model}.png")
+
+
+def measure(model: str, count: int, steps: int, only: str = "") -> dict[str, Any]:
+    """Measures all contenders on one miniature.
+
+    Args:
+        model: Name of the miniature.
+        count: Captions, each with its own noise.
+        steps: Denoising steps of the unpatched run.
+        only: Part of the family or name of the contenders to measure; all of them if empty.
+
+    Returns:
+        What is written to the JSON file.
+    """
+    chosen = [one for one in contenders(model, steps) if one.family == UNPATCHED or only in f"{one.family} {one.name}"]
+    samples: dict[Contender, list[Sample]] = {one: [] for one in chosen}
+    with Progress() as progress:
+        task = progress.add_task(model, total=count * len(chosen))
+        for index, caption in enumerate(captions(model, count, _CAPTION_SEED)):
+            call = {"caption": caption, "seed": _NOISE_SEED + index}
+            reference = run(model, Contender(UNPATCHED, "warm-up"), call, steps)
+            for one in chosen:
+                samples[one].append(compare(run(model, one, call, steps), reference, steps))
+                progress.advance(task)
+    call = call_kwargs(model, captions(model, 1, _CAPTION_SEED)[0])
+    return {
+        "model": model,
+        "pipeline": type(load_miniature(model)).__name__,
+        "steps": steps,
+        "captions": captions(model, count, _CAPTION_SEED),
+        "guidance": call.get("guidance_scale", call.get("true_cfg_scale", 1.0)),
+        "latents": list(call["latents"].shape),
+        "dtype": str(call["latents"].dtype).removeprefix("torch."),
+        "environment": environment.describe(),
+        "rows": [row(one, taken) for one, taken in samples.items()],
+    }
+
+
+def run(model: str, contender: Contender, call: dict[str, Any], steps: int) -> Run:
+    """One run on a new pipeline, which nothing else has touched."""
+    pipe = load_miniature(model)
+    arguments = call_kwargs(model, **call, steps=contender.steps or steps)
+    with BlockWork(pipe.transformer) as work, contender.apply(pipe), torch.no_grad():
+        begin = time.perf_counter()
+        output = pipe(**arguments)
+        seconds = time.perf_counter() - begin
+    return Run(to_frames(model, output), work.calls, seconds)
+
+
+def compare(run: Run, reference: Run, steps: int) -> Sample:
+    """One run against the unpatched one."""
+    return Sample(
+        share=sum(run.work) / sum(reference.work),
+        computed=computed_steps(run.work, reference.work, steps),
+        psnr=psnr(run.frames, reference.frames),
+        ssim=ssim(run.frames, reference.frames),
+        speedup=reference.seconds / run.seconds,
+        seconds=run.seconds,
+    )
+
+
+def row(contender: Contender, samples: list[Sample]) -> dict[str, Any]:
+    """Mean quality, cost and median speed-up of one contender, with the samples they come from."""
+    share = statistics.fmean(sample.share for sample in samples)
+    exact = all(sample.psnr == float("inf") for sample in samples)
+    return {
+        "family": contender.family,
+        "name": contender.name,
+        "exact": exact,
+        "share": share,
+        "compute_ratio": 1 / share,
+        "computed_steps": statistics.fmean(sample.computed for sample in samples),
+        "psnr": None if exact else statistics.fmean(min(sample.psnr, 100.0) for sample in samples),
+        "ssim": statistics.fmean(sample.ssim for sample in samples),
+        "speedup": statistics.median(sample.speedup for sample in samples),
+        "samples": [{key: value if value != float("inf") else None for key, value in asdict(one).items()} for one in samples],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What is measured: unpatched runs of several lengths, this library's settings, and the peers' that are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from sgl_diffusion_accel import apply_cache_dit
+
+from .peers import cache_dit, diffusers_caches
+from .settings import Setting, dbcache_settings, preset_settings
+
+OURS = "sgl-diffusion-accel"
+FEWER = "fewer steps"
+UNPATCHED = "unpatched"
+
+_SHORTER = (45, 40, 35, 30, 27, 25, 22, 20, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a pipeline.
+
+    Attributes:
+        family: Whose it is.
+        name: Which setting.
+        apply: Patches a pipeline until the context ends.
+        steps: Denoising steps, if fewer than the unpatched run's.
+    """
+
+    family: str
+    name: str
+    apply: Callable[[Any], AbstractContextManager[object]] = nullcontext
+    steps: int | None = None
+
+
+def contenders(model: str, steps: int) -> list[Contender]:
+    """All contenders for one miniature, the unpatched run first.
+
+    Args:
+        model: Name of the miniature.
+        steps: Denoising steps of a run.
+    """
+    found = [Contender(UNPATCHED, f"{steps} steps")]
+    found += [Contender(FEWER, f"{n} steps", steps=n) for n in _SHORTER if n < steps]
+    settings = dbcache_settings() + preset_settings()
+    found += [Contender(OURS, setting.name, partial(apply_ours, setting=setting)) for setting in settings]
+    if cache_dit.installed():
+        apply = partial(cache_dit.apply, steps=steps)
+        found += [Contender("cache-dit", setting.name, partial(apply, setting=setting)) for setting in settings]
+    for name, config in diffusers_caches.configs(model, steps):
+        found.append(Contender("diffusers", name, partial(diffusers_caches.apply, config=config)))
+    return found
+
+
+def apply_ours(pipe: Any, setting: Setting) -> AbstractContextManager[object]:
+    """Applies one setting of this library."""
+    return apply_cache_dit(
+        pipe,
+        fn_compute_blocks=setting.fn,
+        bn_compute_blocks=setting.bn,
+        max_warmup_steps=setting.warmup,
+        residual_diff_threshold=setting.threshold,
+        max_continuous_cached_steps=setting.continuous,
+        taylorseer_order=setting.order,
+        steps_mask=setting.preset,
+        steps_policy=setting.policy,
+    )

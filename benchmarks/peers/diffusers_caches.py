@@ -1,0 +1,79 @@
+"""The caches that diffusers brings along: FirstBlockCache, MagCache and TaylorSeer."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import torch
+
+from miniatures import call_kwargs, captions, load_miniature
+
+_CALIBRATION_SEED = 900
+
+
+def configs(model: str, steps: int) -> list[tuple[str, Any]]:
+    """Names and configs of what the installed diffusers offers, for one miniature."""
+    found: list[tuple[str, Any]] = []
+    if hasattr(diffusers, "FirstBlockCacheConfig"):
+        found += [
+            (f"FirstBlockCache, threshold {threshold:g}", diffusers.FirstBlockCacheConfig(threshold=threshold))
+            for threshold in (0.05, 0.1, 0.15, 0.2)
+        ]
+    if hasattr(diffusers, "MagCacheConfig"):
+        found += _mag_cache(model, steps)
+    if hasattr(diffusers, "TaylorSeerCacheConfig"):
+        found += [
+            (f"TaylorSeer, every {interval} steps, order {order}", _taylor_seer(interval, order))
+            for interval in (2, 3, 4, 5)
+            for order in (1, 2)
+        ]
+    return found
+
+
+@contextlib.contextmanager
+def apply(pipe: Any, config: Any) -> Iterator[None]:
+    """Enables one of diffusers' caches on the pipeline's transformer."""
+    pipe.transformer.enable_cache(config)
+    try:
+        yield
+    finally:
+        pipe.transformer.disable_cache()
+
+
+def _taylor_seer(interval: int, order: int) -> Any:
+    # Factors in the model's own precision, so that what is compared is the method and not its rounding to bfloat16.
+    # The lite mode predicts the output of the whole transformer; the other mode skips attention alone.
+    return diffusers.TaylorSeerCacheConfig(
+        cache_interval=interval, max_order=order, taylor_factors_dtype=torch.float32, use_lite_mode=True
+    )
+
+
+def _mag_cache(model: str, steps: int) -> list[tuple[str, Any]]:
+    ratios = mag_ratios(model, steps)
+    return [
+        (
+            f"MagCache, threshold {threshold:g}, at most {skips}",
+            diffusers.MagCacheConfig(
+                threshold=threshold, max_skip_steps=skips, num_inference_steps=steps, mag_ratios=list(ratios)
+            ),
+        )
+        for threshold, skips in ((0.06, 2), (0.06, 3), (0.12, 3), (0.24, 5))
+    ]
+
+
+def mag_ratios(model: str, steps: int) -> list[float]:
+    """Calibrates MagCache as its documentation says: one run in calibration mode, which prints the ratios."""
+    pipe = load_miniature(model)
+    call = call_kwargs(model, captions(model, 1, _CALIBRATION_SEED)[0], seed=_CALIBRATION_SEED, steps=steps)
+    printed = io.StringIO()
+    config = diffusers.MagCacheConfig(calibrate=True, num_inference_steps=steps)
+    with apply(pipe, config), contextlib.redirect_stdout(printed), torch.no_grad():
+        pipe(**call)
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
+    ratios: list[float] = ast.literal_eval(lines[0])
+    return ratios

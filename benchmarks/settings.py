@@ -1,0 +1,59 @@
+"""Cache settings that are measured, in one form for this library and for cache-dit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PRESETS = ("slow", "medium", "fast", "ultra")
+POLICIES = ("dynamic", "static")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of DBCache; the names are those of `apply_cache_dit`, the defaults SGLang's."""
+
+    fn: int = 1
+    bn: int = 0
+    warmup: int = 4
+    threshold: float = 0.24
+    continuous: int | None = 3
+    order: int = 0
+    preset: str | None = None
+    policy: str = "dynamic"
+
+    @property
+    def name(self) -> str:
+        """A short name, such as `F1 W4 MC3 R.24 TS1` or `fast, static, TS1`."""
+        order = f"TS{self.order}" if self.order else "reuse"
+        if self.preset:
+            return f"SCM {self.preset} {self.policy}, {order}"
+        limit = "" if self.continuous is None else f" MC{self.continuous}"
+        ends = f"F{self.fn}" + (f" B{self.bn}" if self.bn else "")
+        return f"{ends} W{self.warmup}{limit} R{self.threshold:g}, {order}".replace("R0.", "R.")
+
+
+def dbcache_settings() -> list[Setting]:
+    """SGLang's default and cache-dit's, and what a sweep of cache-dit's knobs found best at several costs."""
+    return [
+        Setting(order=0),
+        Setting(order=1),
+        Setting(order=2),
+        Setting(fn=8, warmup=8, threshold=0.08, continuous=None),
+        Setting(fn=8, warmup=8, threshold=0.08, continuous=None, order=1),
+        Setting(warmup=3, threshold=0.16, order=1),
+        Setting(warmup=3, threshold=0.16, order=2),
+        Setting(warmup=3, threshold=0.16, continuous=5, order=2),
+        Setting(warmup=3, threshold=0.16, continuous=8, order=2),
+        Setting(warmup=3, threshold=0.3, continuous=5, order=2),
+        Setting(warmup=3, threshold=0.3, continuous=8, order=1),
+    ]
+
+
+def preset_settings() -> list[Setting]:
+    """Every preset of the step computation mask, static and dynamic, with reuse and with first-order prediction."""
+    return [
+        Setting(preset=preset, policy=policy, order=order)
+        for preset in PRESETS
+        for policy in POLICIES
+        for order in (0, 1)
+    ]

@@ -1,0 +1,157 @@
+"""The miniatures: world, checker, checkpoints, and pipelines that show what their captions ask."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import miniatures
+from miniatures.check import renders, sample
+from miniatures.checker import accuracy, read
+from miniatures.checkpoint import FOLDER, read_card, read_weights
+from miniatures.forward import velocity
+from miniatures.latents import pack, unpack
+from miniatures.specs import SPECS
+from miniatures.world import CLIPS, PICTURES
+
+MEGABYTE = 2**20
+BLOCK_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks")
+
+
+def _run(name, **options):
+    pipe = miniatures.load_miniature(name)
+    given = miniatures.call_kwargs(name, miniatures.captions(name, 2, 7), steps=3, **options)
+    return miniatures.to_frames(name, pipe(**given))
+
+
+@pytest.fixture(params=miniatures.NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("world", [PICTURES, CLIPS], ids=["pictures", "clips"])
+def test_checker_reads_true_scenes(world):
+    wanted, frames = renders(world, 500, seed=3)
+    shares = accuracy(world, wanted, read(world, frames))
+    assert min(shares.values()) >= 0.99, shares
+
+
+def test_checker_does_not_read_noise_as_the_caption():
+    wanted, frames = renders(PICTURES, 200, seed=3)
+    noise = np.random.default_rng(0).random(frames.shape, dtype=np.float32)
+    assert accuracy(PICTURES, wanted, read(PICTURES, noise))["all"] < 0.05
+
+
+def test_world_is_the_same_for_the_same_seed_and_has_many_pictures_for_one_caption():
+    choices = PICTURES.parse("large red circle left").expand(8, 4)
+    first, again = (PICTURES.render(choices, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first[0] - first[1]).abs().max() > 0.1
+    assert first.abs().max() <= 1
+
+
+@pytest.mark.parametrize("caption", ["red circle", "large red circle up", "huge red circle left"])
+def test_a_caption_that_the_world_lacks_is_refused(caption):
+    with pytest.raises(ValueError, match="expected"):
+        miniatures.call_kwargs("qwen", caption)
+
+
+def test_captions_are_parsed_back(name):
+    world = SPECS[name].world
+    for caption in miniatures.captions(name, 20, 0):
+        assert world.caption(world.parse(caption)) == caption
+    assert miniatures.captions(name, 20, 0) == miniatures.captions(name, 20, 0)
+
+
+def test_packing_matches_the_pipelines():
+    pictures = torch.randn(2, 3, 1, 16, 16)
+    theirs = diffusers.FluxPipeline._pack_latents(pictures[:, :, 0], 2, 3, 16, 16)
+    assert torch.equal(pack(pictures), theirs)
+    assert torch.equal(unpack(pack(pictures)), pictures)
+
+
+def test_checkpoint_is_small_half_precision_and_deep(name):
+    assert (FOLDER / f"{name}.safetensors").stat().st_size <= 10 * MEGABYTE
+    assert {value.dtype for value in read_weights(name).values()} == {torch.float16}
+    transformer = miniatures.load_miniature(name).transformer
+    assert sum(len(getattr(transformer, blocks, ())) for blocks in BLOCK_LISTS) >= 12
+
+
+def test_card_agrees_with_the_weights_and_the_specs(name):
+    card, weights, spec = read_card(name), read_weights(name), SPECS[name]
+    assert (card["pipeline"], card["transformer"]) == (spec.pipeline, spec.transformer)
+    assert {key: tuple(v) if isinstance(v, list) else v for key, v in card["config"].items()} == dict(spec.config)
+    assert card["scheduler"] == dict(spec.scheduler)
+    assert [tuple(slot) for slot in card["words"]] == list(spec.world.slots)
+    assert weights["words.weight"].shape[0] == len(spec.world.words) + 1
+    assert len(card["loss_curve"]) <= 200
+    assert card["loss_curve"][-1][1] < card["loss_curve"][0][1] / 5
+
+
+def test_card_reports_the_checker(name):
+    check = read_card(name)["check"]
+    assert check["samples"] >= 200
+    assert min(check["shows"]["colour"], check["shows"]["size"]) >= 0.95
+
+
+def test_pipeline_is_of_the_real_classes_and_deterministic(name):
+    pipe = miniatures.load_miniature(name)
+    assert type(pipe) is getattr(diffusers, SPECS[name].pipeline)
+    assert type(pipe.transformer) is getattr(diffusers, SPECS[name].transformer)
+    assert not pipe.transformer.training
+    first, again = _run(name, seed=1), _run(name, seed=1)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, _run(name, seed=2))
+    assert first.shape == (2, SPECS[name].world.frames, 16, 16, 3)
+    assert first.dtype == np.float32
+    assert 0 <= first.min() <= first.max() <= 1
+
+
+def test_training_calls_the_transformer_as_the_pipeline_does(name):
+    pipe, calls = miniatures.load_miniature(name), []
+    pipe.transformer.register_forward_hook(lambda _, args, given, out: calls.append((given, out[0])), with_kwargs=True)
+    pipe(**miniatures.call_kwargs(name, miniatures.captions(name, 2, 0), steps=2))
+    given, theirs = calls[0]
+    sigma = given["timestep"] / SPECS[name].timestep_scale
+    assert sigma[0] == pytest.approx(1.0)
+    ours = velocity(SPECS[name], pipe.transformer, given["hidden_states"], sigma, given["encoder_hidden_states"])
+    assert torch.equal(ours, theirs)
+
+
+def test_a_batch_starts_from_the_noise_of_its_single_runs(name):
+    batch = miniatures.call_kwargs(name, miniatures.captions(name, 2, 0), seed=4)["latents"]
+    single = miniatures.call_kwargs(name, miniatures.captions(name, 1, 0), seed=5)["latents"]
+    assert torch.equal(batch[1:], single)
+
+
+@pytest.mark.parametrize("name", ["wan", "qwen"])
+def test_guidance_one_leaves_the_empty_caption_out(name):
+    given = miniatures.call_kwargs(name, "small red ring left", guidance=1.0)
+    assert "negative_prompt_embeds" not in given
+
+
+def test_half_precision_runs(name):
+    pipe = miniatures.load_miniature(name, dtype=torch.bfloat16)
+    given = miniatures.call_kwargs(name, miniatures.captions(name, 1, 0), steps=2, dtype=torch.bfloat16)
+    assert np.isfinite(miniatures.to_frames(name, pipe(**given))).all()
+
+
+def test_unknown_name_and_scheduler_are_refused():
+    with pytest.raises(ValueError, match="wan, qwen, flux"):
+        miniatures.load_miniature("sora")
+    with pytest.raises(ValueError, match="euler, unipc"):
+        miniatures.load_miniature("wan", scheduler="ddim")
+    with pytest.raises(ValueError, match="euler"):
+        miniatures.load_miniature("flux", scheduler="unipc")
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [("wan", "euler"), ("wan", "unipc"), ("qwen", "euler"), ("flux", "euler")]
+)
+def test_samples_show_what_their_captions_ask(name, scheduler):
+    wanted = miniatures.captions(name, 12, 11)
+    pipe = miniatures.load_miniature(name, scheduler=scheduler)
+    shares = accuracy(SPECS[name].world, wanted, read(SPECS[name].world, sample(pipe, name, wanted, steps=16)))
+    assert min(shares["colour"], shares["size"]) >= 0.9, shares
