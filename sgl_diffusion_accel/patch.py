@@ -5,7 +5,7 @@ A patch is data: a list of interceptions, undone last in, first out. Undoing twi
 
 from __future__ import annotations
 
-import logging
+import weakref
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -14,8 +14,6 @@ from torch import nn
 from sgl_diffusion_accel.errors import ConfigTypeError
 from sgl_diffusion_accel.intercept import Handler, intercept, release, slot_of
 from sgl_diffusion_accel.targets import unwrap
-
-logger = logging.getLogger(__name__)
 
 
 class Patch:
@@ -30,7 +28,8 @@ class Patch:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._interceptions: list[nn.Module] = []
+        # Weak: a patch that is kept, or that a module's handlers know, must not keep the model's memory.
+        self._interceptions: list[weakref.ref[nn.Module]] = []
         self._undone = False
 
     @property
@@ -41,7 +40,7 @@ class Patch:
     def intercept(self, module: nn.Module, handler: Handler) -> None:
         """Puts `handler` in front of `module` as part of this patch."""
         intercept(module, self.kind, handler)
-        self._interceptions.append(module)
+        self._interceptions.append(weakref.ref(module))
 
     def remove(self) -> None:
         """Undoes everything that this patch did, newest first. A second call does nothing."""
@@ -49,7 +48,9 @@ class Patch:
             return
         self._undone = True
         while self._interceptions:
-            release(self._interceptions.pop(), self.kind)
+            module = self._interceptions.pop()()
+            if module is not None:
+                release(module, self.kind)
         self._on_removed()
 
     def _on_removed(self) -> None:

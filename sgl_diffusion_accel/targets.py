@@ -37,7 +37,11 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
             f"expected a diffusers pipeline or its transformer, got {type(pipe).__name__}. "
             "Type: apply_cache_dit(pipe) or apply_cache_dit(pipe.transformer)."
         )
-    found = {name: unwrap(components[name]) for name in TRANSFORMERS if isinstance(components.get(name), nn.Module)}
+    found: dict[str, nn.Module] = {}
+    for name in TRANSFORMERS:
+        part = components.get(name)
+        if isinstance(part, nn.Module) and unwrap(part) not in found.values():
+            found[name] = unwrap(part)
     if not found:
         modules = [name for name, part in components.items() if isinstance(part, nn.Module)]
         raise UnsupportedModelError(

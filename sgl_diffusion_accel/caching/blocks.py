@@ -11,25 +11,25 @@ from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
-class BlockList:
-    """One list of transformer blocks that are called one after the other.
+class ListSpan:
+    """One list of transformer blocks that are called one after the other, and what of it is skipped.
 
     Attributes:
         name: The attribute under which the transformer holds it.
-        blocks: The blocks.
+        count: Number of its blocks.
         start: Index of the first block of the span, which is skipped as a whole.
         end: Index behind the last block of the span; `start == end` when nothing of this list is skipped.
     """
 
     name: str
-    blocks: tuple[nn.Module, ...]
-    start: int = 0
-    end: int = 0
+    count: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The block lists of a transformer, divided.
+    """The block lists of a transformer, divided. It holds no module: a cache must not keep a model alive.
 
     Attributes:
         lists: In the order in which they run.
@@ -37,14 +37,14 @@ class Layout:
         bn: Number of last blocks that are always computed (the tail).
     """
 
-    lists: tuple[BlockList, ...]
+    lists: tuple[ListSpan, ...]
     fn: int
     bn: int
 
     @property
     def total(self) -> int:
         """Number of blocks in all lists."""
-        return sum(len(blocks.blocks) for blocks in self.lists)
+        return sum(blocks.count for blocks in self.lists)
 
     @property
     def skippable(self) -> int:
@@ -52,14 +52,14 @@ class Layout:
         return sum(blocks.end - blocks.start for blocks in self.lists)
 
 
-def find_block_lists(transformer: nn.Module) -> tuple[BlockList, ...]:
+def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     """Finds the lists of blocks that a transformer runs one after the other.
 
     Args:
         transformer: A diffusion transformer.
 
     Returns:
-        The lists, in the order in which the model defines them.
+        Attribute name to blocks, in the order in which the model defines the lists.
 
     Raises:
         UnsupportedModelError: There are none, or the model is known not to work.
@@ -68,11 +68,11 @@ def find_block_lists(transformer: nn.Module) -> tuple[BlockList, ...]:
     odd = ODD_MODELS.get(name, OddModel())
     if odd.refuse:
         raise UnsupportedModelError(f"{name} cannot be cached: {odd.refuse}.")
-    lists = tuple(
-        BlockList(child_name, tuple(child))
+    lists = {
+        child_name: tuple(child)
         for child_name, child in transformer.named_children()
         if isinstance(child, nn.ModuleList) and child_name not in AUXILIARY_LISTS and _are_blocks(child)
-    )
+    }
     if not lists:
         seen = [child_name for child_name, _ in transformer.named_children()]
         raise UnsupportedModelError(
@@ -106,29 +106,27 @@ def divide(transformer: nn.Module, fn: int, bn: int) -> Layout:
         UnsupportedModelError: See `find_block_lists`.
     """
     name = type(transformer).__name__
-    lists = find_block_lists(transformer)
-    sizes = ", ".join(f"{blocks.name}: {len(blocks.blocks)}" for blocks in lists)
-    total = sum(len(blocks.blocks) for blocks in lists)
+    counts = {list_name: len(blocks) for list_name, blocks in find_block_lists(transformer).items()}
+    sizes = ", ".join(f"{list_name}: {count}" for list_name, count in counts.items())
+    first, last, total = next(iter(counts)), list(counts)[-1], sum(counts.values())
     if fn + bn >= total:
         raise ConfigError(
             f"fn_compute_blocks={fn} and bn_compute_blocks={bn} leave none of the {total} blocks of {name} to skip "
             f"({sizes}). Allowed: fn_compute_blocks + bn_compute_blocks <= {total - 1}."
         )
-    if fn > len(lists[0].blocks):
+    if fn > counts[first]:
         raise ConfigError(
             f"fn_compute_blocks={fn} reaches beyond the first block list of {name} ({sizes}). "
-            f"Allowed: 0 to {len(lists[0].blocks)}."
+            f"Allowed: 0 to {counts[first]}."
         )
     limit = ODD_MODELS.get(name, OddModel()).max_bn
-    most = len(lists[-1].blocks) if limit is None else limit
+    most = counts[last] if limit is None else limit
     if bn > most:
         raise ConfigError(
             f"bn_compute_blocks={bn} is more than the last block list of {name} allows ({sizes}). Allowed: 0 to {most}."
         )
-    return Layout(tuple(_with_span(blocks, lists, fn, bn) for blocks in lists), fn, bn)
-
-
-def _with_span(blocks: BlockList, lists: tuple[BlockList, ...], fn: int, bn: int) -> BlockList:
-    start = fn if blocks is lists[0] else 0
-    end = len(blocks.blocks) - (bn if blocks is lists[-1] else 0)
-    return BlockList(blocks.name, blocks.blocks, start, end)
+    spans = (
+        ListSpan(list_name, count, fn if list_name == first else 0, count - (bn if list_name == last else 0))
+        for list_name, count in counts.items()
+    )
+    return Layout(tuple(spans), fn, bn)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from sgl_diffusion_accel.caching import report
+from sgl_diffusion_accel.caching.blocks import find_block_lists
 from sgl_diffusion_accel.caching.call import CachedModel, Parts
 from sgl_diffusion_accel.caching.engine import BlockHandler, Controller, Session
 from sgl_diffusion_accel.caching.stats import Stats
@@ -41,8 +42,8 @@ class CachePatch(Patch):
         """Puts the cache on one transformer."""
         controller = Controller(self, CachedModel(name, transformer, parts), self._session)
         self.intercept(transformer, controller)
-        for list_index, blocks in enumerate(parts.layout.lists):
-            for index, block in enumerate(blocks.blocks):
+        for list_index, blocks in enumerate(find_block_lists(transformer).values()):
+            for index, block in enumerate(blocks):
                 self.intercept(block, BlockHandler(controller, list_index, index))
 
     def _on_removed(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion_accel.caching.blocks import Layout
+from sgl_diffusion_accel.caching.blocks import Layout, find_block_lists
 from sgl_diffusion_accel.caching.history import History, Residuals
 from sgl_diffusion_accel.caching.loop import Run
 from sgl_diffusion_accel.caching.parallel import signal_reduction
@@ -88,10 +88,8 @@ class CachedModel:
         self.name = name
         self.parts = parts
         self.wirings = [
-            Wiring(
-                list(inspect.signature(blocks.blocks[0].forward).parameters), f"{type(module).__name__}.{blocks.name}"
-            )
-            for blocks in parts.layout.lists
+            Wiring(list(inspect.signature(blocks[0].forward).parameters), f"{type(module).__name__}.{list_name}")
+            for list_name, blocks in find_block_lists(module).items()
         ]
         self.forms: dict[tuple[int, bool], Callable[[list[Any]], Any]] = {}
 
@@ -176,6 +174,13 @@ class TransformerCall:
             time = self.run.sigmas()[self._position.step]
         for list_index, residuals in self._residuals.items():
             branch.histories.setdefault(list_index, History(branch.depth)).append(time, residuals)
+
+    def abandon(self) -> None:
+        """Lets go of all tensors: the call failed, and its traceback may keep this object for long."""
+        self._branch.forget(())
+        for kept in (self._previous, self._inputs, self._residuals, self._skipped):
+            kept.clear()
+        self._head = self._signal = None
 
     def _decide(self, call: Call) -> Decision:
         branch, policy = self._branch, self._parts.policy

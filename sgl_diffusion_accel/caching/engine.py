@@ -82,6 +82,7 @@ class Controller(PatchHandler):
         self._threads.current = None
         if token is not None:
             self._session.runs.discard(token.run)
+            token.abandon()
 
 
 class BlockHandler(PatchHandler):

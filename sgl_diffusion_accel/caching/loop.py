@@ -57,6 +57,7 @@ def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         The position as the pipeline tells it, or None for a call that belongs to no known loop.
     """
     frame: FrameType | None = sys._getframe(1)
+    fallback: tuple[Any, LoopCall] | None = None
     while frame is not None:
         code = frame.f_code
         interesting = _interesting.get(code)
@@ -64,11 +65,14 @@ def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             interesting = _interesting[code] = _may_be_loop(code)
         if interesting:
             with _Locals(frame) as local:
-                call = _read(local, module, args, kwargs)
-            if call is not None:
-                return call
+                pipeline = _pipeline_of(local)
+                call = _read(pipeline, local, module, args, kwargs) if pipeline is not None else None
+            if call is not None and (fallback is None or pipeline is fallback[0]):
+                if call.step is not None and call.owner is not None:
+                    return call
+                fallback = fallback or (pipeline, call)  # a helper of the pipeline: its caller may tell more
         frame = frame.f_back
-    return None
+    return fallback[1] if fallback else None
 
 
 _interesting: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()
@@ -102,34 +106,32 @@ class _Locals:
 _OPTIMIZED = 0x0001  # the code object of a function, whose locals are not the mapping itself
 
 
+def _pipeline_of(local: Mapping[str, Any]) -> Any:
+    """The pipeline to which a frame belongs; a modular one is handed on as `components` beside its `block_state`."""
+    from diffusers import DiffusionPipeline
+
+    if isinstance(local.get("self"), DiffusionPipeline):
+        return local["self"]
+    return local.get("components") if hasattr(local.get("block_state"), "timesteps") else None
+
+
 def _read(
-    local: Mapping[str, Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    pipeline: Any, local: Mapping[str, Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> LoopCall | None:
-    state = local.get("block_state")  # a modular pipeline keeps its loop's variables there
-    if state is not None and hasattr(state, "timesteps"):
-        pipeline, timesteps, owner = local.get("components"), state.timesteps, state
-    elif _is_pipeline(local.get("self")):
-        pipeline = local["self"]
-        timesteps = local.get("timesteps")
-        if not _is_timesteps(timesteps):
-            timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
-        owner = next((local[name] for name in _PROGRESS_BARS if local.get(name) is not None), None)
-    else:
-        return None
+    scheduler = getattr(pipeline, "scheduler", None)
+    state = local.get("block_state")
+    timesteps = local.get("timesteps") if state is None else state.timesteps
+    if not _is_timesteps(timesteps):
+        timesteps = getattr(scheduler, "timesteps", None)
     if not _is_timesteps(timesteps):
         return None
+    owner = state or next((local[name] for name in _PROGRESS_BARS if local.get(name) is not None), None)
     context = cache_context_of(module)
     step = context[1].get("step_index") if context else None
     if step is None and type(local.get("i")) is int:
         step = local["i"]
     branch = context[0].removeprefix("pred_") if context else _branch_by_name(local, args, kwargs)
-    return LoopCall(getattr(pipeline, "scheduler", None), timesteps, owner, step, local.get("t"), branch)
-
-
-def _is_pipeline(candidate: object) -> bool:
-    from diffusers import DiffusionPipeline
-
-    return isinstance(candidate, DiffusionPipeline)
+    return LoopCall(scheduler, timesteps, owner, step, local.get("t"), branch)
 
 
 def _is_timesteps(candidate: object) -> TypeGuard[Tensor]:

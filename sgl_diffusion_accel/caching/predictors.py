@@ -77,6 +77,8 @@ class Taylor(Predictor):
     def weights(self, times: Sequence[float], target: float) -> tuple[float, ...]:
         """Expands the backward differences into weights on the residuals."""
         count = min(len(times), self.depth)
+        # Two steps at one time (a scheduler may repeat a sigma) have no slope: only what is newer is used.
+        count = next((i for i in range(1, count) if times[i] == times[i - 1]), count)
         # derivatives[j][i]: weight of the residual at times[i] in the current derivative at times[j]
         derivatives = [[float(i == j) for i in range(len(times))] for j in range(count)]
         result = list(derivatives[0])

@@ -1,0 +1,95 @@
+"""Whether a run is what it would be on a pipeline that never ran before."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from zoo import Family
+
+from .caches import Apply, skips_some
+
+
+class Interrupted(Exception):
+    """Raised on purpose in the middle of a run."""
+
+
+def fresh_output(family: Family, apply: Apply, **kw: Any) -> torch.Tensor:
+    """The output of a first run on a new, patched pipeline; its cache must have skipped something."""
+    pipe = family.make()
+    patch = apply(pipe)
+    output = family.run(pipe, **kw)
+    assert skips_some(patch), f"the cache skips nothing on {family.name}, so there is nothing to see"
+    return output
+
+
+def check_unaffected(family: Family, apply: Apply, disturb: Callable[[Any], None], **kw: Any) -> None:
+    """Asserts that what happened before a run does not change it, nor keeps memory.
+
+    Args:
+        family: The pipeline's family.
+        apply: Applies the cache.
+        disturb: Does something to the patched pipeline, such as a run that fails.
+        **kw: The run to be compared, as for `Family.call`.
+    """
+    expected = fresh_output(family, apply, **kw)
+    pipe = family.make()
+    patch = apply(pipe)
+    disturb(pipe)
+    gc.collect()
+    assert patch.held_bytes() == 0, "tensors of a run that is over are still held"
+    assert torch.equal(family.run(pipe, **kw), expected)
+
+
+def failing_at(family: Family, pipe: Any, place: str, error: type[BaseException], at: int = 2) -> None:
+    """Runs the pipeline, with an error at one of its steps.
+
+    Args:
+        family: The pipeline's family.
+        pipe: The pipeline, left as it was but for the run.
+        place: `"block"`, `"scheduler"` or `"callback"`.
+        error: What is raised.
+        at: At which step.
+    """
+    calls = 0
+
+    def raises(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > at:
+            raise error("on purpose")
+        return args[3] if place == "callback" else None
+
+    with pytest.raises(error, match="on purpose"):
+        if place == "callback":
+            family.run(pipe, seed=5, callback_on_step_end=raises)
+        elif place == "block":
+            # the first block runs at every step
+            with pipe.transformer.get_submodule(f"{family.block_lists[0]}.0").register_forward_hook(raises):
+                family.run(pipe, seed=5)
+        else:
+            with _scheduler_step(pipe.scheduler, raises):
+                family.run(pipe, seed=5)
+
+
+class _scheduler_step:
+    """Runs something before each step of one scheduler instance."""
+
+    def __init__(self, scheduler: Any, before: Callable[[], Any]) -> None:
+        self._scheduler, self._before = scheduler, before
+
+    def __enter__(self) -> None:
+        original = self._scheduler.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._before()
+            return original(*args, **kwargs)
+
+        self._scheduler.step = step
+
+    def __exit__(self, *_: object) -> None:
+        del self._scheduler.step
