@@ -9,6 +9,7 @@ that `torch.compile` sees one type for all the blocks of a model and recompiles 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -63,10 +64,17 @@ class Slot:
         self.handlers = tuple(reversed(self.kinds.values()))
 
 
+_REASON = (
+    "sgl_diffusion_accel decides at each step whether this block runs, which one graph of the whole transformer cannot "
+    "hold. Compile the blocks instead: pipe.transformer.compile_repeated_blocks(fullgraph=True)"
+)
+
+
 def _eager(function: Callable[..., Any], recursive: bool = True) -> Callable[..., Any]:
     """Keeps `torch.compile` of a whole transformer out of a function and, if recursive, of what it calls."""
     disable: Any = torch.compiler.disable
-    wrapped: Callable[..., Any] = disable(function, recursive=recursive)
+    reason = {"reason": _REASON} if "reason" in inspect.signature(disable).parameters else {}  # torch 2.7 and newer
+    wrapped: Callable[..., Any] = disable(function, recursive=recursive, **reason)
     return wrapped
 
 

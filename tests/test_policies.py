@@ -40,11 +40,12 @@ def simulate(changes, *, threshold, warmup, interval, continuous, cached, accumu
             verdict = (True, False)
         elif static:
             verdict = (False, False)
-        elif step < warmup and step % interval == 0:
-            verdict = (True, False)
-        elif threshold == 0 or (continuous is not None and since >= continuous):
-            verdict = (True, False)
-        elif cached is not None and computed.count(False) >= cached:
+        elif (
+            (step < warmup and step % interval == 0)
+            or threshold == 0
+            or (continuous is not None and since >= continuous)
+            or (cached is not None and computed.count(False) >= cached)
+        ):
             verdict = (True, False)
         else:
             over = not math.isfinite(change) or change >= threshold
@@ -166,8 +167,8 @@ def test_accumulated_change_starts_over_at_each_computed_step():
 
 def test_tally_counts_what_was_decided():
     tally = Tally()
-    for decision in (Decision(True, ""), Decision(False, "", 0.25), Decision(False, "", None), Decision(False, "", 0.5)):
-        tally = tally.after(decision)
+    for change in (0.25, None, 0.5):
+        tally = tally.after(Decision(False, "", change))
     assert tally == Tally(cached=3, consecutive=3, accumulated=0.75)
     assert tally.after(Decision(True, "")) == Tally(cached=3, consecutive=0, accumulated=0.0)
 

@@ -1,0 +1,143 @@
+"""DBCache with a fixed mask, written down a second time with plain hooks, gives the same output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from invariants.families import present
+from sgl_diffusion_accel import apply_cache_dit
+from zoo import Family
+
+MASK = [1, 1, 0, 0, 1, 0, 0, 1]
+FN, BN = 1, 1
+
+
+class Reference:
+    """All blocks run at every step; at a skipped one the span's last block gets another output.
+
+    `streams` names the argument that each output of a block continues.
+    """
+
+    def __init__(self, lists: list[Any], streams: tuple[str, ...], branches: int, order: int) -> None:
+        self.streams, self.branches, self.order = streams, branches, order
+        self.calls = -1
+        self.inputs: dict[int, list[torch.Tensor]] = {}
+        self.kept: dict[tuple[int, int], list[tuple[int, list[torch.Tensor]]]] = {}
+        for index, blocks in enumerate(lists):
+            start = FN if index == 0 else 0
+            end = len(blocks) - (BN if index == len(lists) - 1 else 0)
+            blocks[start].register_forward_pre_hook(
+                lambda module, args, kwargs, i=index: self.enter(i, args, kwargs), with_kwargs=True
+            )
+            blocks[end - 1].register_forward_hook(lambda module, args, output, i=index: self.leave(i, output))
+
+    def enter(self, index: int, args: Any, kwargs: Any) -> None:
+        self.calls += index == 0
+        self.inputs[index] = [kwargs[name] if name in kwargs else args[0] for name in self.streams]
+
+    def leave(self, index: int, output: Any) -> Any:
+        step, branch = divmod(self.calls, self.branches)
+        kept, inputs = self.kept.setdefault((index, branch), []), self.inputs[index]
+        outputs = output if isinstance(output, tuple) else (output,)
+        if MASK[step]:
+            kept.append((step, [after - before for after, before in zip(outputs, inputs, strict=True)]))
+            return output
+        newest, last = kept[-1]
+        predicted = last
+        if self.order == 1 and len(kept) > 1:
+            older, other = kept[-2]
+            k = (step - newest) / (newest - older)
+            predicted = [a + k * (a - b) for a, b in zip(last, other, strict=True)]
+        told = tuple(before + residual for before, residual in zip(inputs, predicted, strict=True))
+        return told if isinstance(output, tuple) else told[0]
+
+
+def lists_of(family: Family, pipe: Any) -> list[Any]:
+    return [getattr(pipe.transformer, name) for name in family.block_lists]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "streams"), [("wan", ("hidden_states",)), ("flux", ("encoder_hidden_states", "hidden_states"))]
+)
+def test_fixed_mask_equals_the_reference(name: str, streams: tuple[str, ...], order: int) -> None:
+    family = present(name)
+    plain = family.make()
+    unpatched = family.run(plain, steps=len(MASK))
+    Reference(lists_of(family, plain), streams, len(family.branches), order)
+    expected = family.run(plain, steps=len(MASK))
+    assert not torch.allclose(expected, unpatched, atol=1e-2)
+
+    pipe = family.make()
+    patch = apply_cache_dit(
+        pipe,
+        fn_compute_blocks=FN,
+        bn_compute_blocks=BN,
+        steps_mask=MASK,
+        steps_policy="static",
+        taylorseer_order=order,
+    )
+    torch.testing.assert_close(family.run(pipe, steps=len(MASK)), expected, rtol=0, atol=1e-5)
+    for branch in patch.stats.runs[-1].branches.values():
+        assert branch.computed == tuple(map(bool, MASK))
+
+
+class Dynamic(Reference):
+    """The threshold decides, on the relative L1 change of what the first block adds to the hidden states."""
+
+    threshold, warmup, longest = 0.3, 2, 2
+
+    def __init__(self, lists: list[Any], streams: tuple[str, ...], branches: int) -> None:
+        super().__init__(lists, streams, branches, order=0)
+        self.signals: dict[int, torch.Tensor] = {}
+        self.run_of_skips: dict[int, int] = {}
+        self.decisions: dict[int, list[bool]] = {}
+        lists[0][0].register_forward_hook(self.decide, with_kwargs=True)
+
+    def decide(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        step, branch = divmod(self.calls + 1, self.branches)
+        hidden = self.streams.index("hidden_states")
+        before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        signal = (output[hidden] if isinstance(output, tuple) else output) - before
+        compute = step < self.warmup or self.run_of_skips[branch] >= self.longest
+        if not compute:
+            last = self.signals[branch]
+            compute = ((signal - last).abs().mean() / last.abs().mean()).item() >= self.threshold
+        if compute:
+            self.signals[branch] = signal
+        self.run_of_skips[branch] = 0 if compute else self.run_of_skips[branch] + 1
+        self.decisions.setdefault(branch, []).append(compute)
+        MASK[step] = int(compute)
+
+
+@pytest.mark.parametrize(
+    ("name", "streams"), [("wan", ("hidden_states",)), ("flux", ("encoder_hidden_states", "hidden_states"))]
+)
+def test_threshold_equals_the_reference(
+    name: str, streams: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 16
+    monkeypatch.setitem(globals(), "MASK", [1] * steps)
+    family = present(name)
+    plain = family.make()
+    reference = Dynamic(lists_of(family, plain), streams, len(family.branches))
+    expected = family.run(plain, steps=steps)
+
+    pipe = family.make()
+    patch = apply_cache_dit(
+        pipe,
+        fn_compute_blocks=FN,
+        bn_compute_blocks=BN,
+        residual_diff_threshold=Dynamic.threshold,
+        max_warmup_steps=Dynamic.warmup,
+        max_continuous_cached_steps=Dynamic.longest,
+    )
+    output = family.run(pipe, steps=steps)
+    decisions = [list(branch.computed) for branch in patch.stats.runs[-1].branches.values()]
+    assert decisions == list(reference.decisions.values())
+    assert "change over threshold" in {r for b in patch.stats.runs[-1].branches.values() for r in b.reasons[2:]}
+    assert any(not compute for branch in decisions for compute in branch)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
