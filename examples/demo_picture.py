@@ -2,103 +2,142 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure, SubFigure
-
-from benchmarks.metrics import Frames
+from matplotlib.figure import Figure
 
 from .demo_results import Result, Run
 
 # Blue for computed, pale for skipped: apart in lightness too, so that they are told apart in grey and with any eyes.
-COMPUTED, SKIPPED, INK, FAINT = "#0072B2", "#DDE3E8", "#1F2933", "#61707D"
+COMPUTED, SKIPPED, INK, FAINT = "#0072B2", "#DCE2E7", "#1F2933", "#61707D"
 _GAP = 1
-_TILES = 3
+_ACROSS = 3
+_MOST_ROWS = 4
+
+# Inches.
+_COLUMN, _MARGIN = 2.55, 0.3
+_HEAD, _LABEL, _MAP, _FOOT = 0.5, 0.55, 0.3, 0.45
 
 
 def draw(results: list[Result], titles: dict[str, str], path: Path) -> None:
     """Draws all models below each other.
+
+    For each model: the unpatched samples and, beside them, those of every setting; below these, which steps were
+    computed; below that, what an unpatched run shows with as many steps as the setting costs.
 
     Args:
         results: One a model.
         titles: Title of each model, by its name.
         path: PNG to write.
     """
-    style = {"font.size": 10, "font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": FAINT}
+    style = {"font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "figure.facecolor": "white"}
+    heights = [2 * (_LABEL + _sheet_inches(result)) + _HEAD + _MAP + _FOOT for result in results]
+    width = (1 + len(results[0].cached)) * (_COLUMN + _MARGIN) + 2 * _MARGIN
     with mpl.rc_context(style):
-        columns = 1 + len(results[0].cached)
-        figure = Figure(figsize=(2.9 * columns, 6.6 * len(results) + 0.4), dpi=110, layout="constrained", facecolor="w")
-        parts = np.atleast_1d(figure.subfigures(len(results), 1, hspace=0.04))
-        for part, result in zip(parts, results, strict=True):
-            _draw_model(part, result, titles[result.model])
+        figure = Figure(figsize=(width, sum(heights) + _MARGIN), dpi=120)
+        top = figure.get_figheight() - _MARGIN / 2
+        for result, height in zip(results, heights, strict=True):
+            _draw_model(Page(figure, top), result, titles[result.model])
+            top -= height
         figure.savefig(path)
 
 
-def _draw_model(part: SubFigure, result: Result, title: str) -> None:
-    part.suptitle(f"{title}, {result.steps} steps", x=0.01, ha="left", fontsize=14, weight="bold")
-    columns = 1 + len(result.cached)
-    axes = part.subplots(3, columns, height_ratios=(10, 1.6, 10), squeeze=False)
-    _draw_tiles(axes[0, 0], result.unpatched, "unpatched", "")
-    _draw_steps(axes[1, 0], result.unpatched[0], result.steps)
-    _draw_captions(axes[2, 0], result)
-    for column, name in enumerate(result.cached, start=1):
-        _draw_tiles(axes[0, column], result.cached[name], name, _numbers(result, result.cached[name]))
-        _draw_steps(axes[1, column], result.cached[name][0], result.steps)
-        steps = result.row(result.fewer[name]).steps
-        numbers = _numbers(result, result.fewer[name])
-        _draw_tiles(axes[2, column], result.fewer[name], f"simply {steps:.0f} steps, no cache", numbers)
+@dataclass(frozen=True)
+class Page:
+    """A part of the figure, measured in inches from its upper left corner.
+
+    Attributes:
+        figure: What is drawn on.
+        top: Inches from the figure's lower edge.
+    """
+
+    figure: Figure
+    top: float
+
+    def axes(self, column: int, down: float, height: float) -> Axes:
+        """Axes of one column."""
+        wide, high = self.figure.get_size_inches()
+        left = _MARGIN + column * (_COLUMN + _MARGIN)
+        return self.figure.add_axes((left / wide, (self.top - down - height) / high, _COLUMN / wide, height / high))
+
+    def text(self, column: int, down: float, text: str, **style: Any) -> None:
+        """Text in one column, its first line below `down`."""
+        wide, high = self.figure.get_size_inches()
+        left = _MARGIN + column * (_COLUMN + _MARGIN)
+        self.figure.text(left / wide, (self.top - down) / high, text, va="top", **style)
+
+
+def _draw_model(page: Page, result: Result, title: str) -> None:
+    page.text(0, 0, f"{title}, {result.steps} steps", fontsize=14, weight="bold")
+    sheet = _sheet_inches(result)
+    steps_down = _HEAD + _LABEL + sheet + 0.08
+    fewer_down = steps_down + _MAP + 0.3
+    _draw_samples(page, 0, _HEAD, "unpatched", f"{result.steps} steps, two calls each", result.unpatched)
+    _draw_captions(page, fewer_down, result)
+    for column, (name, runs) in enumerate(result.cached.items(), start=1):
+        fewer = result.fewer[name]
+        _draw_samples(page, column, _HEAD, name, _numbers(result, runs), runs)
+        _draw_steps(page, column, steps_down, runs[0])
+        label = f"the same cost: {result.row(fewer).steps:.0f} steps, no cache"
+        _draw_samples(page, column, fewer_down, label, _numbers(result, fewer), fewer)
 
 
 def _numbers(result: Result, runs: list[Run]) -> str:
     row = result.row(runs)
-    return f"{row.speedup:.1f}× faster · {row.psnr:.1f} dB"
+    return f"{row.speedup:.1f}× faster,  {row.psnr:.1f} dB"
 
 
-def _draw_tiles(axes: Axes, runs: list[Run], name: str, numbers: str) -> None:
-    axes.imshow(tiles([run.frames for run in runs]), interpolation="nearest")
-    axes.set_title(name, loc="left", fontsize=11, weight="bold", pad=20 if numbers else 6)
-    if numbers:
-        axes.text(0, 1.025, numbers, transform=axes.transAxes, fontsize=10, color=FAINT, va="bottom")
+def _draw_samples(page: Page, column: int, down: float, name: str, numbers: str, runs: list[Run]) -> None:
+    page.text(column, down, name, fontsize=10.5, weight="bold")
+    page.text(column, down + 0.24, numbers, color=FAINT)
+    sheet = tiles(runs)
+    axes = page.axes(column, down + _LABEL - 0.08, _COLUMN * sheet.shape[0] / sheet.shape[1])
+    axes.imshow(sheet, interpolation="nearest", aspect="auto")
     axes.axis("off")
 
 
-def _draw_steps(axes: Axes, run: Run, steps: int) -> None:
-    computed = np.array([record for record in run.computed.values()], dtype=float)
+def _draw_steps(page: Page, column: int, down: float, run: Run) -> None:
+    axes = page.axes(column, down, _MAP)
+    computed = np.array(list(run.computed.values()), dtype=float)
     colours = ListedColormap([SKIPPED, COMPUTED])
-    axes.pcolormesh(computed[::-1], cmap=colours, vmin=0, vmax=1, edgecolors="w", linewidth=0.6)
-    done = computed.mean(axis=0).sum()
-    axes.set_xlabel(f"{done:.0f} of {steps} steps computed", loc="left", color=COMPUTED, fontsize=9)
-    branches = list(run.computed)[::-1]
-    axes.set_yticks(np.arange(len(branches)) + 0.5, branches, fontsize=8)
-    axes.set_xticks([])
-    axes.tick_params(length=0, colors=FAINT)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _draw_captions(axes: Axes, result: Result) -> None:
-    lines = [f"{index}  {caption}" for index, caption in enumerate(result.captions, start=1)]
-    axes.text(0, 1, "asked for", weight="bold", fontsize=11, va="bottom", transform=axes.transAxes)
-    axes.text(0, 0.96, "\n".join(lines), va="top", fontsize=9, linespacing=1.7, transform=axes.transAxes)
+    axes.pcolormesh(computed[::-1], cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.7)
     axes.axis("off")
+    done = computed.mean(axis=0).sum()
+    page.text(column, down + _MAP + 0.03, f"{done:.0f} of {computed.shape[1]} steps computed", color=COMPUTED)
 
 
-def tiles(samples: list[Frames]) -> npt.NDArray[np.float32]:
-    """Samples as one picture: clips below each other, their frames side by side; pictures three in a row.
+def _draw_captions(page: Page, down: float, result: Result) -> None:
+    lines = [f"{index}.  {caption}" for index, caption in enumerate(_shown(result.captions, result), start=1)]
+    page.text(0, down, "asked for, row by row", fontsize=10.5, weight="bold")
+    page.text(0, down + 0.3, "\n".join(lines), linespacing=1.6)
+    page.text(0, down - _MAP - 0.2, "computed steps, one row a branch  ▸", color=COMPUTED)
 
-    Args:
-        samples: Each `[1, F, H, W, 3]`.
-    """
-    frames = np.concatenate([sample[0] for sample in samples])
+
+def _sheet_inches(result: Result) -> float:
+    height, width = tiles(result.unpatched).shape[:2]
+    return _COLUMN * height / width
+
+
+def tiles(runs: list[Run]) -> npt.NDArray[np.float32]:
+    """Samples as one picture `[H, W, 3]`: clips below each other, their frames side by side; pictures three in a row."""
+    frames = np.concatenate([run.frames[0] for run in runs])[: _ACROSS * _MOST_ROWS]
     height, width = frames.shape[1:3]
-    rows = -(-len(frames) // _TILES)
-    sheet = np.ones((rows * (height + _GAP) - _GAP, _TILES * (width + _GAP) - _GAP, 3), dtype=np.float32)
+    rows = -(-len(frames) // _ACROSS)
+    sheet = np.ones((rows * (height + _GAP) - _GAP, _ACROSS * (width + _GAP) - _GAP, 3), dtype=np.float32)
     for index, frame in enumerate(frames):
-        y, x = index // _TILES * (height + _GAP), index % _TILES * (width + _GAP)
+        y, x = index // _ACROSS * (height + _GAP), index % _ACROSS * (width + _GAP)
         sheet[y : y + height, x : x + width] = frame
     return sheet
+
+
+def _shown(captions: list[str], result: Result) -> list[str]:
+    """The captions whose samples are drawn."""
+    frames = result.unpatched[0].frames.shape[1]
+    return captions[: _ACROSS * _MOST_ROWS // frames]

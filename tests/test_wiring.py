@@ -43,7 +43,9 @@ def test_output_is_recognised_as_the_next_block_s_positional_argument():
 def test_outputs_are_recognised_in_any_order_and_by_name():
     """FLUX returns (encoder, hidden) and takes them by name."""
     learned, hidden, text = wiring(), tensor(IMAGE), tensor(TEXT)
-    learned.observe((text, hidden), ((), {"hidden_states": hidden, "encoder_hidden_states": text, "temb": tensor(TIME)}))
+    learned.observe(
+        (text, hidden), ((), {"hidden_states": hidden, "encoder_hidden_states": text, "temb": tensor(TIME)})
+    )
     assert learned.complete
     assert learned.keys == ["encoder_hidden_states", "hidden_states"]
 

@@ -2,47 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sgl_diffusion_accel.caching.mask_presets import PRESETS, alternate, late_steps, preset_steps
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
-
-Bins = tuple[tuple[int, ...], tuple[int, ...]]
-"""Lengths of the stretches of computed and of skipped steps, which alternate, computed first."""
-
-# The presets of SGLang-Diffusion and cache-dit, at the step counts for which they state them.
-_SHAPE = 28
-_BINS: dict[int, dict[str, Bins]] = {
-    28: {
-        "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
-        "medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
-        "fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
-        "ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
-    },
-    50: {
-        "slow": ((22, 5, 5, 3, 2, 1), (2, 3, 3, 3, 1)),
-        "medium": ((16, 3, 3, 3, 3, 1), (2, 5, 5, 5, 4)),
-        "fast": ((11, 2, 2, 2, 2, 1), (2, 5, 7, 9, 7)),
-        "ultra": ((7, 2, 2, 2, 1), (3, 9, 11, 13)),
-    },
-    9: {
-        "slow": ((5, 3), (1,)),
-        "medium": ((5, 1, 1), (1, 1)),
-        "fast": ((4, 1, 1), (1, 2)),
-        "ultra": ((3, 1, 1), (2, 2)),
-    },
-    8: {
-        "slow": ((5, 2), (1,)),
-        "medium": ((4, 1, 1), (1, 1)),
-        "fast": ((3, 1, 1), (1, 2)),
-        "ultra": ((2, 1, 1), (2, 2)),
-    },
-}
-_FEW: dict[int, str] = {1: "1", 2: "11", 3: "111", 4: "1101", 5: "11011", 6: "111001", 7: "1110101"}
-PRESETS = tuple(_BINS[_SHAPE])
-"""Names of the preset masks, from the mildest to the boldest."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +29,32 @@ class StepsMask:
     compute_bins: Sequence[int] = ()
     cache_bins: Sequence[int] = ()
     _steps: tuple[int, ...] = field(default=(), repr=False)
-    _preset: str = ""
+    _preset: str = field(default="", repr=False)
+    _share: float = field(default=0.0, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "compute_bins", _lengths("compute_bins", self.compute_bins))
         object.__setattr__(self, "cache_bins", _lengths("cache_bins", self.cache_bins))
-        if self._preset or self._steps:
+        if self._preset or self._steps or self._share:
             return
         if not self.compute_bins or len(self.compute_bins) - len(self.cache_bins) not in (0, 1):
             raise ConfigError(
                 f"compute_bins={list(self.compute_bins)} and cache_bins={list(self.cache_bins)} do not alternate: "
                 "cache_bins needs as many entries as compute_bins, or one fewer. Type: StepsMask([8, 3, 2], [2, 2])."
             )
-        object.__setattr__(self, "_steps", _alternate(self.compute_bins, self.cache_bins))
+        object.__setattr__(self, "_steps", alternate(self.compute_bins, self.cache_bins))
 
     @classmethod
     def preset(cls, name: str) -> StepsMask:
         """Returns a preset by name, which fits any number of steps.
 
+        `"slow"`, `"medium"`, `"fast"` and `"ultra"` are SGLang-Diffusion's. They compute many steps at the start and
+        few at the end, and on the models that this library is measured on they lose to simply running fewer steps.
+        `"late-slow"`, `"late-medium"`, `"late-fast"` and `"late-ultra"` compute as many steps, ever more densely
+        towards the end, and with `taylorseer_order=2` they do not lose to it.
+
         Args:
-            name: `"slow"`, `"medium"`, `"fast"` or `"ultra"`: about 70, 55, 40 and 28 % of the steps computed.
+            name: One of these; about 70, 54, 40 and 28 % of the steps are computed.
 
         Raises:
             ConfigError: There is no preset of that name.
@@ -91,6 +62,26 @@ class StepsMask:
         if name not in PRESETS:
             raise unknown_name("steps_mask preset", name, PRESETS)
         return cls(_preset=name)
+
+    @classmethod
+    def late(cls, share: Any) -> StepsMask:
+        """Returns a mask that computes a share of the steps, the first three and then ever more densely to the end.
+
+        Below 8 steps it is the one mild mask that all presets share.
+
+        Args:
+            share: Share of the steps to compute, between 0 and 1.
+
+        Raises:
+            ConfigError: The share is not between 0 and 1.
+
+        Example:
+            >>> StepsMask.late(0.5).resolve(12)
+            (1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0, 1)
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ConfigError(f"share={share!r}; allowed: a number above 0 and up to 1, such as 0.34.")
+        return cls(_share=float(share))
 
     @classmethod
     def of(cls, mask: str | Sequence[int] | StepsMask) -> StepsMask:
@@ -111,9 +102,8 @@ class StepsMask:
             )
         wrong = [entry for entry in mask if isinstance(entry, (str, float)) or entry not in (0, 1)]
         if wrong or not mask:
-            raise ConfigError(
-                f"steps_mask must be a list of 0 and 1, got {wrong[0]!r} in it" if wrong else "empty mask"
-            )
+            seen = f"has the entry {wrong[0]!r}" if wrong else "is empty"
+            raise ConfigError(f"steps_mask {seen}; allowed: a list of 0 and 1, one for each denoising step.")
         if not mask[0]:
             raise ConfigError(
                 "steps_mask starts with 0, but at the first step there is nothing to reuse. Start with 1."
@@ -130,7 +120,9 @@ class StepsMask:
             ConfigError: The mask has another number of entries.
         """
         if self._preset:
-            return _preset_steps(self._preset, total)
+            return preset_steps(self._preset, total)
+        if self._share:
+            return late_steps(self._share, total)
         if len(self._steps) != total:
             raise ConfigError(
                 f"the steps_mask has {len(self._steps)} entries, but this run has {total} denoising steps. Give a mask "
@@ -139,35 +131,17 @@ class StepsMask:
         return self._steps
 
     def __str__(self) -> str:
-        return self._preset or "".join(map(str, self._steps))
+        return self._preset or (f"late({self._share:g})" if self._share else "".join(map(str, self._steps)))
+
+    def __repr__(self) -> str:
+        if self._preset:
+            return f"StepsMask.preset({self._preset!r})"
+        if self._share:
+            return f"StepsMask.late({self._share:g})"
+        return f"StepsMask.of({list(self._steps)})"
 
 
 def _lengths(name: str, bins: Any) -> tuple[int, ...]:
     if not isinstance(bins, (list, tuple)) or any(not isinstance(length, int) or length < 1 for length in bins):
         raise ConfigError(f"{name}={bins!r}: allowed are whole numbers of 1 and more, such as [8, 3, 2].")
     return tuple(bins)
-
-
-def _alternate(compute_bins: Sequence[int], cache_bins: Sequence[int]) -> tuple[int, ...]:
-    steps: list[int] = []
-    for index, length in enumerate(compute_bins):
-        steps += [1] * length
-        if index < len(cache_bins):
-            steps += [0] * cache_bins[index]
-    return tuple(steps)
-
-
-@functools.lru_cache(maxsize=256)
-def _preset_steps(name: str, total: int) -> tuple[int, ...]:
-    """The preset's own mask where the peers state one, else the shape of 28 steps, stretched.
-
-    Below 8 steps all presets are the same mild mask, and up to 3 steps everything is computed.
-    """
-    if total in _FEW:
-        return tuple(int(step) for step in _FEW[total])
-    if total in _BINS:
-        return _alternate(*_BINS[total][name])
-    shape = _alternate(*_BINS[_SHAPE][name])
-    steps = [shape[step * _SHAPE // total] for step in range(total)]
-    steps[-1] = 1
-    return tuple(steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from zoo import Family
+from zoo import FAMILIES, Family
 
 from .caches import Apply, skips_some
 
@@ -20,9 +21,15 @@ class Interrupted(Exception):
 
 def fresh_output(family: Family, apply: Apply, **kw: Any) -> torch.Tensor:
     """The output of a first run on a new, patched pipeline; its cache must have skipped something."""
+    return _fresh_output(family.name, apply, tuple(sorted(kw.items()))).clone()
+
+
+@functools.cache
+def _fresh_output(name: str, apply: Apply, kw: tuple[tuple[str, Any], ...]) -> torch.Tensor:
+    family = FAMILIES[name]
     pipe = family.make()
     patch = apply(pipe)
-    output = family.run(pipe, **kw)
+    output = family.run(pipe, **dict(kw))
     assert skips_some(patch), f"the cache skips nothing on {family.name}, so there is nothing to see"
     return output
 
