@@ -21,6 +21,7 @@ from sgl_diffusion_accel.intercept import cache_context_of
 
 _PROGRESS_BARS = ("progress_bar", "pbar")
 _NEGATIVE = re.compile(r"(^|_)(neg|negative|uncond)", re.IGNORECASE)
+_GUIDER_NAME = "__guidance_identifier__"  # under which a guider of diffusers names the branches, "pred_cond", …
 _CONDITIONING = re.compile(r"prompt|embed|text|cond", re.IGNORECASE)
 
 
@@ -130,7 +131,8 @@ def _read(
     step = context[1].get("step_index") if context else None
     if step is None and type(local.get("i")) is int:
         step = local["i"]
-    branch = context[0].removeprefix("pred_") if context else _branch_by_name(local, args, kwargs)
+    name = context[0] if context else getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
+    branch = name.removeprefix("pred_") if name else _branch_by_name(local, args, kwargs)
     return LoopCall(scheduler, timesteps, owner, step, local.get("t"), branch)
 
 
