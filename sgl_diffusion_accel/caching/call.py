@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sgl_diffusion_accel.caching.blocks import Layout, find_block_lists
 from sgl_diffusion_accel.caching.history import History, Residuals
 from sgl_diffusion_accel.caching.loop import Run
-from sgl_diffusion_accel.caching.parallel import signal_reduction
+from sgl_diffusion_accel.caching.parallel import local_part, signal_reduction
 from sgl_diffusion_accel.caching.policies import Decision, Policy, Position, Tally
 from sgl_diffusion_accel.caching.predictors import Predictor
 from sgl_diffusion_accel.caching.signals import Signal, relative_l1
@@ -226,7 +226,7 @@ class TransformerCall:
             index = wiring.hidden(parts)
             key = wiring.keys[index]
             before = argument(call, key) if key is not None else parts[index]
-            self._signal = self._parts.signal.take(before, parts[index])
+            self._signal = self._parts.signal.take(local_part(before, parts[index], self._module), parts[index])
         return self._signal
 
     def _record(self, list_index: int, output: Any) -> None:
@@ -235,7 +235,7 @@ class TransformerCall:
             wiring.settle(call, output)
         self._model.forms.setdefault((list_index, True), _form_of(output))
         self._residuals[list_index] = tuple(
-            _residual(part, argument(call, key)) if isinstance(part, Tensor) and key is not None else None
+            _residual(part, argument(call, key), self._module) if isinstance(part, Tensor) and key is not None else None
             for part, key in zip(parts, wiring.keys, strict=True)
         )
 
@@ -256,13 +256,17 @@ class TransformerCall:
         outputs = []
         for index, entering in enumerate(inputs):
             residual = history.combine(index, weights)
-            outputs.append(entering if residual is None else entering.to(residual.device) + residual)
+            if residual is None:
+                outputs.append(entering)
+            else:
+                outputs.append(local_part(entering, residual, self._module).to(residual.device) + residual)
         return outputs
 
 
-def _residual(output: Tensor, entering: Tensor) -> Tensor | None:
+def _residual(output: Tensor, entering: Tensor, transformer: nn.Module) -> Tensor | None:
     if output is entering:
         return None
+    entering = local_part(entering, output, transformer)
     if output.shape != entering.shape:
         raise UnsupportedModelError(
             f"a block list takes {list(entering.shape)} and returns {list(output.shape)}: there is no residual to "
