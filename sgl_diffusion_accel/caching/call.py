@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -117,7 +117,11 @@ class TransformerCall:
         self._branch: Branch = run.data.setdefault(self._key, Branch(parts.predictor.depth))
         self._position = Position(step, run.total, self._branch.seen)
         self._must_compute = must_compute
-        self._keeps = step < run.total - 1  # what the last step computes is of no further use
+        if self._branch.seen == 0:
+            parts.policy.prepare(run.total)
+        self._last = step >= run.total - 1
+        following = replace(self._position, step=step + 1)
+        self._keeps = not self._last and parts.policy.may_skip(following)  # else what is computed is of no further use
         self._decision: Decision | None = None
         self._previous: dict[int, Any] = {}
         self._inputs: dict[int, Call] = {}
@@ -166,8 +170,10 @@ class TransformerCall:
                 f"{type(self._module).__name__} did not call the last block of a list: its output is not usable. "
                 "This model cannot be cached."
             )
-        if not self._keeps:
+        if self._last:
             data.pop(self._key, None)
+        if not self._keeps:
+            branch.forget(branch.signature)
             return
         time = float(self._position.step)
         if self._parts.spacing == "sigma":
@@ -184,12 +190,10 @@ class TransformerCall:
 
     def _decide(self, call: Call) -> Decision:
         branch, policy = self._branch, self._parts.policy
-        if branch.seen == 0:
-            policy.prepare(self.run.total)
         signature = _signature(call)
         if branch.signature != signature:
             branch.forget(signature)
-        if not branch.histories:
+        if not branch.histories and policy.may_skip(self._position):
             decision = Decision(True, "nothing to reuse")
         elif self._must_compute:
             decision = Decision(True, "arguments forbid skipping")

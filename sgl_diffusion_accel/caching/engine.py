@@ -74,15 +74,22 @@ class Controller(PatchHandler):
         """Ends a transformer call: what it computed enters the history."""
         self._threads.current = None
         if token is not None:
-            token.finish()
+            try:
+                token.finish()
+            except BaseException:
+                self._drop(token)
+                raise
         return output
 
     def fail(self, _: nn.Module, token: TransformerCall | None) -> None:
         """Ends a transformer call that raised, and with it the run's memory."""
         self._threads.current = None
         if token is not None:
-            self._session.runs.discard(token.run)
-            token.abandon()
+            self._drop(token)
+
+    def _drop(self, token: TransformerCall) -> None:
+        self._session.runs.discard(token.run)
+        token.abandon()
 
 
 class BlockHandler(PatchHandler):

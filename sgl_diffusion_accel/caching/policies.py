@@ -78,6 +78,10 @@ class Policy(ABC):
     def prepare(self, total: int) -> None:  # noqa: B027  (most policies have nothing to check)
         """Checks, at the start of a run, that the policy fits a run of `total` steps."""
 
+    def may_skip(self, position: Position) -> bool:  # noqa: ARG002  (most policies cannot know beforehand)
+        """Whether this step or a later one may be skipped; if not, nothing needs to be kept for it."""
+        return True
+
     @abstractmethod
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
         """Decides one step.
@@ -112,6 +116,10 @@ class ThresholdPolicy(Policy):
 
     @property
     def needs_signal(self) -> bool:
+        """Unless the threshold is 0."""
+        return self.threshold > 0
+
+    def may_skip(self, position: Position) -> bool:  # noqa: ARG002
         """Unless the threshold is 0."""
         return self.threshold > 0
 
@@ -156,6 +164,11 @@ class MaskPolicy(Policy):
     def prepare(self, total: int) -> None:
         """Checks that the mask has an entry for each step."""
         self.mask.resolve(total)
+
+    def may_skip(self, position: Position) -> bool:
+        """Whether the mask has a 0 here or later that `inner`, if there is one, may follow."""
+        left = self.mask.resolve(position.total)[position.step :]
+        return 0 in left and (self.inner is None or self.inner.may_skip(position))
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
         """See `Policy.decide`."""
