@@ -11,11 +11,14 @@ from typing import Any
 from sgl_diffusion_accel import apply_cache_dit
 
 from .peers import cache_dit, diffusers_caches
-from .settings import Setting, dbcache_settings, preset_settings
+from .settings import Setting, dbcache_settings, late_settings, preset_settings
 
 OURS = "sgl-diffusion-accel"
 FEWER = "fewer steps"
 UNPATCHED = "unpatched"
+
+_FIRST_LIST = {"wan": 12, "qwen": 12, "flux": 4}
+"""Blocks in the first list of each miniature: as many can be computed at each step."""
 
 _SHORTER = (45, 40, 35, 30, 27, 25, 22, 20, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8)
 
@@ -46,8 +49,9 @@ def contenders(model: str, steps: int) -> list[Contender]:
     """
     found = [Contender(UNPATCHED, f"{steps} steps")]
     found += [Contender(FEWER, f"{n} steps", steps=n) for n in _SHORTER if n < steps]
-    settings = dbcache_settings() + preset_settings()
-    found += [Contender(OURS, setting.name, partial(apply_ours, setting=setting)) for setting in settings]
+    settings = [one for one in dbcache_settings() + preset_settings() if one.fn <= _FIRST_LIST[model]]
+    ours = settings + late_settings()
+    found += [Contender(OURS, setting.name, partial(apply_ours, setting=setting)) for setting in ours]
     if cache_dit.installed():
         apply = partial(cache_dit.apply, steps=steps)
         found += [Contender("cache-dit", setting.name, partial(apply, setting=setting)) for setting in settings]

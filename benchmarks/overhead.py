@@ -2,10 +2,12 @@
 
     python -m benchmarks.overhead [--blocks 5] [--pairs 12]
 
-Two questions: what does a denoising step cost that is patched and computed, beside an unpatched one; and what does a
+Three questions. What does a denoising step cost that is patched and computed, beside an unpatched one? What does a
 skipped step cost, beside a model that consists of nothing but the parts that cannot be skipped (embeddings, the first
-block, final norm and projection)? Both sides run in turn, and the median of the paired ratios is reported with its
-quartiles, in wall time and in the thread's CPU time. Writes `benchmarks/results/overhead.json`.
+block, final norm and projection)? And, since these ratios are near 1 and no machine is quiet: how many milliseconds
+does the library itself take, found on the same tensors with blocks that do next to nothing? Both sides run in turn, and
+the medians of the paired ratios or differences are reported with their quartiles, in wall time and in the thread's CPU
+time. Writes `benchmarks/results/overhead.json`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,15 @@ WARM_UP = 3
 STEPS = 8
 
 Apply = Callable[[Any], AbstractContextManager[object]]
+Side = tuple[Any, Apply]
+Times = tuple[float, float]
+Pair = tuple[Times, Times]
+Row = dict[str, dict[str, float]]
 
 
 @dataclass
 class Clock:
-    """Wall and CPU time between consecutive denoising steps, in seconds; given to a pipeline as `callback_on_step_end`."""
+    """Wall and CPU time at the end of each denoising step, in seconds; a pipeline's `callback_on_step_end`."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -53,10 +60,10 @@ class Clock:
         self.cpu.append(time.thread_time())
         return tensors
 
-    def step_seconds(self) -> tuple[float, float]:
+    def step_seconds(self) -> Times:
         """Median wall and CPU time of the steps after the warm-up."""
         times = (self.wall[WARM_UP:], self.cpu[WARM_UP:])
-        wall, cpu = (statistics.median(b - a for a, b in zip(each, each[1:], strict=False)) for each in times)
+        wall, cpu = (statistics.median(b - a for a, b in pairwise(each)) for each in times)
         return wall, cpu
 
 
@@ -68,38 +75,58 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    whole, short = make_pipeline(given.blocks), make_pipeline(1)
-    never = partial(apply_cache_dit, max_warmup_steps=WARM_UP, residual_diff_threshold=0.0)
-    rows = {"computed step, patched / unpatched": ratios((whole, nullcontext), (whole, never), given.pairs)}
-    for order in (0, 1, 2):
-        skip = partial(skipping, order=order)
-        rows[f"skipped step / its unskippable parts, order {order}"] = ratios(
-            (short, nullcontext), (whole, skip), given.pairs
-        )
     result = {
-        "model": f"WanTransformer3DModel, hidden {HIDDEN}, {HEADS} heads, {given.blocks} blocks, {TOKENS} tokens, float32",
+        "model": f"WanTransformer3DModel, hidden {HIDDEN}, {given.blocks} blocks, {TOKENS} tokens, float32",
         "environment": environment.describe(),
         "pairs": given.pairs,
-        "rows": rows,
+        "rows": measure(given.blocks, given.pairs),
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    for name, row in rows.items():
+    for name, row in result["rows"].items():
         print(f"{name}: {row['cpu']['median']:.4f} in CPU time, {row['wall']['median']:.4f} in wall time")
 
 
+def measure(blocks: int, pairs: int) -> dict[str, Row]:
+    """All measurements, by what they are."""
+    whole, short, idle = make_pipeline(blocks), make_pipeline(1), make_idle_pipeline(blocks)
+    never = partial(apply_cache_dit, max_warmup_steps=WARM_UP, residual_diff_threshold=0.0)
+    times = take_turns((whole, nullcontext), (whole, never), pairs)
+    rows = {"unpatched step, ms": spread(times, lambda base, _: base * 1000)}
+    rows["computed step, patched / unpatched"] = spread(times, ratio)
+    times = take_turns((idle, nullcontext), (idle, never), 4 * pairs)
+    rows["the library's own part of a computed step, ms"] = spread(times, difference_ms)
+    for order in (0, 1, 2):
+        skip = partial(skipping, order=order)
+        times = take_turns((short, nullcontext), (whole, skip), pairs)
+        rows[f"skipped step / its unskippable parts, order {order}"] = spread(times, ratio)
+    rows["unskippable parts of a step, ms"] = spread(times, lambda base, _: base * 1000)
+    return rows
+
+
 def make_pipeline(blocks: int) -> WanPipeline:
-    """A Wan text-to-video pipeline of real width and few blocks, with random weights and neither VAE nor text encoder."""
+    """A Wan pipeline of real width and few blocks, with random weights and neither VAE nor text encoder."""
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=HIDDEN // HEADS, ffn_dim=8960, text_dim=512, num_layers=blocks
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = WanPipeline(
-        transformer=transformer.eval(), scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None
-    )
+    pipe = WanPipeline(transformer=transformer.eval(), scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make_idle_pipeline(blocks: int) -> WanPipeline:
+    """The same, but its blocks do next to nothing, so that what surrounds them can be measured."""
+    pipe = make_pipeline(blocks)
+    for block in pipe.transformer.blocks:
+        block.forward = _next_to_nothing
+    return pipe
+
+
+def _next_to_nothing(hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+    del args
+    return hidden_states * 1.01
 
 
 def skipping(pipe: Any, order: int) -> AbstractContextManager[object]:
@@ -113,7 +140,7 @@ def skipping(pipe: Any, order: int) -> AbstractContextManager[object]:
     )
 
 
-def step_seconds(pipe: WanPipeline, apply: Apply) -> tuple[float, float]:
+def step_seconds(pipe: WanPipeline, apply: Apply) -> Times:
     """Wall and CPU time of one denoising step."""
     side = 2 * int(TOKENS**0.5)
     generator = torch.Generator().manual_seed(0)
@@ -133,27 +160,36 @@ def step_seconds(pipe: WanPipeline, apply: Apply) -> tuple[float, float]:
     return clock.step_seconds()
 
 
-def ratios(
-    reference: tuple[WanPipeline, Apply], measured: tuple[WanPipeline, Apply], pairs: int
-) -> dict[str, dict[str, float]]:
-    """Paired ratios of the step times of two sides that run in turn, the order changing from pair to pair."""
+def take_turns(reference: Side, measured: Side, pairs: int) -> list[Pair]:
+    """Step times of two sides that run in turn, the order changing from pair to pair: (reference, measured) each."""
     step_seconds(*reference)
     step_seconds(*measured)
-    wall, cpu, reference_ms = [], [], []
+    taken = []
     for pair in range(pairs):
         sides = (reference, measured) if pair % 2 else (measured, reference)
         first, second = (step_seconds(*side) for side in sides)
-        base, other = (first, second) if pair % 2 else (second, first)
-        wall.append(other[0] / base[0])
-        cpu.append(other[1] / base[1])
-        reference_ms.append(base[1] * 1000)
-    return {"wall": spread(wall), "cpu": spread(cpu), "reference_cpu_ms": spread(reference_ms)}
+        taken.append((first, second) if pair % 2 else (second, first))
+    return taken
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
+def ratio(base: float, other: float) -> float:
+    """How much longer the measured side takes."""
+    return other / base
+
+
+def difference_ms(base: float, other: float) -> float:
+    """How many milliseconds longer the measured side takes."""
+    return (other - base) * 1000
+
+
+def spread(times: list[Pair], compare: Callable[[float, float], float]) -> Row:
+    """Median and quartiles of what `compare` makes of each pair, in wall and in CPU time."""
+    row = {}
+    for index, clock in enumerate(("wall", "cpu")):
+        values = [compare(base[index], other[index]) for base, other in times]
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        row[clock] = {"median": middle, "lower_quartile": low, "upper_quartile": high}
+    return row
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; markers differ too.
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "fewer steps": {"color": "#000000", "marker": ".", "linestyle": "-"},
     "sgl-diffusion-accel": {"color": "#0072B2", "marker": "o", "linestyle": "none"},
     "cache-dit": {"color": "#E69F00", "marker": "^", "linestyle": "none"},
@@ -45,7 +45,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure.savefig(path)
 
 
-def _draw_family(axes: Axes, result: dict[str, Any], family: str, style: dict[str, str]) -> None:
+def _draw_family(axes: Axes, result: dict[str, Any], family: str, style: dict[str, Any]) -> None:
     rows = [row for row in result["rows"] if row["family"] == family and row["psnr"] is not None]
     if rows:
         rows.sort(key=lambda row: row["compute_ratio"])

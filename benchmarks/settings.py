@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PRESETS = ("slow", "medium", "fast", "ultra")
+LATE_PRESETS = tuple(f"late-{preset}" for preset in PRESETS)
 POLICIES = ("dynamic", "static")
 
 
@@ -56,4 +57,26 @@ def preset_settings() -> list[Setting]:
         for preset in PRESETS
         for policy in POLICIES
         for order in (0, 1)
+    ]
+
+
+def late_settings() -> list[Setting]:
+    """This library's own step masks, which compute ever more densely towards the end; they need no first block."""
+    return [
+        Setting(fn=fn, preset=preset, policy=policy, order=order)
+        for preset in LATE_PRESETS
+        for fn, policy, order in ((0, "static", 1), (0, "static", 2), (1, "dynamic", 2))
+    ]
+
+
+def headline_settings() -> list[Setting]:
+    """The few that the README shows."""
+    return [
+        Setting(),
+        Setting(order=1),
+        Setting(order=2),
+        Setting(warmup=3, threshold=0.16, continuous=5, order=2),
+        Setting(preset="medium", policy="static", order=1),
+        Setting(preset="fast", policy="static", order=1),
+        *(Setting(fn=0, preset=preset, policy="static", order=2) for preset in LATE_PRESETS),
     ]

@@ -28,12 +28,17 @@ from .demo_table import table
 MODELS = {"wan": "Wan: clips, classifier-free guidance", "qwen": "Qwen-Image: pictures, true guidance"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "first-order prediction": {"taylorseer_order": 1},
-    "step mask “fast”": {"steps_mask": "fast", "steps_policy": "static", "taylorseer_order": 1},
-    "far and second-order": {
+    "second-order prediction": {"taylorseer_order": 2},
+    "bolder": {
         "max_warmup_steps": 3,
-        "residual_diff_threshold": 0.3,
+        "residual_diff_threshold": 0.16,
         "max_continuous_cached_steps": 5,
+        "taylorseer_order": 2,
+    },
+    "step mask late-fast": {
+        "steps_mask": "late-fast",
+        "steps_policy": "static",
+        "fn_compute_blocks": 0,
         "taylorseer_order": 2,
     },
 }

@@ -13,17 +13,22 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from .demo_results import Result, Run
+from .demo_results import Result, Row, Run
 
 # Blue for computed, pale for skipped: apart in lightness too, so that they are told apart in grey and with any eyes.
 COMPUTED, SKIPPED, INK, FAINT = "#0072B2", "#DCE2E7", "#1F2933", "#61707D"
+_NOTE = (
+    "In the maps a row is a branch of guidance (cond, uncond), a column a denoising step: blue where it was computed, "
+    "pale where it was skipped.\ndB: PSNR against the unpatched samples, the mean over {count} captions; the better of "
+    "the two at the same cost is bold."
+)
 _GAP = 1
 _ACROSS = 3
 _MOST_ROWS = 4
 
 # Inches.
 _COLUMN, _MARGIN = 2.55, 0.3
-_HEAD, _LABEL, _MAP, _FOOT = 0.5, 0.55, 0.3, 0.45
+_HEAD, _LABEL, _MAP, _FOOT = 0.5, 0.55, 0.3, 0.65
 
 
 def draw(results: list[Result], titles: dict[str, str], path: Path) -> None:
@@ -37,15 +42,18 @@ def draw(results: list[Result], titles: dict[str, str], path: Path) -> None:
         titles: Title of each model, by its name.
         path: PNG to write.
     """
-    style = {"font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "figure.facecolor": "white"}
+    style: Any = {"font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "figure.facecolor": "white"}
     heights = [2 * (_LABEL + _sheet_inches(result)) + _HEAD + _MAP + _FOOT for result in results]
     width = (1 + len(results[0].cached)) * (_COLUMN + _MARGIN) + 2 * _MARGIN
     with mpl.rc_context(style):
-        figure = Figure(figsize=(width, sum(heights) + _MARGIN), dpi=120)
+        figure = Figure(figsize=(width, sum(heights) + 0.5), dpi=120)
         top = figure.get_figheight() - _MARGIN / 2
         for result, height in zip(results, heights, strict=True):
             _draw_model(Page(figure, top), result, titles[result.model])
             top -= height
+        Page(figure, top).text(
+            0, 0, _NOTE.format(count=len(results[0].captions)), color=FAINT, fontsize=8.5, linespacing=1.5
+        )
         figure.savefig(path)
 
 
@@ -75,39 +83,43 @@ class Page:
 
 
 def _draw_model(page: Page, result: Result, title: str) -> None:
-    page.text(0, 0, f"{title}, {result.steps} steps", fontsize=14, weight="bold")
+    page.text(0, 0, title, fontsize=14, weight="bold")
     sheet = _sheet_inches(result)
-    steps_down = _HEAD + _LABEL + sheet + 0.08
-    fewer_down = steps_down + _MAP + 0.3
-    _draw_samples(page, 0, _HEAD, "unpatched", f"{result.steps} steps, two calls each", result.unpatched)
+    steps_down = _HEAD + _LABEL + sheet + 0.06
+    fewer_down = steps_down + _MAP + 0.38
+    branches = next(iter(result.cached.values()))[0].computed
+    whole = np.ones((len(branches), result.steps))
+    _draw_samples(page, 0, _HEAD, "unpatched", f"{result.steps} steps", result.unpatched)
+    _draw_steps(page, 0, steps_down, whole)
     _draw_captions(page, fewer_down, result)
     for column, (name, runs) in enumerate(result.cached.items(), start=1):
         fewer = result.fewer[name]
-        _draw_samples(page, column, _HEAD, name, _numbers(result, runs), runs)
-        _draw_steps(page, column, steps_down, runs[0])
-        label = f"the same cost: {result.row(fewer).steps:.0f} steps, no cache"
-        _draw_samples(page, column, fewer_down, label, _numbers(result, fewer), fewer)
+        row, plain = result.row(runs), result.row(fewer)
+        style = {True: {"weight": "bold", "color": INK}, False: {"color": FAINT}}
+        _draw_samples(page, column, _HEAD, name, _numbers(row), runs, **style[row.psnr > plain.psnr])
+        _draw_steps(page, column, steps_down, np.array(list(runs[0].computed.values()), dtype=float))
+        label = f"same cost: simply {plain.steps:.0f} steps"
+        _draw_samples(page, column, fewer_down, label, _numbers(plain), fewer, **style[plain.psnr > row.psnr])
 
 
-def _numbers(result: Result, runs: list[Run]) -> str:
-    row = result.row(runs)
+def _numbers(row: Row) -> str:
     return f"{row.speedup:.1f}× faster,  {row.psnr:.1f} dB"
 
 
-def _draw_samples(page: Page, column: int, down: float, name: str, numbers: str, runs: list[Run]) -> None:
+def _draw_samples(page: Page, column: int, down: float, name: str, numbers: str, runs: list[Run], **style: Any) -> None:
     page.text(column, down, name, fontsize=10.5, weight="bold")
-    page.text(column, down + 0.24, numbers, color=FAINT)
+    page.text(column, down + 0.24, numbers, **({"color": FAINT} | style))
     sheet = tiles(runs)
     axes = page.axes(column, down + _LABEL - 0.08, _COLUMN * sheet.shape[0] / sheet.shape[1])
     axes.imshow(sheet, interpolation="nearest", aspect="auto")
     axes.axis("off")
 
 
-def _draw_steps(page: Page, column: int, down: float, run: Run) -> None:
+def _draw_steps(page: Page, column: int, down: float, computed: npt.NDArray[np.float64]) -> None:
+    """A map with a row for each branch and a column for each step."""
     axes = page.axes(column, down, _MAP)
-    computed = np.array(list(run.computed.values()), dtype=float)
     colours = ListedColormap([SKIPPED, COMPUTED])
-    axes.pcolormesh(computed[::-1], cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.7)
+    axes.pcolormesh(computed[::-1], cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=0.35)
     axes.axis("off")
     done = computed.mean(axis=0).sum()
     page.text(column, down + _MAP + 0.03, f"{done:.0f} of {computed.shape[1]} steps computed", color=COMPUTED)
@@ -117,16 +129,15 @@ def _draw_captions(page: Page, down: float, result: Result) -> None:
     lines = [f"{index}.  {caption}" for index, caption in enumerate(_shown(result.captions, result), start=1)]
     page.text(0, down, "asked for, row by row", fontsize=10.5, weight="bold")
     page.text(0, down + 0.3, "\n".join(lines), linespacing=1.6)
-    page.text(0, down - _MAP - 0.2, "computed steps, one row a branch  ▸", color=COMPUTED)
 
 
 def _sheet_inches(result: Result) -> float:
     height, width = tiles(result.unpatched).shape[:2]
-    return _COLUMN * height / width
+    return _COLUMN * float(height / width)
 
 
 def tiles(runs: list[Run]) -> npt.NDArray[np.float32]:
-    """Samples as one picture `[H, W, 3]`: clips below each other, their frames side by side; pictures three in a row."""
+    """Samples as one picture `[H, W, 3]`: a clip is a row of frames, pictures are three in a row."""
     frames = np.concatenate([run.frames[0] for run in runs])[: _ACROSS * _MOST_ROWS]
     height, width = frames.shape[1:3]
     rows = -(-len(frames) // _ACROSS)

@@ -99,7 +99,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.losses: list[float] = []
         self.seconds = 0.0
-        self.plans: list[list[int]] = [[0, recipe.steps]]
+        self.plans: list[list[int]] = [[0, recipe.steps, recipe.batch]]
         self.path = STATE_FOLDER / f"{name}.pt"
 
     def advance(self) -> None:
@@ -136,7 +136,7 @@ class Run:
         partial.replace(self.path)
 
     def resume(self) -> None:
-        """Goes back to the kept state, if there is one; notes it when the number of steps planned has changed."""
+        """Goes back to the kept state, if there is one; notes it when steps or batch planned have changed."""
         if not self.path.exists():
             return
         state: dict[str, Any] = torch.load(self.path, weights_only=True)
@@ -146,17 +146,20 @@ class Run:
         self.generator.set_state(state["generator"])
         self.losses, self.seconds = state["losses"], state["seconds"]
         self.plans = state["plans"]
-        if self.plans[-1][1] != self.recipe.steps:
-            self.plans.append([len(self.losses), self.recipe.steps])
+        if self.plans[-1][1:] != [self.recipe.steps, self.recipe.batch]:
+            self.plans.append([len(self.losses), self.recipe.steps, self.recipe.batch])
         logger.info("%s: going on at step %d", self.name, len(self.losses))
 
     def facts(self) -> dict[str, Fact]:
         """What a reader of the checkpoint should know about the run."""
+        ends = [*(plan[0] for plan in self.plans[1:]), len(self.losses)]
+        samples = sum((end - first) * batch for end, (first, _, batch) in zip(ends, self.plans, strict=True))
         return {
             **asdict(self.recipe),
+            "samples_seen": samples,
             "steps_done": len(self.losses),
             "dropout": self.learner.spec.dropout,
-            "plans": "; ".join(f"from step {first}: cosine to step {last}" for first, last in self.plans),
+            "plans": "; ".join(f"from step {a}: cosine to step {b}, batch {c}" for a, b, c in self.plans),
             "optimizer": "AdamW(betas=(0.9, 0.99), weight_decay=0.01), warm-up, cosine to 0",
             "minutes": round(self.seconds / 60, 1),
             "seconds_per_step": round(self.seconds / max(1, len(self.losses)), 3),
@@ -171,9 +174,11 @@ def train(run: Run, out: Path, every: int) -> None:
         if step % 25 == 0:
             recent = sum(run.losses[-25:]) / 25
             logger.info("%s step %d loss %.4f, %.2f s a step", run.name, step, recent, run.seconds / step)
-        if step % every == 0 or step == run.recipe.steps:
+        if step % every == 0:
             run.save()
             export(run.name, run.average, run.facts(), run.losses, out)
+    run.save()
+    export(run.name, run.average, run.facts(), run.losses, out)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ STEPS = 6
 
 
 def dynamic(pipe: Any) -> CachePatch:
-    return apply_cache_dit(pipe, residual_diff_threshold=0.08, max_warmup_steps=2, max_continuous_cached_steps=None)
+    return apply_cache_dit(pipe, residual_diff_threshold=0.5, max_warmup_steps=1, max_continuous_cached_steps=3)
 
 
 @two_branch()
@@ -84,7 +84,7 @@ def test_stats_tell_what_ran(family: Family) -> None:
     assert run.compute_share < 1
 
 
-@families(*(name for name in ("wan", "qwen", "flux", "hunyuan", "zimage", "sd3", "ltx", "lumina2")))
+@families("wan", "qwen", "flux", "hunyuan", "zimage", "sd3", "lumina2")
 def test_other_guidance_has_its_own_branches(family: Family) -> None:
     if family.other_guidance is None:
         pytest.skip("this diffusers has one kind of guidance for it")
@@ -124,9 +124,9 @@ def test_truncated_guidance_by_two_calls() -> None:
 def test_truncated_guidance_in_one_batched_call() -> None:
     """The batch shrinks in mid-run: that step is computed, and skipping goes on after it."""
     patch, outputs, whole = truncated("zimage", cfg_truncation=0.5)
-    batches = [output.shape[0] for output in outputs]
-    assert sorted(set(batches)) == [1, 2]
-    switch = batches.index(1)
+    sizes = [output.numel() for output in outputs]
+    assert sorted(set(sizes)) == [sizes[0] // 2, sizes[0]]
+    switch = sizes.index(sizes[0] // 2)
     (branch,) = patch.stats.runs[-1].branches.values()
     assert branch.computed[switch]
     assert branch.reasons[switch] == "nothing to reuse"
@@ -162,26 +162,33 @@ def test_three_branches() -> None:
     family = present("hunyuan15")
     if not hasattr(diffusers, "SkipLayerGuidance"):
         pytest.skip("this diffusers has no SkipLayerGuidance")
+
+    class Third(diffusers.SkipLayerGuidance):  # type: ignore[misc]
+        """Asks for a third prediction, from all layers: which to leave out is known for few models."""
+
+        def prepare_models(self, denoiser: Any) -> None:
+            self._count_prepared += 1
+
+        def cleanup_models(self, denoiser: Any) -> None:
+            pass
+
     pipe = family.make(scheduler=FixedPath())
     patch = REUSE(pipe)
     two = transformer_outputs(family, pipe, steps=STEPS)
-    pipe.guider = diffusers.SkipLayerGuidance(
+    pipe.guider = Third(
         guidance_scale=4.0,
-        skip_layer_guidance_scale=2.0,
         skip_layer_guidance_start=0.0,
         skip_layer_guidance_stop=1.0,
         skip_layer_config=diffusers.LayerSkipConfig(indices=[2], fqn="transformer_blocks"),
     )
     three = transformer_outputs(family, pipe, steps=STEPS)
-    branches = patch.stats.runs[-1].branches
-    assert len(branches) == 3
-    assert {"cond", "uncond"} < set(branches)
-    calls = len(three) // STEPS
-    assert calls == 3
-    order = [name for name in branches]
-    for name, index in (("cond", 0), ("uncond", 1)):
-        ours = three[order.index(name) :: 3]
-        assert all(torch.equal(one, other) for one, other in zip(ours, two[index::2], strict=True)), name
+    run = patch.stats.runs[-1]
+    assert len(three) == 3 * STEPS - 1, "the first step has no third prediction"
+    assert [len(branch.computed) for branch in run.branches.values()] == [STEPS, STEPS, STEPS - 1]
+    three.insert(2, three[0])
+    for index in range(2):
+        assert all(torch.equal(one, other) for one, other in zip(three[index::3], two[index::2], strict=True))
+    assert skips_some(patch)
 
 
 # Two experts

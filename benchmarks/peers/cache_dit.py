@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from ..settings import Setting
+from benchmarks.settings import Setting
 
 
 def installed() -> bool:

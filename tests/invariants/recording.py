@@ -41,7 +41,7 @@ def transformer_outputs(family: Family, pipe: Any, **kw: Any) -> list[torch.Tens
     swap = kw.pop("swap", False)
     arguments = family.call(pipe, **kw)
     if swap:
-        for key in [key for key in arguments if key.startswith("negative_")]:
+        for key in [key for key in arguments if key.startswith("negative_") and arguments[key] is not None]:
             other = key.removeprefix("negative_")
             arguments[key], arguments[other] = arguments[other], arguments[key]
     hooks = [getattr(pipe, name).register_forward_hook(record) for name in family.transformers]

@@ -1,0 +1,109 @@
+"""Makes the tables of the README and of `benchmarks/RESULTS.md` from the committed JSON files.
+
+python -m benchmarks.table
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .settings import headline_settings
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BEGIN = "<!-- table:start -->"
+END = "<!-- table:end -->"
+_HEAD = (
+    "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"
+    "|---|--:|--:|--:|--:|--:|--:|\n"
+)
+
+
+def main() -> None:
+    """Writes both files."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) if path.stem != "overhead"]
+    results.sort(key=lambda result: ("wan", "qwen", "flux").index(result["model"]))
+    whole = "# Results\n\n" + "\n\n".join(chapter(result) for result in results) + "\n"
+    (ROOT / "benchmarks" / "RESULTS.md").write_text(whole)
+    readme = ROOT / "README.md"
+    if readme.exists():
+        names = {setting.name for setting in headline_settings()}
+        short = "\n\n".join(chapter(result, names) for result in results if result["model"] != "flux")
+        readme.write_text(insert(readme.read_text(), short))
+
+
+def insert(text: str, table: str) -> str:
+    """Puts a table between the markers of a text.
+
+    Raises:
+        ValueError: the text lacks a marker.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"no place for the table; expected the lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def chapter(result: dict[str, Any], names: set[str] | None = None) -> str:
+    """A heading, what was measured on what, and the table of one miniature.
+
+    Args:
+        result: One JSON file of `benchmarks.cache`.
+        names: Settings of DBCache to show; everything that was measured if None.
+    """
+    packages = result["environment"]["packages"]
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("diffusers", "cache-dit", "torch") if name in packages)
+    about = (
+        f"**{result['pipeline']} miniature**, {result['steps']} steps, guidance {result['guidance']:g}, "
+        f"{len(result['captions'])} captions, {result['dtype']}, {versions}; {result['environment']['cpu']}, "
+        f"{result['environment']['threads']} thread, {result['environment']['date']}."
+    )
+    rows = [row for row in result["rows"] if _shown(row, names)]
+    rows.sort(key=_order)
+    return about + "\n\n" + _HEAD + "\n".join(line(row, result) for row in rows)
+
+
+def line(row: dict[str, Any], result: dict[str, Any]) -> str:
+    """One row of the table; the PSNR is bold where it beats fewer steps at the same cost."""
+    quality = "equal" if row["exact"] else f"{row['psnr']:.1f}"
+    plain = None if row["family"] in ("unpatched", "fewer steps") else fewer_steps_psnr(result, row["share"])
+    if plain is not None and row["psnr"] is not None and row["psnr"] > plain:
+        quality = f"**{quality}**"
+    cells = (
+        f"{row['family']}: {row['name']}",
+        f"{row['share']:.0%}",
+        f"{row['compute_ratio']:.2f}×",
+        f"{row['speedup']:.2f}×",
+        quality,
+        f"{row['ssim']:.4f}",
+        "" if plain is None else f"{plain:.1f}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def fewer_steps_psnr(result: dict[str, Any], share: float) -> float | None:
+    """PSNR of an unpatched run with fewer steps at `share` of the cost, between the two measured next to it."""
+    rows = sorted((row["share"], row["psnr"]) for row in result["rows"] if row["family"] == "fewer steps")
+    for (low, worse), (high, better) in pairwise(rows):
+        if low <= share <= high:
+            return float(worse + (better - worse) * (share - low) / (high - low))
+    return None
+
+
+def _shown(row: dict[str, Any], names: set[str] | None) -> bool:
+    if names is None or row["family"] in ("unpatched", "diffusers"):
+        return True
+    return row["name"] in names or (row["family"] == "fewer steps" and row["name"] in ("25 steps", "17 steps"))
+
+
+def _order(row: dict[str, Any]) -> tuple[int, float]:
+    families = ("unpatched", "fewer steps", "sgl-diffusion-accel", "cache-dit", "diffusers")
+    return families.index(row["family"]), row["compute_ratio"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The measuring tools: metrics, the count of work, and the table."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.metrics import psnr, ssim
+from benchmarks.settings import Setting, dbcache_settings, headline_settings, late_settings, preset_settings
+from benchmarks.table import BEGIN, END, chapter, fewer_steps_psnr, insert
+from benchmarks.work import BlockWork, computed_steps
+
+
+def frames(value: float) -> np.ndarray:
+    return np.full((1, 2, 16, 16, 3), value, dtype=np.float32)
+
+
+def test_psnr_on_unit_range() -> None:
+    assert psnr(frames(0.5), frames(0.6)) == pytest.approx(20.0, abs=1e-4)
+    assert math.isinf(psnr(frames(0.5), frames(0.5)))
+
+
+def test_ssim_is_one_for_equal_frames_and_less_for_others() -> None:
+    noise = np.random.default_rng(0).random((1, 2, 16, 16, 3), dtype=np.float32)
+    assert ssim(noise, noise) == pytest.approx(1.0)
+    assert ssim(noise, 1 - noise) < 0.1
+
+
+class Stack(nn.Module):
+    """Two blocks, of which the second can be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(2)])
+
+    def forward(self, hidden: torch.Tensor, count: int = 2) -> torch.Tensor:
+        hidden = self.inlet(hidden)
+        for block in self.blocks[:count]:
+            hidden = block(hidden)
+        return hidden
+
+
+def test_block_work_counts_linear_layers_of_blocks_alone() -> None:
+    model, hidden = Stack(), torch.ones(3, 4)
+    with BlockWork(model) as work:
+        model(hidden)
+        model(hidden, count=1)
+    assert work.calls == [2 * 3 * (4 * 8 + 8 * 4), 3 * (4 * 8 + 8 * 4)]
+    model(hidden)
+    assert len(work.calls) == 2
+    assert not model._forward_pre_hooks
+    assert not model.blocks[0][0]._forward_hooks
+
+
+def test_computed_steps_is_a_mean_over_branches() -> None:
+    assert computed_steps([10, 10, 1, 1, 10, 1], [10] * 6, steps=3) == 1.5
+
+
+def test_names_of_settings_are_unique_and_the_headline_is_measured() -> None:
+    settings = dbcache_settings() + preset_settings() + late_settings()
+    assert len({setting.name for setting in settings}) == len(settings)
+    assert set(headline_settings()) <= set(settings)
+    assert Setting(order=1).name == "F1 W4 MC3 R.24, TS1"
+
+
+def result() -> dict:
+    def row(family: str, name: str, share: float, quality: float | None) -> dict:
+        numbers = {"share": share, "compute_ratio": 1 / share, "psnr": quality, "ssim": 0.9, "speedup": 2.0}
+        return {"family": family, "name": name, "exact": quality is None, **numbers}
+
+    rows = [row("unpatched", "50 steps", 1.0, None), row("fewer steps", "20 steps", 0.4, 40.0)]
+    rows += [row("fewer steps", "10 steps", 0.2, 30.0), row("sgl-diffusion-accel", "good", 0.3, 36.0)]
+    rows += [row("cache-dit", "bad", 0.3, 34.0)]
+    environment = {"packages": {"torch": "2"}, "cpu": "a CPU", "threads": 1, "date": "2026-01-01"}
+    about = {"pipeline": "WanPipeline", "model": "wan", "steps": 50, "guidance": 4.0, "dtype": "float32"}
+    return {**about, "captions": ["a"], "environment": environment, "rows": rows}
+
+
+def test_fewer_steps_is_interpolated_and_never_extrapolated() -> None:
+    assert fewer_steps_psnr(result(), 0.3) == pytest.approx(35.0)
+    assert fewer_steps_psnr(result(), 0.1) is None
+
+
+def test_bold_is_what_beats_fewer_steps() -> None:
+    text = chapter(result())
+    assert "| **36.0** | 0.9000 | 35.0 |" in text
+    assert "| 34.0 | 0.9000 | 35.0 |" in text
+    assert "| equal |" in text
+
+
+def test_table_goes_between_its_markers() -> None:
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    assert insert(text, "new") == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+    with pytest.raises(ValueError, match="no place"):
+        insert("nothing", "new")

@@ -1,0 +1,260 @@
+"""Applied before or after anything else that is done to a pipeline, the patch gives the same result."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import pytest
+import torch
+
+from invariants import CACHES, NEVER_SKIPPING, Apply, Snapshot, assert_same, families, skips_some
+from invariants.families import present
+from sgl_diffusion_accel import AccelError, UnsupportedModelError
+from sgl_diffusion_accel.targets import unwrap
+from zoo import Family
+
+REUSE, TAYLOR = CACHES["reuse"], CACHES["taylor"]
+CPU = torch.device("cpu")
+
+Step = Callable[[Any], Any]
+
+
+def sequential_offload(pipe: Any) -> None:
+    accelerate.cpu_offload(pipe.transformer, execution_device=CPU)
+
+
+def model_offload(pipe: Any) -> None:
+    _, pipe.kept_hook = accelerate.cpu_offload_with_hook(pipe.transformer, execution_device=CPU)
+
+
+def block_offload(pipe: Any) -> None:
+    pipe.transformer.enable_group_offload(
+        onload_device=CPU, offload_device=CPU, offload_type="block_level", num_blocks_per_group=2
+    )
+
+
+def leaf_offload(pipe: Any) -> None:
+    pipe.transformer.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+def adapter(pipe: Any) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+
+
+def layerwise_casting(pipe: Any) -> None:
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+def bfloat16(pipe: Any) -> None:
+    pipe.to(torch.bfloat16)
+
+
+def fused(pipe: Any) -> None:
+    pipe.transformer.fuse_qkv_projections()
+
+
+STEPS: dict[str, Step] = {
+    f.__name__: f
+    for f in (
+        sequential_offload,
+        model_offload,
+        block_offload,
+        leaf_offload,
+        adapter,
+        layerwise_casting,
+        bfloat16,
+        fused,
+    )
+}
+
+
+def run(family: Family, pipe: Any) -> torch.Tensor:
+    """A run in the transformer's dtype."""
+    given = family.call(pipe)
+    dtype = pipe.transformer.dtype if pipe.transformer.dtype != torch.float32 else torch.float32
+    floats = {k: v.to(dtype) for k, v in given.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return family.run(pipe, **floats)
+
+
+@families("wan", "flux")
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_before_and_after(family: Family, step: Step) -> None:
+    unpatched = family.make()
+    plain = run(family, unpatched) if step is not bfloat16 else None
+    step(unpatched)
+    expected = run(family, unpatched)
+    if plain is not None and step in (adapter, layerwise_casting):
+        assert not torch.equal(expected, plain)
+
+    def patched(apply: Apply, first: bool) -> torch.Tensor:
+        pipe = family.make()
+        if not first:
+            step(pipe)
+        patch = apply(pipe)
+        if first:
+            step(pipe)
+        outputs = [run(family, pipe) for _ in range(2)]
+        assert torch.equal(outputs[0], outputs[1])
+        if apply is TAYLOR:
+            assert skips_some(patch)
+        patch.remove()
+        assert torch.equal(run(family, pipe), expected)
+        return outputs[0]
+
+    for first in (True, False):
+        assert torch.equal(patched(NEVER_SKIPPING["threshold 0"], first), expected)
+    skipping = patched(TAYLOR, True)
+    assert torch.equal(skipping, patched(TAYLOR, False))
+    assert not torch.equal(skipping, expected)
+
+
+def test_offload_by_the_pipeline_after_applying() -> None:
+    """The pipeline's own offloading replaces `forward` and takes hooks off after each run."""
+    family = present("wan")
+    expected = family.run(family.make())
+    pipe = family.make()
+    patch = NEVER_SKIPPING["threshold 0"](pipe)
+    sequential_offload(pipe)
+    for _ in range(2):
+        assert torch.equal(family.run(pipe), expected)
+    accelerate.hooks.remove_hook_from_module(pipe.transformer, recurse=True)
+    assert torch.equal(family.run(pipe), expected)
+    assert len(patch.stats.runs) == 3
+    assert patch.stats.outside == 0
+
+
+@families("wan", "flux")
+def test_patch_under_offload_is_undone_exactly(family: Family) -> None:
+    for step in (block_offload, adapter):
+        pipe = family.make()
+        step(pipe)
+        family.run(pipe)
+        before = Snapshot(pipe)
+        with REUSE(pipe):
+            family.run(pipe)
+        assert_same(before, pipe)
+
+
+@families("wan", "flux", "wan22")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copy_is_unpatched_and_original_stays(family: Family, copied: Callable[[Any], Any]) -> None:
+    unpatched = family.make()
+    expected = family.run(unpatched)
+    pipe = family.make()
+    patch = REUSE(pipe)
+    cached = family.run(pipe)
+    classes = [type(module) for module in unpatched.transformer.modules()]
+    other = family.make()
+    for name in family.transformers:
+        setattr(other, name, copied(getattr(pipe, name)))
+    assert [type(module) for module in other.transformer.modules()] == classes
+    assert [type(m) for m in other.transformer.modules()] != [type(m) for m in pipe.transformer.modules()]
+    for module in (m for name in family.transformers for m in getattr(other, name).modules()):
+        assert not [key for key in vars(module) if "accel" in key]
+    assert torch.equal(family.run(other), expected)
+    assert len(patch.stats.runs) == 1
+    assert patch.active
+    assert torch.equal(family.run(pipe), cached)
+    with REUSE(other):
+        assert torch.equal(family.run(other), cached)
+
+
+def test_copy_of_the_pipeline_is_unpatched() -> None:
+    family = present("wan")
+    expected = family.run(family.make())
+    pipe = family.make()
+    REUSE(pipe)
+    other = copy.deepcopy(pipe)
+    assert torch.equal(family.run(other), expected)
+    assert not torch.equal(family.run(pipe), expected)
+
+
+@families("wan", "flux")
+def test_saved_model_is_the_unpatched_one(family: Family, tmp_path: Path) -> None:
+    unpatched = family.make()
+    expected = family.run(unpatched)
+    unpatched.transformer.save_pretrained(tmp_path / "unpatched")
+    pipe = family.make()
+    patch = REUSE(pipe)
+    pipe.transformer.save_pretrained(tmp_path / "patched")
+    for file in sorted((tmp_path / "unpatched").iterdir()):
+        assert file.read_bytes() == (tmp_path / "patched" / file.name).read_bytes()
+    other = family.make(seed=1)
+    other.transformer = type(unpatched.transformer).from_pretrained(tmp_path / "patched")
+    # weights from a file lie otherwise in memory, and the last bits of a matrix product depend on that
+    torch.testing.assert_close(family.run(other), expected, rtol=0, atol=1e-3)
+    assert not torch.allclose(family.run(pipe), expected, rtol=0, atol=1e-2)
+    assert patch.active
+
+
+@families("wan", "flux", "hunyuan")
+def test_names_of_parameters_and_modules_stay(family: Family) -> None:
+    pipe = family.make()
+    transformer = pipe.transformer
+    before = [list(transformer.state_dict()), list(dict(transformer.named_modules())), repr(transformer)]
+    state = {key: value.clone() for key, value in transformer.state_dict().items()}
+    with REUSE(pipe):
+        assert [list(transformer.state_dict()), list(dict(transformer.named_modules())), repr(transformer)] == before
+        transformer.load_state_dict(state)
+        assert isinstance(transformer, getattr(diffusers, before[2].split("(")[0]))
+
+
+def test_from_pipe_before_and_after() -> None:
+    """A pipeline of another class that takes over the transformer, before or after it was patched."""
+    family, image = present("flux"), present("flux_img2img")
+    donor = image.make()
+    alone = image.make()
+    REUSE(alone)
+    expected = image.run(alone)
+
+    def taken_over(pipe: Any) -> Any:
+        other = diffusers.FluxImg2ImgPipeline.from_pipe(pipe, vae=donor.vae, scheduler=donor.scheduler)
+        other.set_progress_bar_config(disable=True)
+        assert other.transformer is pipe.transformer
+        return other
+
+    before = family.make()
+    first = taken_over(before)
+    patch = REUSE(before)
+    assert torch.equal(image.run(first), expected)
+    second = taken_over(before)
+    assert torch.equal(image.run(second), expected)
+    assert len(patch.stats.runs) == 2
+
+
+@families("wan", "flux")
+def test_diffusers_own_cache_is_refused(family: Family) -> None:
+    config = diffusers.FirstBlockCacheConfig(threshold=0.1)
+    pipe = family.make()
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(UnsupportedModelError, match="disable_cache"):
+        REUSE(pipe)
+    pipe.transformer.disable_cache()
+    patch = REUSE(pipe)
+    cached = family.run(pipe)
+    with pytest.raises(AccelError, match="remove"):
+        pipe.transformer.enable_cache(config)
+    assert torch.equal(family.run(pipe), cached)
+    patch.remove()
+    pipe.transformer.enable_cache(config)
+    assert pipe.transformer.is_cache_enabled
+
+
+def test_compiled_wrapper_is_patched_inside() -> None:
+    family = present("wan")
+    pipe = family.make()
+    inner = pipe.transformer
+    pipe.transformer = torch.compile(inner, backend="eager")
+    patch = NEVER_SKIPPING["threshold 0"](pipe)
+    assert unwrap(pipe.transformer) is inner
+    patch.remove()
+    assert type(inner) is diffusers.WanTransformer3DModel
