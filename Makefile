@@ -17,7 +17,6 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 READY := $(VENV)/.ready
 READY_OLDEST := $(VENV_OLDEST)/.ready
 READY_BENCH := $(VENV_BENCH)/.ready
-PROJECT := setup.cfg pyproject.toml Makefile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest lint format bench table clean
@@ -55,13 +54,13 @@ clean:
 	@rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BENCH) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): constraints.txt $(PROJECT)
+$(READY): constraints.txt setup.cfg
 	$(call install,$(VENV),constraints.txt,dev)
 
-$(READY_OLDEST): constraints-oldest.txt $(PROJECT)
+$(READY_OLDEST): constraints-oldest.txt setup.cfg
 	$(call install,$(VENV_OLDEST),constraints-oldest.txt,test)
 
-$(READY_BENCH): constraints.txt $(PROJECT)
+$(READY_BENCH): constraints.txt setup.cfg
 	$(call install,$(VENV_BENCH),constraints.txt,bench)
 
 # $(call install,folder,constraints,extra). torch is named so that its pinned release is the first thing resolved.

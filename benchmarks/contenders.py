@@ -11,7 +11,7 @@ from typing import Any
 from sgl_diffusion_accel import apply_cache_dit
 
 from .peers import cache_dit, diffusers_caches
-from .settings import Setting, dbcache_settings, late_settings, preset_settings
+from .settings import Setting, dbcache_settings, late_settings, preset_settings, sigma_settings
 
 OURS = "sgl-diffusion-accel"
 FEWER = "fewer steps"
@@ -50,7 +50,7 @@ def contenders(model: str, steps: int) -> list[Contender]:
     found = [Contender(UNPATCHED, f"{steps} steps")]
     found += [Contender(FEWER, f"{n} steps", steps=n) for n in _SHORTER if n < steps]
     settings = [one for one in dbcache_settings() + preset_settings() if one.fn <= _FIRST_LIST[model]]
-    ours = settings + late_settings()
+    ours = settings + late_settings() + sigma_settings()
     found += [Contender(OURS, setting.name, partial(apply_ours, setting=setting)) for setting in ours]
     if cache_dit.installed():
         apply = partial(cache_dit.apply, steps=steps)
@@ -72,4 +72,5 @@ def apply_ours(pipe: Any, setting: Setting) -> AbstractContextManager[object]:
         taylorseer_order=setting.order,
         steps_mask=setting.preset,
         steps_policy=setting.policy,
+        taylorseer_spacing=setting.spacing,
     )

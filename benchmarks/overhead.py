@@ -38,6 +38,8 @@ HEADS = 12
 TOKENS = 256
 WARM_UP = 3
 STEPS = 8
+IDLE_STEPS = 60
+ORDERS = (0, 1, 2)
 
 Apply = Callable[[Any], AbstractContextManager[object]]
 Side = tuple[Any, Apply]
@@ -89,18 +91,27 @@ def main() -> None:
 
 def measure(blocks: int, pairs: int) -> dict[str, Row]:
     """All measurements, by what they are."""
-    whole, short, idle = make_pipeline(blocks), make_pipeline(1), make_idle_pipeline(blocks)
+    whole, short = make_pipeline(blocks), make_pipeline(1)
     never = partial(apply_cache_dit, max_warmup_steps=WARM_UP, residual_diff_threshold=0.0)
     times = take_turns((whole, nullcontext), (whole, never), pairs)
     rows = {"unpatched step, ms": spread(times, lambda base, _: base * 1000)}
     rows["computed step, patched / unpatched"] = spread(times, ratio)
-    times = take_turns((idle, nullcontext), (idle, never), 4 * pairs)
-    rows["the library's own part of a computed step, ms"] = spread(times, difference_ms)
-    for order in (0, 1, 2):
-        skip = partial(skipping, order=order)
-        times = take_turns((short, nullcontext), (whole, skip), pairs)
+    for order in ORDERS:
+        times = take_turns((short, nullcontext), (whole, partial(skipping, order=order)), pairs)
         rows[f"skipped step / its unskippable parts, order {order}"] = spread(times, ratio)
     rows["unskippable parts of a step, ms"] = spread(times, lambda base, _: base * 1000)
+    return rows | measure_own_part(blocks, 2 * pairs, never)
+
+
+def measure_own_part(blocks: int, pairs: int, never: Apply) -> dict[str, Row]:
+    """Milliseconds of the library itself in a computed and in a skipped step."""
+    whole, short = make_idle_pipeline(blocks), make_idle_pipeline(1)
+    times = take_turns((whole, nullcontext), (whole, never), pairs, steps=IDLE_STEPS)
+    rows = {"the library's own part of a computed step, ms": spread(times, difference_ms)}
+    for order in ORDERS:
+        sides = (short, nullcontext), (whole, partial(skipping, order=order))
+        times = take_turns(*sides, pairs, steps=IDLE_STEPS)
+        rows[f"the library's own part of a skipped step, order {order}, ms"] = spread(times, difference_ms)
     return rows
 
 
@@ -140,7 +151,7 @@ def skipping(pipe: Any, order: int) -> AbstractContextManager[object]:
     )
 
 
-def step_seconds(pipe: WanPipeline, apply: Apply) -> Times:
+def step_seconds(pipe: WanPipeline, apply: Apply, steps: int) -> Times:
     """Wall and CPU time of one denoising step."""
     side = 2 * int(TOKENS**0.5)
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +160,7 @@ def step_seconds(pipe: WanPipeline, apply: Apply) -> Times:
         pipe(
             prompt_embeds=torch.randn(1, 16, 512, generator=generator),
             latents=torch.randn(1, 16, 1, side, side, generator=generator),
-            num_inference_steps=STEPS,
+            num_inference_steps=steps,
             height=side * 8,
             width=side * 8,
             num_frames=1,
@@ -160,14 +171,14 @@ def step_seconds(pipe: WanPipeline, apply: Apply) -> Times:
     return clock.step_seconds()
 
 
-def take_turns(reference: Side, measured: Side, pairs: int) -> list[Pair]:
+def take_turns(reference: Side, measured: Side, pairs: int, steps: int = STEPS) -> list[Pair]:
     """Step times of two sides that run in turn, the order changing from pair to pair: (reference, measured) each."""
-    step_seconds(*reference)
-    step_seconds(*measured)
+    step_seconds(*reference, steps)
+    step_seconds(*measured, steps)
     taken = []
     for pair in range(pairs):
         sides = (reference, measured) if pair % 2 else (measured, reference)
-        first, second = (step_seconds(*side) for side in sides)
+        first, second = (step_seconds(*side, steps) for side in sides)
         taken.append((first, second) if pair % 2 else (second, first))
     return taken
 

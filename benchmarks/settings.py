@@ -21,11 +21,14 @@ class Setting:
     order: int = 0
     preset: str | None = None
     policy: str = "dynamic"
+    spacing: str = "step"
 
     @property
     def name(self) -> str:
         """A short name, such as `F1 W4 MC3 R.24 TS1` or `fast, static, TS1`."""
         order = f"TS{self.order}" if self.order else "reuse"
+        if self.spacing != "step":
+            order += f" in {self.spacing}"
         if self.preset:
             return f"SCM {self.preset} {self.policy}, {order}"
         limit = "" if self.continuous is None else f" MC{self.continuous}"
@@ -67,6 +70,12 @@ def late_settings() -> list[Setting]:
         for preset in LATE_PRESETS
         for fn, policy, order in ((0, "static", 1), (0, "static", 2), (1, "dynamic", 2))
     ]
+
+
+def sigma_settings() -> list[Setting]:
+    """Prediction that counts in noise levels and not in steps, which the peers do not have."""
+    late = [Setting(fn=0, preset=preset, policy="static", order=2, spacing="sigma") for preset in LATE_PRESETS]
+    return [Setting(order=1, spacing="sigma"), Setting(order=2, spacing="sigma"), *late]
 
 
 def headline_settings() -> list[Setting]:

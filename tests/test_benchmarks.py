@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from benchmarks.metrics import psnr, ssim
-from benchmarks.settings import Setting, dbcache_settings, headline_settings, late_settings, preset_settings
+from benchmarks.settings import (
+    Setting,
+    dbcache_settings,
+    headline_settings,
+    late_settings,
+    preset_settings,
+    sigma_settings,
+)
 from benchmarks.table import BEGIN, END, chapter, fewer_steps_psnr, insert
 from benchmarks.work import BlockWork, computed_steps
 
@@ -62,7 +69,7 @@ def test_computed_steps_is_a_mean_over_branches() -> None:
 
 
 def test_names_of_settings_are_unique_and_the_headline_is_measured() -> None:
-    settings = dbcache_settings() + preset_settings() + late_settings()
+    settings = dbcache_settings() + preset_settings() + late_settings() + sigma_settings()
     assert len({setting.name for setting in settings}) == len(settings)
     assert set(headline_settings()) <= set(settings)
     assert Setting(order=1).name == "F1 W4 MC3 R.24, TS1"

@@ -75,6 +75,14 @@ def test_unchanged_stream_stays_without_a_residual():
     assert history.combine(0, (3.0, -3.0, 1.0)).tolist() == [4.0, 4.0]
 
 
+def test_stream_that_changes_only_sometimes_is_no_error():
+    history = History(2)
+    history.append(0.0, (None, torch.ones(2)))
+    history.append(1.0, (torch.ones(2), None))
+    assert history.combine(0, (2.0, -1.0)).tolist() == [1.0, 1.0]
+    assert history.combine(1, (2.0, -1.0)) is None
+
+
 def test_combining_leaves_what_is_kept_as_it_was():
     residuals = [torch.randn(6) for _ in range(4)]
     copies = [residual.clone() for residual in residuals]

@@ -418,6 +418,16 @@ def test_pipeline_that_runs_inside_another_one_has_its_own_run():
     ]  # fmt: skip
 
 
+def test_inner_pipeline_that_tells_less_is_not_taken_for_the_outer_one():
+    """It has no index and no progress bar among its variables; the pipeline around it has both."""
+    probe = Probe()
+    outer, inner = make(probe=probe), make(NoIndex, probe=probe)
+    outer(3, each=lambda i: inner(2, calls=1) if i == 1 else None)
+    assert [(seen.new, seen.step, seen.total) for seen in probe.seen] == [
+        (True, 0, 3), (False, 1, 3), (True, 0, 2), (False, 1, 2), (False, 2, 3),
+    ]  # fmt: skip
+
+
 def test_runs_of_two_threads_that_share_a_transformer_are_apart():
     probe, barrier, together = Probe(), threading.Barrier(2, timeout=30), []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import random
@@ -138,3 +139,12 @@ def test_steps_at_the_same_time_are_no_division_by_zero(order, times):
     weights = Taylor(order).weights(times, 0.4)
     assert all(math.isfinite(weight) for weight in weights)
     assert sum(weights) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("predictor", ALL, ids=str)
+def test_predictors_have_no_state_that_could_change(predictor):
+    before = hash(predictor)
+    predictor.weights([3.0, 2.0][: predictor.depth], 4.0)
+    assert hash(predictor) == before
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        predictor.order = 7

@@ -125,9 +125,7 @@ def test_true_residuals_give_the_unpatched_output(family: Family, fn: int, bn: i
     told(truth)
     # two experts: each computes its first step, as there is nothing to reuse before
     mask = [1] + [0] * (STEPS - 1)
-    patch = apply_cache_dit(
-        pipe, fn_compute_blocks=fn, bn_compute_blocks=bn, steps_mask=mask, steps_policy="static"
-    )
+    patch = apply_cache_dit(pipe, fn_compute_blocks=fn, bn_compute_blocks=bn, steps_mask=mask, steps_policy="static")
     with count_blocks(family, pipe) as counts, truth.counting():
         output = family.run(pipe, steps=STEPS)
     for component in family.transformers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 from collections.abc import Callable
@@ -71,19 +72,18 @@ def failing_at(family: Family, pipe: Any, place: str, error: type[BaseException]
             raise error("on purpose")
         return args[3] if place == "callback" else None
 
-    with pytest.raises(error, match="on purpose"):
-        if place == "callback":
-            family.run(pipe, seed=5, callback_on_step_end=raises)
-        elif place == "block":
-            # the first block runs at every step
-            with pipe.transformer.get_submodule(f"{family.block_lists[0]}.0").register_forward_hook(raises):
-                family.run(pipe, seed=5)
-        else:
-            with _scheduler_step(pipe.scheduler, raises):
-                family.run(pipe, seed=5)
+    given: dict[str, Any] = {"callback_on_step_end": raises} if place == "callback" else {}
+    with contextlib.ExitStack() as stack:
+        if place == "block":  # the first block runs at every step
+            block = pipe.transformer.get_submodule(f"{family.block_lists[0]}.0")
+            stack.enter_context(block.register_forward_hook(raises))
+        elif place == "scheduler":
+            stack.enter_context(_BeforeEachStep(pipe.scheduler, raises))
+        with pytest.raises(error, match="on purpose"):
+            family.run(pipe, seed=5, **given)
 
 
-class _scheduler_step:
+class _BeforeEachStep:
     """Runs something before each step of one scheduler instance."""
 
     def __init__(self, scheduler: Any, before: Callable[[], Any]) -> None:
