@@ -93,6 +93,14 @@ class CachedModel:
         ]
         self.forms: dict[tuple[int, bool], Callable[[list[Any]], Any]] = {}
 
+    def log(self, run: Run, step: int, branch: str, decision: Decision) -> None:
+        """Enters a decision into the statistics of its run."""
+        stats: RunStats | None = run.data.get("stats")
+        if stats is not None:
+            layout = self.parts.layout
+            executed = layout.total - (0 if decision.compute else layout.skippable)
+            stats.add(branch, step, self.name, decision, executed, layout.total)
+
 
 class TransformerCall:
     """One call of a cached transformer.
@@ -103,12 +111,9 @@ class TransformerCall:
         run: The run that the call belongs to.
         step: Index of the denoising step.
         branch: Name of the branch.
-        must_compute: Whether its arguments forbid to skip.
     """
 
-    def __init__(
-        self, model: CachedModel, module: nn.Module, run: Run, step: int, branch: str, must_compute: bool
-    ) -> None:
+    def __init__(self, model: CachedModel, module: nn.Module, run: Run, step: int, branch: str) -> None:
         self.run = run
         self._model = model
         self._parts = parts = model.parts
@@ -116,7 +121,6 @@ class TransformerCall:
         self._key = (model.name, branch)
         self._branch: Branch = run.data.setdefault(self._key, Branch(parts.predictor.depth))
         self._position = Position(step, run.total, self._branch.seen)
-        self._must_compute = must_compute
         if self._branch.seen == 0:
             parts.policy.prepare(run.total)
         self._last = step >= run.total - 1
@@ -195,23 +199,14 @@ class TransformerCall:
             branch.forget(signature)
         if not branch.histories and policy.may_skip(self._position):
             decision = Decision(True, "nothing to reuse")
-        elif self._must_compute:
-            decision = Decision(True, "arguments forbid skipping")
         else:
             decision = policy.decide(self._position, branch.tally, self._change)
         branch.tally = branch.tally.after(decision)
         if decision.compute and self._keeps and policy.needs_signal:
             branch.signal = self._take_signal()
         self._signal = self._head = None
-        self._log(decision)
+        self._model.log(self.run, self._position.step, self._key[1], decision)
         return decision
-
-    def _log(self, decision: Decision) -> None:
-        stats: RunStats | None = self.run.data.get("stats")
-        if stats is not None:
-            layout = self._parts.layout
-            run = layout.total - (0 if decision.compute else layout.skippable)
-            stats.add(self._key[1], self._position.step, self._key[0], decision, run, layout.total)
 
     def _change(self) -> float:
         now, reference = self._take_signal(), self._branch.signal
@@ -293,7 +288,8 @@ def _form_of(output: Any) -> Callable[[list[Any]], Any]:
             f"a block returns a {strange[0]}; only tensors, and tuples or lists of them, can be cached."
         )
     if isinstance(output, Tensor):
-        return lambda values: values[0]
+        dtype = output.dtype
+        return lambda values: values[0].to(dtype)
     present = [part is not None for part in parts]
     dtypes = [part.dtype if part is not None else None for part in parts]
     kind = list if isinstance(output, list) else tuple

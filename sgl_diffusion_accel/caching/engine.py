@@ -10,6 +10,7 @@ from torch import nn
 from sgl_diffusion_accel.caching.call import Branch, CachedModel, TransformerCall
 from sgl_diffusion_accel.caching.loop import Run, Runs, locate
 from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
+from sgl_diffusion_accel.caching.policies import Decision
 from sgl_diffusion_accel.caching.stats import Stats
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 
@@ -65,9 +66,12 @@ class Controller(PatchHandler):
         """Begins a transformer call."""
         where = self._session.enter(module, args, kwargs)
         self._threads.current = None
-        if where is not None:
-            must_compute = any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS)
-            self._threads.current = TransformerCall(self._model, module, *where, must_compute)
+        if where is None:
+            return None
+        if any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS):
+            self._model.log(*where, Decision(True, "arguments forbid skipping"))
+        else:
+            self._threads.current = TransformerCall(self._model, module, *where)
         return self.current
 
     def leave(self, _: nn.Module, token: TransformerCall | None, output: Any) -> Any:
