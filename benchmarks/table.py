@@ -16,6 +16,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- table:start -->"
 END = "<!-- table:end -->"
+_ABOUT = (
+    "# Results\n\nMade by `make table` from the files in `results/`; how they are measured is told in "
+    "[README.md](README.md). Bold: better than simply running fewer steps at the same cost."
+)
 _HEAD = (
     "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"
     "|---|--:|--:|--:|--:|--:|--:|\n"
@@ -26,8 +30,13 @@ def main() -> None:
     """Writes both files."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) if path.stem != "overhead"]
     results.sort(key=lambda result: ("wan", "qwen", "flux").index(result["model"]))
-    whole = "# Results\n\n" + "\n\n".join(chapter(result) for result in results) + "\n"
-    (ROOT / "benchmarks" / "RESULTS.md").write_text(whole)
+    parts = [_ABOUT]
+    for result in results:
+        picture = f"![PSNR over the compute ratio](results/pareto_{result['model']}.png)"
+        parts += [f"## {result['pipeline']} miniature", chapter(result), picture]
+    if (RESULTS / "overhead.json").exists():
+        parts += ["## The library's own cost", overhead(json.loads((RESULTS / "overhead.json").read_text()))]
+    (ROOT / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
     readme = ROOT / "README.md"
     if readme.exists():
         names = {setting.name for setting in headline_settings()}
@@ -58,13 +67,27 @@ def chapter(result: dict[str, Any], names: set[str] | None = None) -> str:
     packages = result["environment"]["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("diffusers", "cache-dit", "torch") if name in packages)
     about = (
-        f"**{result['pipeline']} miniature**, {result['steps']} steps, guidance {result['guidance']:g}, "
+        f"{result['pipeline']} miniature, {result['steps']} steps, guidance {result['guidance']:g}, "
         f"{len(result['captions'])} captions, {result['dtype']}, {versions}; {result['environment']['cpu']}, "
         f"{result['environment']['threads']} thread, {result['environment']['date']}."
     )
     rows = [row for row in result["rows"] if _shown(row, names)]
     rows.sort(key=_order)
     return about + "\n\n" + _HEAD + "\n".join(line(row, result) for row in rows)
+
+
+def overhead(result: dict[str, Any]) -> str:
+    """What was measured by `benchmarks.overhead`, as a table: medians, and quartiles in brackets."""
+    host = result["environment"]
+    about = f"{result['model']}; {host['cpu']}, {host['threads']} thread, {host['date']}, {result['pairs']} pairs."
+    lines = [about, "", "| | CPU time | wall time |", "|---|--:|--:|"]
+    for name, row in result["rows"].items():
+        cells = [
+            f"{row[clock]['median']:.3f} ({row[clock]['lower_quartile']:.3f} to {row[clock]['upper_quartile']:.3f})"
+            for clock in ("cpu", "wall")
+        ]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
 
 
 def line(row: dict[str, Any], result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ that `torch.compile` sees one type for all the blocks of a model and recompiles 
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -153,7 +154,9 @@ def release(module: nn.Module, kind: str) -> None:
         return
     slot.put(kind, None)
     if not slot.handlers:
-        object.__setattr__(module, "__class__", type(module).__mro__[1])
+        base = type(module).__mro__[1]
+        if _classes.get(base) is type(module):  # else something else has put a class of its own on top: leave it
+            object.__setattr__(module, "__class__", base)
         module.__dict__.pop(SLOT, None)
 
 
@@ -187,7 +190,10 @@ def _make_class(base: Any) -> Any:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # A copy or a pickle is a copy of the module itself: unpatched, of the original class.
         function, arguments, *rest = base.__reduce_ex__(self, protocol)
-        return (function, tuple(base if a is type(self) else a for a in arguments), *rest)
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle wants the object's own class there
+            function, arguments = copyreg._reconstructor, (base, object, None)  # type: ignore[attr-defined]
+        own = type(self)
+        return (base if function is own else function, tuple(base if a is own else a for a in arguments), *rest)
 
     namespace: dict[str, Any] = {
         "__call__": _eager(__call__, recursive=False),

@@ -49,7 +49,7 @@ class Patch:
         self._undone = True
         while self._interceptions:
             module = self._interceptions.pop()()
-            if module is not None:
+            if module is not None and self in patches_of(module):  # not if another patch has taken this one's place
                 release(module, self.kind)
         self._on_removed()
 

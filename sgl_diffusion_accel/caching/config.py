@@ -11,6 +11,22 @@ from sgl_diffusion_accel.caching.masks import StepsMask
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
 
 
+class FrozenSettings(dict[str, Any]):
+    """A dict that cannot be changed, and can be hashed."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        """Raises TypeError: a config is never changed."""
+        raise TypeError("a config is never changed; make another one: dataclasses.replace(config, secondary={...})")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> Any:
+        return FrozenSettings, (dict(self),)
+
+
 @dataclass(frozen=True)
 class CacheDiTConfig:
     """Settings of the block cache: DBCache, TaylorSeer prediction and step computation masks.
@@ -27,7 +43,8 @@ class CacheDiTConfig:
             below. 0 never skips.
         max_continuous_cached_steps: Longest run of skipped steps; None or -1 for no limit.
         max_cached_steps: Most skipped steps in a run; None or -1 for no limit.
-        max_accumulated_residual_diff: Largest sum of the changes since the last computed step; None for no limit.
+        max_accumulated_residual_diff: Compute when the changes since the last computed step sum up to it; None for no
+            limit.
         taylorseer_order: Order of the Taylor prediction of what the skipped blocks add; 0 reuses the last computed.
         taylorseer_spacing: What the prediction counts in: `"step"`, or `"sigma"` for the scheduler's noise levels.
         steps_mask: Which denoising steps are computed: `"slow"`, `"medium"`, `"fast"`, `"ultra"`, a list of 0 and 1, or
@@ -104,7 +121,7 @@ class CacheDiTConfig:
                 )
             if name not in allowed:
                 raise unknown_name("knob", str(name), allowed, "secondary")
-        object.__setattr__(self, "secondary", dict(self.secondary))
+        object.__setattr__(self, "secondary", FrozenSettings(self.secondary))
         self.for_component("transformer_2")
 
     def for_component(self, name: str) -> CacheDiTConfig:

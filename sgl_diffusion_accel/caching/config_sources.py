@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "SGLANG_CACHE_DIT_"
 _SECONDARY = "SECONDARY_"
+_ATTENTION = "attention_backend"
 
 
 def _flag(text: str) -> bool:
@@ -142,6 +144,8 @@ def knobs_from_file(path: str) -> dict[str, Any]:
         if key not in _FILE_KEYS:
             raise unknown_name("key", str(key), _FILE_KEYS, path)
         knob = _FILE_KEYS[key]
+        if knob == "_taylorseer" and value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{path}: {key}={value!r} cannot be read: expected true or false.")
         if knob is not None and value is not None:
             knobs[knob] = value
     if knobs.pop("_cache_type", "DBCache") != "DBCache":
@@ -152,21 +156,28 @@ def knobs_from_file(path: str) -> dict[str, Any]:
 def _cache_section(content: Any, path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping with the key cache_config, found a {type(content).__name__}.")
-    if "cache_config" not in content:
-        content = {"cache_config": content}
+    if "cache_config" not in content and not _misspelt(content):
+        content = {
+            "cache_config": {key: value for key, value in content.items() if key != _ATTENTION},
+            **{key: value for key, value in content.items() if key == _ATTENTION},
+        }
     for key in content:
-        if key not in ("cache_config", "attention_backend"):
-            raise unknown_name("key", str(key), ("cache_config", "attention_backend"), path)
-    if "attention_backend" in content:
+        if key not in ("cache_config", _ATTENTION):
+            raise unknown_name("key", str(key), ("cache_config", _ATTENTION), path)
+    if _ATTENTION in content:
         logger.warning(
-            "%s: attention_backend=%r is not part of a cache; set it on the pipeline.",
-            path,
-            content["attention_backend"],
+            "%s: %s=%r is not part of a cache; set it on the pipeline.", path, _ATTENTION, content[_ATTENTION]
         )
     section = content["cache_config"]
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: cache_config must be a mapping of settings, found a {type(section).__name__}.")
     return section
+
+
+def _misspelt(content: dict[Any, Any]) -> bool:
+    """Whether a key looks like `cache_config`: then the file is not a flat one."""
+    unknown = [str(key).lower().replace("-", "_") for key in content if key not in _FILE_KEYS]
+    return bool(difflib.get_close_matches("cache_config", unknown, cutoff=0.75))
 
 
 def _load(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -13,6 +14,8 @@ from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
 from sgl_diffusion_accel.caching.policies import Decision
 from sgl_diffusion_accel.caching.stats import Stats
 from sgl_diffusion_accel.patch import Patch, PatchHandler
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -39,6 +42,11 @@ class Session:
                 if step < run.total:
                     return run, step, branch
             self.stats.outside += 1
+            if self.stats.outside == 1:
+                logger.warning(
+                    "a call of %s belongs to no denoising loop that is known; such calls are computed in full.",
+                    type(module).__name__,
+                )
         return None
 
 

@@ -80,15 +80,16 @@ _interesting: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDiction
 
 
 def _may_be_loop(code: CodeType) -> bool:
-    names = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
-    return bool(names & {"t", "i"}) and bool(names & {"timesteps", "self"})
+    """Whether a function could be a denoising loop, without looking at its variables."""
+    variables = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+    return "timesteps" in variables or "timesteps" in code.co_names or {"block_state", "components"} <= variables
 
 
 class _Locals:
     """A frame's local variables, let go of again at the end.
 
     Before Python 3.13 reading them leaves a snapshot on the frame, which would keep each tensor that it names alive
-    until the next reading: it is emptied.
+    until the next reading: it is emptied, but for frames of others, who may have asked for it with `locals()`.
     """
 
     def __init__(self, frame: FrameType) -> None:
@@ -99,7 +100,8 @@ class _Locals:
         return self._mapping
 
     def __exit__(self, *_: object) -> None:
-        if sys.version_info < (3, 13) and type(self._mapping) is dict and self._frame.f_code.co_flags & _OPTIMIZED:
+        is_snapshot = sys.version_info < (3, 13) and self._frame.f_code.co_flags & _OPTIMIZED
+        if is_snapshot and type(self._mapping) is dict and _pipeline_of(self._mapping) is not None:
             self._mapping.clear()
         del self._mapping, self._frame
 
@@ -122,22 +124,42 @@ def _read(
     scheduler = getattr(pipeline, "scheduler", None)
     state = local.get("block_state")
     timesteps = local.get("timesteps") if state is None else state.timesteps
-    if not _is_timesteps(timesteps):
-        timesteps = getattr(scheduler, "timesteps", None)
+    if not _is_timesteps(timesteps) or any(timesteps is value for value in (*args, *kwargs.values())):
+        timesteps = getattr(scheduler, "timesteps", None)  # the local ones are missing, or those of this step alone
     if not _is_timesteps(timesteps):
         return None
     owner = state or next((local[name] for name in _PROGRESS_BARS if local.get(name) is not None), None)
     context = cache_context_of(module)
+    timestep = local.get("t")
     step = context[1].get("step_index") if context else None
+    if step is None:
+        step = _index_in(timesteps, timestep, *local.values())
     if step is None and type(local.get("i")) is int:
         step = local["i"]
     name = context[0] if context else getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
     branch = name.removeprefix("pred_") if name else _branch_by_name(local, args, kwargs)
-    return LoopCall(scheduler, timesteps, owner, step, local.get("t"), branch)
+    return LoopCall(scheduler, timesteps, owner, step, timestep, branch)
 
 
 def _is_timesteps(candidate: object) -> TypeGuard[Tensor]:
     return isinstance(candidate, Tensor) and candidate.ndim == 1 and len(candidate) > 0
+
+
+def _index_in(timesteps: Tensor, *candidates: Any) -> int | None:
+    """Index of the first candidate that is an element of `timesteps`, told by where it lies in memory.
+
+    A loop over a tensor hands out views of its elements. So the step is known without reading a value from the device.
+    """
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.ndim == 0 and _share_memory(candidate, timesteps):
+            offset, stride = int(candidate.storage_offset() - timesteps.storage_offset()), timesteps.stride(0)
+            if stride and offset % stride == 0 and 0 <= offset // stride < len(timesteps):
+                return offset // stride
+    return None
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _branch_by_name(local: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ Bins = tuple[tuple[int, ...], tuple[int, ...]]
 """Lengths of the stretches of computed and of skipped steps, which alternate, computed first."""
 
 # The presets of SGLang-Diffusion and cache-dit, at the step counts for which they state them.
-_SHAPE = 28
 _BINS: dict[int, dict[str, Bins]] = {
     28: {
         "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
@@ -44,7 +43,7 @@ _LATE = {"late-slow": 0.7, "late-medium": 0.54, "late-fast": 0.4, "late-ultra": 
 _LATE_WARMUP = 3
 _LATE_POWER = 1.4  # 1 spaces the computed steps evenly; 1.4 was best or near it on trained small models
 
-PRESETS = (*_BINS[_SHAPE], *_LATE)
+PRESETS = (*_BINS[28], *_LATE)
 """Names of the preset masks: SGLang's, then the late ones, each from the mildest to the boldest."""
 
 
@@ -62,8 +61,9 @@ def alternate(compute_bins: Sequence[int], cache_bins: Sequence[int]) -> tuple[i
 def preset_steps(name: str, total: int) -> tuple[int, ...]:
     """Returns the mask of a preset for a run.
 
-    SGLang's presets: as published for 28, 50, 9 and 8 steps, else the shape at 28 steps, stretched. Below 8 steps all
-    presets are the same mild mask, and up to 3 steps everything is computed.
+    SGLang's presets: as published for 28, 50, 9 and 8 steps; at other counts the published shape nearest in kind,
+    with the share of computed steps between those published. Below 8 steps all presets are the same mild mask, and up
+    to 3 steps everything is computed.
 
     Args:
         name: One of `PRESETS`.
@@ -75,10 +75,26 @@ def preset_steps(name: str, total: int) -> tuple[int, ...]:
         return _few(total)
     if total in _BINS:
         return alternate(*_BINS[total][name])
-    shape = alternate(*_BINS[_SHAPE][name])
-    steps = [shape[step * _SHAPE // total] for step in range(total)]
-    steps[-1] = 1
-    return tuple(steps)
+    computed = round(_share(name, total) * total)
+    compute_bins, cache_bins = _BINS[9 if total < 15 else 28 if total < 40 else 50][name]
+    return alternate(_apportion(computed, compute_bins, 1), _apportion(total - computed, cache_bins, 0))
+
+
+def _share(name: str, total: int) -> float:
+    """Share of computed steps, on the line between the published ones beside `total`."""
+    shares = {count: sum(bins[name][0]) / count for count, bins in _BINS.items()}
+    below = max(count for count in shares if count <= total)
+    above = min((count for count in shares if count >= total), default=below)
+    weight = (total - below) / (above - below) if above > below else 0.0
+    return shares[below] * (1 - weight) + shares[above] * weight
+
+
+def _apportion(total: int, shape: Sequence[int], least: int) -> list[int]:
+    """Divides a number into bins in proportion to `shape`, each with at least `least`."""
+    bins = [least] * len(shape)
+    for _ in range(total - sum(bins)):
+        bins[max(range(len(bins)), key=lambda i: shape[i] * total / sum(shape) - bins[i])] += 1
+    return bins
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,8 +26,8 @@ class StepsMask:
         (1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1)
     """
 
-    compute_bins: Sequence[int] = ()
-    cache_bins: Sequence[int] = ()
+    compute_bins: Sequence[int] = field(default=(), compare=False)
+    cache_bins: Sequence[int] = field(default=(), compare=False)
     _steps: tuple[int, ...] = field(default=(), repr=False)
     _preset: str = field(default="", repr=False)
     _share: float = field(default=0.0, repr=False)

@@ -11,6 +11,8 @@ AUXILIARY_LISTS = frozenset(
         "siglip_refiner",
         "refiner_blocks",
         "text_transformer_blocks",
+        "video_text_transformer_blocks",
+        "audio_text_transformer_blocks",
         "txt_mode_blocks",
         "vace_blocks",
         "face_adapter",
