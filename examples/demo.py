@@ -1,6 +1,6 @@
 """Two small trained models, without and with a cache: a table, and pictures side by side in `out/demo.png`.
 
-    make demo      or      python -m examples.demo [--captions 6] [--steps 50]
+    make demo      or      python -m examples.demo [--steps 50]
 
 Each setting is followed by what costs the same without any library: an unpatched run with fewer steps.
 """
@@ -26,21 +26,13 @@ from .demo_results import Result, Run
 from .demo_table import table
 
 MODELS = {"wan": "Wan: clips, classifier-free guidance", "qwen": "Qwen-Image: pictures, true guidance"}
+_LATE = {"steps_policy": "static", "fn_compute_blocks": 0, "taylorseer_order": 2}
+CAPTIONS = {"wan": 4, "qwen": 6}
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "second-order prediction": {"taylorseer_order": 2},
-    "bolder": {
-        "max_warmup_steps": 3,
-        "residual_diff_threshold": 0.16,
-        "max_continuous_cached_steps": 5,
-        "taylorseer_order": 2,
-    },
-    "step mask late-fast": {
-        "steps_mask": "late-fast",
-        "steps_policy": "static",
-        "fn_compute_blocks": 0,
-        "taylorseer_order": 2,
-    },
+    "step mask late-fast": _LATE | {"steps_mask": "late-fast"},
+    "step mask late-ultra": _LATE | {"steps_mask": "late-ultra"},
 }
 """Arguments of `apply_cache_dit`, by the name that the table and the picture show."""
 
@@ -51,7 +43,6 @@ _CAPTION_SEED = 5
 def main() -> None:
     """Runs the demo from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--captions", type=int, default=6)
     parser.add_argument("--steps", type=int, default=50)
     given = parser.parse_args()
     torch.set_num_threads(1)  # the miniatures are fastest so
@@ -61,7 +52,7 @@ def main() -> None:
     console = Console()
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        results = [show(model, given.captions, given.steps, progress) for model in MODELS]
+        results = [show(model, CAPTIONS[model], given.steps, progress) for model in MODELS]
     for result in results:
         console.print(table(result, MODELS[result.model]))
     PICTURE.parent.mkdir(exist_ok=True)

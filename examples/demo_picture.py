@@ -19,8 +19,8 @@ from .demo_results import Result, Row, Run
 COMPUTED, SKIPPED, INK, FAINT = "#0072B2", "#DCE2E7", "#1F2933", "#61707D"
 _NOTE = (
     "In the maps a row is a branch of guidance (cond, uncond), a column a denoising step: blue where it was computed, "
-    "pale where it was skipped.\ndB: PSNR against the unpatched samples, the mean over {count} captions; the better of "
-    "the two at the same cost is bold."
+    "pale where it was skipped.\ndB: PSNR against the unpatched samples, the mean over the captions; "
+    "the better of the two at the same cost is bold."
 )
 _GAP = 1
 _ACROSS = 3
@@ -51,9 +51,7 @@ def draw(results: list[Result], titles: dict[str, str], path: Path) -> None:
         for result, height in zip(results, heights, strict=True):
             _draw_model(Page(figure, top), result, titles[result.model])
             top -= height
-        Page(figure, top).text(
-            0, 0, _NOTE.format(count=len(results[0].captions)), color=FAINT, fontsize=8.5, linespacing=1.5
-        )
+        Page(figure, top).text(0, 0, _NOTE, color=FAINT, fontsize=8.5, linespacing=1.5)
         figure.savefig(path)
 
 

@@ -13,9 +13,9 @@ from .demo_results import Result, Run
 
 def table(result: Result, title: str) -> Table:
     """One row for each setting, followed by the one that costs the same with fewer steps and no cache."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    drawn.add_column("setting", min_width=28)
-    for column in ("speed-up", "blocks computed", "steps", "PSNR (dB)", "SSIM", "as asked"):
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn.add_column("setting", min_width=24)
+    for column in ("speed-up", "blocks", "steps", "PSNR (dB)", "SSIM", "as asked"):
         drawn.add_column(column, justify="right")
     asked = _as_asked(result, result.unpatched)
     drawn.add_row("unpatched", "1.00×", "100 %", str(result.steps), "–", "–", asked, end_section=True)

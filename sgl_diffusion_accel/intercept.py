@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from sgl_diffusion_accel.errors import UnsupportedModelError
+
 SLOT = "_sgl_diffusion_accel"
 """Key in the instance's `__dict__` under which the handlers of an intercepted module live."""
 
@@ -205,7 +207,23 @@ def _make_class(base: Any) -> Any:
     }
     if hasattr(base, "cache_context"):
         namespace["cache_context"] = _listening_cache_context(base)
-    return type(base)(base.__name__, (base,), namespace)
+    if hasattr(base, "enable_cache"):
+        namespace["enable_cache"] = _forbidden_enable_cache(base)
+    # diffusers looks classes up in lists and dicts, in `from_pipe` for example: there it must find the original.
+    equality = {"__eq__": lambda cls, other: cls is other or other is base, "__hash__": lambda _: hash(base)}
+    return type(type(base).__name__, (type(base),), equality)(base.__name__, (base,), namespace)
+
+
+def _forbidden_enable_cache(base: Any) -> Callable[..., Any]:
+    def enable_cache(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        slot = self.__dict__.get(SLOT)
+        for handler in slot.handlers if slot else ():
+            if getattr(handler, "forbids_enable_cache", None):
+                raise UnsupportedModelError(handler.forbids_enable_cache)
+        return base.enable_cache(self, *args, **kwargs)
+
+    enable_cache.__doc__ = base.enable_cache.__doc__
+    return enable_cache
 
 
 def _listening_cache_context(base: Any) -> Callable[..., Any]:

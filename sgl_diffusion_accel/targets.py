@@ -23,14 +23,15 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
         pipe: A diffusers pipeline, or a transformer by itself.
 
     Returns:
-        Component name to module: `{"transformer": …}`, with `"transformer_2"` for models with two experts.
+        Component name to module: `{"transformer": …}`, with `"transformer_2"` for models with two experts. What
+        `torch.compile` has wrapped is returned with its wrapper; see `unwrap`.
 
     Raises:
         UnsupportedModelError: The pipeline has no transformer.
         ConfigTypeError: Neither a pipeline nor a module was given.
     """
     if isinstance(pipe, nn.Module):
-        return {"transformer": unwrap(pipe)}
+        return {"transformer": pipe}
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
         raise ConfigTypeError(
@@ -40,8 +41,8 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name in TRANSFORMERS:
         part = components.get(name)
-        if isinstance(part, nn.Module) and unwrap(part) not in found.values():
-            found[name] = unwrap(part)
+        if isinstance(part, nn.Module) and unwrap(part) not in map(unwrap, found.values()):
+            found[name] = part
     if not found:
         modules = [name for name, part in components.items() if isinstance(part, nn.Module)]
         raise UnsupportedModelError(

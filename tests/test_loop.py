@@ -14,7 +14,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch import nn
 
-from sgl_diffusion_accel.caching.loop import Runs, locate
+from sgl_diffusion_accel.caching.loop import locate
+from sgl_diffusion_accel.caching.runs import Runs
 from sgl_diffusion_accel.intercept import intercept
 
 

@@ -171,8 +171,8 @@ def test_copy_is_unpatched_and_original_stays(family: Family, copied: Callable[[
     other = family.make()
     for name in family.transformers:
         setattr(other, name, copied(getattr(pipe, name)))
-    assert [type(module) for module in other.transformer.modules()] == classes
-    assert [type(m) for m in other.transformer.modules()] != [type(m) for m in pipe.transformer.modules()]
+    assert type(pipe.transformer) is not classes[0]
+    assert all(type(m) is cls for m, cls in zip(other.transformer.modules(), classes, strict=True))
     for module in (m for name in family.transformers for m in getattr(other, name).modules()):
         assert not [key for key in vars(module) if "accel" in key]
     assert torch.equal(family.run(other), expected)

@@ -17,7 +17,7 @@ from sgl_diffusion_accel.caching.policies import MaskPolicy, Policy, ThresholdPo
 from sgl_diffusion_accel.caching.predictors import Reuse, Taylor
 from sgl_diffusion_accel.caching.signals import HeadResidual
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
-from sgl_diffusion_accel.targets import find_transformers
+from sgl_diffusion_accel.targets import find_transformers, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,9 @@ def apply_cache_dit(pipe: object, config: CacheDiTConfig | None = None, **knobs:
             f"secondary={dict(config.secondary)!r} is for transformer_2, and {type(pipe).__name__} has none. "
             "Leave secondary out."
         )
-    parts = {name: _parts(transformer, config.for_component(name)) for name, transformer in transformers.items()}
+    parts = {
+        name: _parts(unwrap(transformer), config.for_component(name)) for name, transformer in transformers.items()
+    }
     if not config.enabled:
         logger.warning("apply_cache_dit: the config says enabled=False; nothing is cached.")
         parts = {}

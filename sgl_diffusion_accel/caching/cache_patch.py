@@ -13,6 +13,7 @@ from sgl_diffusion_accel.caching.engine import BlockHandler, Controller, Session
 from sgl_diffusion_accel.caching.stats import Stats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.patch import Patch, patches_of
+from sgl_diffusion_accel.targets import unwrap
 
 KIND = "cache"
 
@@ -39,9 +40,15 @@ class CachePatch(Patch):
         return self._session.nbytes()
 
     def attach(self, name: str, transformer: nn.Module, parts: Parts) -> None:
-        """Puts the cache on one transformer."""
+        """Puts the cache on one transformer.
+
+        A wrapper of `torch.compile` may have kept the transformer's own `__call__`, so it is intercepted as well.
+        """
+        wrapper, transformer = transformer, unwrap(transformer)
         controller = Controller(self, CachedModel(name, transformer, parts), self._session)
         self.intercept(transformer, controller)
+        if wrapper is not transformer:
+            self.intercept(wrapper, controller)
         for list_index, blocks in enumerate(find_block_lists(transformer).values()):
             for index, block in enumerate(blocks):
                 self.intercept(block, BlockHandler(controller, list_index, index))
@@ -70,7 +77,7 @@ def apply_cache(title: str, transformers: Mapping[str, nn.Module], parts: Mappin
         parts: The same names to what the cache is made of; a component without parts is left alone.
     """
     for transformer in transformers.values():
-        for old in [patch for patch in patches_of(transformer) if patch.kind == KIND]:
+        for old in [patch for patch in patches_of(unwrap(transformer)) if patch.kind == KIND]:
             old.remove()
     patch = CachePatch(title)
     try:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.blocks import Layout, find_block_lists
 from sgl_diffusion_accel.caching.history import History, Residuals
-from sgl_diffusion_accel.caching.loop import Run
 from sgl_diffusion_accel.caching.parallel import local_part, signal_reduction
 from sgl_diffusion_accel.caching.policies import Decision, Policy, Position, Tally
 from sgl_diffusion_accel.caching.predictors import Predictor
+from sgl_diffusion_accel.caching.runs import Run
 from sgl_diffusion_accel.caching.signals import Signal, relative_l1
 from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.caching.wiring import Call, Wiring, argument, elements
@@ -161,7 +161,7 @@ class TransformerCall:
             self._head = (self._head[0], output)
         if list_index in self._inputs:
             if index == blocks.start < blocks.end - 1:
-                self._model.forms.setdefault((list_index, False), _form_of(output))
+                self._model.forms[list_index, False] = _form_of(output)
             if index == blocks.end - 1:
                 self._record(list_index, output)
 
@@ -232,7 +232,7 @@ class TransformerCall:
         wiring, call, parts = self._model.wirings[list_index], self._inputs.pop(list_index), elements(output)
         if not wiring.complete:
             wiring.settle(call, output)
-        self._model.forms.setdefault((list_index, True), _form_of(output))
+        self._model.forms[list_index, True] = _form_of(output)
         self._residuals[list_index] = tuple(
             _residual(part, argument(call, key), self._module) if isinstance(part, Tensor) and key is not None else None
             for part, key in zip(parts, wiring.keys, strict=True)

@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from sgl_diffusion_accel.caching.call import Branch, CachedModel, TransformerCall
-from sgl_diffusion_accel.caching.loop import Run, Runs, locate
+from sgl_diffusion_accel.caching.loop import locate
 from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
 from sgl_diffusion_accel.caching.policies import Decision
+from sgl_diffusion_accel.caching.runs import Run, Runs
 from sgl_diffusion_accel.caching.stats import Stats
 from sgl_diffusion_accel.patch import Patch, PatchHandler
+from sgl_diffusion_accel.targets import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,11 @@ class Controller(PatchHandler):
         session: Shared by the transformers of the patch.
     """
 
+    forbids_enable_cache = (
+        "this transformer has a cache of sgl_diffusion_accel on it, and two caches cannot share a model. Type: "
+        "sgl_diffusion_accel.remove(pipe)"
+    )
+
     def __init__(self, patch: Patch, model: CachedModel, session: Session) -> None:
         self.patch = patch
         self._model = model
@@ -72,8 +79,9 @@ class Controller(PatchHandler):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransformerCall | None:
         """Begins a transformer call."""
-        where = self._session.enter(module, args, kwargs)
-        self._threads.current = None
+        if self.current is not None:  # the wrapper of `torch.compile` has entered this call already
+            return None
+        where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:
             return None
         if any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS):
@@ -84,8 +92,8 @@ class Controller(PatchHandler):
 
     def leave(self, _: nn.Module, token: TransformerCall | None, output: Any) -> Any:
         """Ends a transformer call: what it computed enters the history."""
-        self._threads.current = None
         if token is not None:
+            self._threads.current = None
             try:
                 token.finish()
             except BaseException:
@@ -95,8 +103,8 @@ class Controller(PatchHandler):
 
     def fail(self, _: nn.Module, token: TransformerCall | None) -> None:
         """Ends a transformer call that raised, and with it the run's memory."""
-        self._threads.current = None
         if token is not None:
+            self._threads.current = None
             self._drop(token)
 
     def _drop(self, token: TransformerCall) -> None:

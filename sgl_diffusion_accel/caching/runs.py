@@ -1,0 +1,136 @@
+"""The denoising runs that are under way, and what is kept for each of them until it ends."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from sgl_diffusion_accel.caching.loop import LoopCall
+
+
+class Run:
+    """One pass through a denoising loop.
+
+    Attributes:
+        total: Number of denoising steps, the length of the run's timesteps.
+        data: What others keep for as long as the run lasts.
+    """
+
+    def __init__(self, call: LoopCall) -> None:
+        self.total = len(call.timesteps)
+        self.data: dict[Any, Any] = {}
+        self._timesteps = weakref.ref(call.timesteps)
+        self._scheduler = weakref.ref(call.scheduler) if call.scheduler is not None else lambda: None
+        self._owner = weakref.ref(call.owner) if _has_weakrefs(call.owner) else None
+        self._step = -1
+        self._timestep: weakref.ref[Any] | None = None
+        self._called: dict[tuple[int, str], int] = {}
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler that steps the run, None if it is gone."""
+        return self._scheduler()
+
+    def is_of(self, call: LoopCall) -> bool:
+        """Whether the call belongs to this run: same loop, and not further back in it."""
+        if self._timesteps() is not call.timesteps or self.total != len(call.timesteps):
+            return False
+        if self._owner is not None and self._owner() is not call.owner:
+            return False
+        return call.step is None or call.step >= self._step
+
+    def advance(self, module: nn.Module, call: LoopCall) -> tuple[int, str]:
+        """Moves the run on to the call.
+
+        Returns:
+            The step index, and the branch: the n-th call of the same name within a step is `"name#n"`.
+        """
+        step = self._step_of(call)
+        if step != self._step:
+            self._step = step
+            self._called.clear()
+        key = (id(module), call.branch)
+        self._called[key] = count = self._called.get(key, 0) + 1
+        return step, call.branch if count == 1 else f"{call.branch}#{count}"
+
+    def _step_of(self, call: LoopCall) -> int:
+        if call.step is not None:
+            return call.step
+        if not _has_weakrefs(call.timestep):
+            return self._step + 1
+        same = self._timestep is not None and self._timestep() is call.timestep
+        self._timestep = weakref.ref(call.timestep)
+        return self._step if same else self._step + 1
+
+    def sigmas(self) -> list[float]:
+        """The noise level at each step: the scheduler's sigmas, or the timesteps where it has none.
+
+        Copied from the device once a run.
+        """
+        if "sigmas" not in self.data:
+            timesteps = self._timesteps()
+            values = getattr(self._scheduler(), "sigmas", None)
+            if isinstance(values, Tensor) and len(values) > self.total:
+                values = values[-self.total - 1 : -1]  # one more than steps, the last of them 0
+            else:
+                values = timesteps
+            self.data["sigmas"] = values.tolist() if isinstance(values, Tensor) else []
+        sigmas: list[float] = self.data["sigmas"]
+        return sigmas
+
+
+def _has_weakrefs(candidate: object) -> bool:
+    return candidate is not None and type(candidate).__weakrefoffset__ != 0
+
+
+class Runs:
+    """The runs that are under way, each forgotten when its loop ends, however it ends."""
+
+    def __init__(self) -> None:
+        self._runs: dict[int, Run] = {}
+
+    def find(self, call: LoopCall) -> tuple[Run, bool]:
+        """Returns the run of a call, and whether it is a new one."""
+        key = id(call.timesteps)
+        run = self._runs.get(key)
+        if run is not None and run.is_of(call):
+            return run, False
+        for older in self:
+            if older.scheduler is call.scheduler is not None:  # it failed, and somebody keeps its traceback
+                self.discard(older)
+        run = self._runs[key] = Run(call)
+        for tied in (call.timesteps, call.owner):
+            if _has_weakrefs(tied):
+                run.data.setdefault("ends", []).append(weakref.ref(tied, self._forgetter(key, run)))
+        return run, True
+
+    def _forgetter(self, key: int, run: Run) -> Any:
+        runs, this = weakref.ref(self), weakref.ref(run)
+
+        def forget(_: object) -> None:
+            registry, ended = runs(), this()
+            if ended is not None:
+                ended.data.clear()
+                if registry is not None and registry._runs.get(key) is ended:
+                    del registry._runs[key]
+
+        return forget
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(list(self._runs.values()))
+
+    def discard(self, run: Run) -> None:
+        """Forgets one run and what was kept for it."""
+        run.data.clear()
+        for key, known in list(self._runs.items()):
+            if known is run:
+                del self._runs[key]
+
+    def clear(self) -> None:
+        """Forgets all runs and what was kept for them."""
+        for run in self:
+            run.data.clear()
+        self._runs.clear()
