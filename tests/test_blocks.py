@@ -148,6 +148,13 @@ def test_interleaved_lists_are_refused_with_the_reason():
         find_block_lists(build("LatteTransformer3DModel"))
 
 
+@pytest.mark.skipif(not hasattr(diffusers, "MotifVideoTransformer3DModel"), reason="not in this diffusers")
+def test_motif_is_refused_with_decoder_layers_alone():
+    assert find_block_lists(build("MotifVideoTransformer3DModel"))
+    with pytest.raises(UnsupportedModelError, match=r"MotifVideoTransformer3DModel.*other streams"):
+        find_block_lists(build("MotifVideoTransformer3DModel", num_decoder_layers=1))
+
+
 def test_last_blocks_with_skip_connections_cannot_be_computed_alone():
     transformer = build("HunyuanDiT2DModel", num_layers=6)
     assert divide(transformer, 1, 0).skippable == 5

@@ -66,7 +66,7 @@ def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]
     """
     name = type(transformer).__name__
     odd = ODD_MODELS.get(name, OddModel())
-    if odd.refuse:
+    if odd.refuse and (odd.only_with is None or getattr(transformer.config, odd.only_with, None)):
         raise UnsupportedModelError(f"{name} cannot be cached: {odd.refuse}.")
     lists = {
         child_name: tuple(child)

@@ -35,16 +35,22 @@ class OddModel:
 
     Attributes:
         refuse: Why it cannot be cached, or None.
+        only_with: Setting of the model's config without which it can be cached after all.
         max_bn: Largest number of last blocks that may be computed on their own, or None.
     """
 
     refuse: str | None = None
+    only_with: str | None = None
     max_bn: int | None = None
 
 
 ODD_MODELS = {
     "LatteTransformer3DModel": OddModel(
         refuse="its spatial and temporal block lists are interleaved and reshaped in between"
+    ),
+    "MotifVideoTransformer3DModel": OddModel(
+        refuse="the last blocks of its second list work on other streams than the first ones",
+        only_with="num_decoder_layers",
     ),
     "HunyuanDiT2DModel": OddModel(max_bn=0),  # its last blocks take skip connections from its first ones
 }
