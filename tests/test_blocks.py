@@ -27,6 +27,7 @@ NEEDED = {
         "text_emb_dim": 8,
     },
     "HunyuanDiT2DModel": {"in_channels": 4, "patch_size": 2, "sample_size": 8, "activation_fn": "gelu-approximate"},
+    "MotifVideoTransformer3DModel": {"num_decoder_layers": 0},
     "LatteTransformer3DModel": {"in_channels": 4, "sample_size": 8, "patch_size": 2, "caption_channels": 8},
     "LuminaNextDiT2DModel": {"in_channels": 4, "num_kv_heads": 8},
     "WanVACETransformer3DModel": {"vace_layers": [0, 1]},
