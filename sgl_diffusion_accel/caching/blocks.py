@@ -73,11 +73,18 @@ def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]
         for child_name, child in transformer.named_children()
         if isinstance(child, nn.ModuleList) and child_name not in AUXILIARY_LISTS and _are_blocks(child)
     }
+    for list_name, blocks in lists.items():
+        if len({id(block) for block in blocks}) < len(blocks):
+            raise UnsupportedModelError(
+                f"{name}.{list_name} holds a block more than once: what it adds differs from place to place, and "
+                "cannot be told apart. This model cannot be cached."
+            )
     if not lists:
         seen = [child_name for child_name, _ in transformer.named_children()]
         raise UnsupportedModelError(
             f"{name} has no list of transformer blocks among its parts ({', '.join(seen) or 'none'}). A cache needs a "
-            "torch.nn.ModuleList of blocks that the model calls one after the other."
+            "torch.nn.ModuleList of blocks that the model calls one after the other, each with a part named attn or "
+            "attention."
         )
     return lists
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from sgl_diffusion_accel.caching.blocks import divide
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, apply_cache, refuse_foreign_cache
-from sgl_diffusion_accel.caching.call import Parts
+from sgl_diffusion_accel.caching.cached_model import Parts
 from sgl_diffusion_accel.caching.config import KNOBS, CacheDiTConfig
 from sgl_diffusion_accel.caching.masks import StepsMask
 from sgl_diffusion_accel.caching.policies import MaskPolicy, Policy, ThresholdPolicy
@@ -111,6 +111,8 @@ def _title(config: CacheDiTConfig) -> str:
     if not config.enabled:
         return "Cache-DiT, switched off by its config"
     predictor = f"TaylorSeer order {config.taylorseer_order}" if config.taylorseer_order else "reuse"
+    if config.taylorseer_order and config.taylorseer_spacing == "sigma":
+        predictor += " in sigma"
     parts = [f"F{config.fn_compute_blocks}B{config.bn_compute_blocks}", predictor]
     if config.steps_policy == "dynamic":
         parts += [f"threshold {config.residual_diff_threshold:g}", f"warm-up {config.max_warmup_steps}"]

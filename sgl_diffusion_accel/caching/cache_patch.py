@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from torch import nn
 
 from sgl_diffusion_accel.caching import report
 from sgl_diffusion_accel.caching.blocks import find_block_lists
-from sgl_diffusion_accel.caching.call import CachedModel, Parts
+from sgl_diffusion_accel.caching.cached_model import CachedModel, Parts
 from sgl_diffusion_accel.caching.engine import BlockHandler, Controller, Session
+from sgl_diffusion_accel.caching.foreign import has_foreign_cache
 from sgl_diffusion_accel.caching.stats import Stats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.patch import Patch, patches_of
@@ -17,17 +19,21 @@ from sgl_diffusion_accel.targets import unwrap
 
 KIND = "cache"
 
+logger = logging.getLogger(__name__)
+
 
 class CachePatch(Patch):
     """A cache on the transformers of a pipeline.
 
     Attributes:
         title: What the cache is, with its settings, in a line.
+        components: Names of the transformers that it is on.
     """
 
     def __init__(self, title: str) -> None:
         super().__init__(KIND)
         self.title = title
+        self.components: list[str] = []
         self._session = Session()
 
     @property
@@ -44,6 +50,7 @@ class CachePatch(Patch):
 
         A wrapper of `torch.compile` may have kept the transformer's own `__call__`, so it is intercepted as well.
         """
+        self.components.append(name)
         wrapper, transformer = transformer, unwrap(transformer)
         controller = Controller(self, CachedModel(name, transformer, parts), self._session)
         self.intercept(transformer, controller)
@@ -78,6 +85,10 @@ def apply_cache(title: str, transformers: Mapping[str, nn.Module], parts: Mappin
     """
     for transformer in transformers.values():
         for old in [patch for patch in patches_of(unwrap(transformer)) if patch.kind == KIND]:
+            if isinstance(old, CachePatch) and len(old.components) > len(transformers):
+                logger.warning(
+                    "the cache that is replaced was also on %s: it is gone there.", " and ".join(old.components)
+                )
             old.remove()
     patch = CachePatch(title)
     try:
@@ -91,10 +102,10 @@ def apply_cache(title: str, transformers: Mapping[str, nn.Module], parts: Mappin
 
 
 def refuse_foreign_cache(transformers: Mapping[str, nn.Module]) -> None:
-    """Raises UnsupportedModelError where one of diffusers' own caches is switched on."""
+    """Raises UnsupportedModelError where one of diffusers' own caches is on a transformer."""
     for name, transformer in transformers.items():
-        if getattr(transformer, "is_cache_enabled", False):
+        if getattr(transformer, "is_cache_enabled", False) or has_foreign_cache(unwrap(transformer)):
             raise UnsupportedModelError(
-                f"pipe.{name} has one of diffusers' own caches switched on, and two caches cannot share a model. "
+                f"pipe.{name} has one of diffusers' own caches on it, and two caches cannot share a model. "
                 f"Type: pipe.{name}.disable_cache()"
             )

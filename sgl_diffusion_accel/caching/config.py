@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,15 +96,13 @@ class CacheDiTConfig:
 
     def _check_numbers(self) -> None:
         for name, lowest in _COUNTS.items():
-            _check_count(name, getattr(self, name), lowest)
+            object.__setattr__(self, name, _count(name, getattr(self, name), lowest))
         for name in _LIMITS:
-            if getattr(self, name) == -1:  # the peers' "no limit"
-                object.__setattr__(self, name, None)
-            elif getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), 0)
-        _check_real("residual_diff_threshold", self.residual_diff_threshold)
-        if self.max_accumulated_residual_diff is not None:
-            _check_real("max_accumulated_residual_diff", self.max_accumulated_residual_diff)
+            limit = None if getattr(self, name) is None else _count(name, getattr(self, name), -1)
+            object.__setattr__(self, name, None if limit == -1 else limit)  # -1 is the peers' "no limit"
+        for name in ("residual_diff_threshold", "max_accumulated_residual_diff"):
+            if name == "residual_diff_threshold" or getattr(self, name) is not None:
+                object.__setattr__(self, name, _real(name, getattr(self, name)))
 
     def _check_secondary(self) -> None:
         if self.secondary is None:
@@ -175,18 +174,20 @@ _COUNTS = {
 _LIMITS = ("max_continuous_cached_steps", "max_cached_steps")
 
 
-def _check_count(name: str, value: object, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _count(name: str, value: Any, lowest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy's integers are Integral
         raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: a whole number from {lowest}.")
     if value < lowest:
         raise ConfigError(f"{name}={value}; allowed: a whole number from {lowest}.")
+    return int(value)
 
 
-def _check_real(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: a number from 0, such as 0.24.")
-    if not 0 <= value < float("inf"):
+    if not 0 <= float(value) < float("inf"):
         raise ConfigError(f"{name}={value}; allowed: a finite number from 0 (0 never skips).")
+    return float(value)
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

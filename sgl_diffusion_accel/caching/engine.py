@@ -8,12 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from sgl_diffusion_accel.caching.call import Branch, CachedModel, TransformerCall
+from sgl_diffusion_accel.caching.cached_model import Branch, CachedModel
+from sgl_diffusion_accel.caching.call import TransformerCall
+from sgl_diffusion_accel.caching.foreign import has_foreign_cache
 from sgl_diffusion_accel.caching.loop import locate
 from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
 from sgl_diffusion_accel.caching.policies import Decision
 from sgl_diffusion_accel.caching.runs import Run, Runs
 from sgl_diffusion_accel.caching.stats import Stats
+from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.targets import unwrap
 
@@ -46,7 +49,8 @@ class Session:
             self.stats.outside += 1
             if self.stats.outside == 1:
                 logger.warning(
-                    "a call of %s belongs to no denoising loop that is known; such calls are computed in full.",
+                    "a call of %s belongs to no denoising loop that is known: it does not come from a method of a "
+                    "diffusers pipeline that loops over its timesteps. Such calls are computed in full.",
                     type(module).__name__,
                 )
         return None
@@ -84,6 +88,11 @@ class Controller(PatchHandler):
         where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:
             return None
+        if where[1] == 0 and has_foreign_cache(module):
+            raise UnsupportedModelError(
+                "one of diffusers' own caches was put on this transformer after the cache of sgl_diffusion_accel, and "
+                "two caches cannot share a model. Take one of them off: sgl_diffusion_accel.remove(pipe)"
+            )
         if any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS):
             self._model.log(*where, Decision(True, "arguments forbid skipping"))
         else:

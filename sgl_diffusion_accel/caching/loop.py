@@ -38,6 +38,8 @@ class LoopCall:
         step: Index into `timesteps`, or None where the pipeline does not tell.
         timestep: The loop's current timestep; a new object at every step.
         branch: `"cond"`, `"uncond"`, or whatever name the pipeline has set.
+        passed: The tensors that are passed, where the name is not the pipeline's word: the conditioning among them is
+            the same at every step, and tells branches apart.
     """
 
     scheduler: Any
@@ -46,6 +48,7 @@ class LoopCall:
     step: int | None
     timestep: Any
     branch: str
+    passed: tuple[Tensor, ...] = ()
 
 
 def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LoopCall | None:
@@ -103,15 +106,17 @@ class _Locals:
 
     def __enter__(self) -> Mapping[str, Any]:
         self._mapping = self._frame.f_locals
+        self._is_mine = sys.getrefcount(self._mapping) <= _OWN_REFERENCES  # else the function has called locals()
         return self._mapping
 
     def __exit__(self, *_: object) -> None:
         is_snapshot = sys.version_info < (3, 13) and self._frame.f_code.co_flags & _OPTIMIZED
-        if is_snapshot and type(self._mapping) is dict and _pipeline_of(self._mapping) is not None:
+        if is_snapshot and self._is_mine and _pipeline_of(self._mapping) is not None:
             self._mapping.clear()
         del self._mapping, self._frame
 
 
+_OWN_REFERENCES = 3  # the frame's, the attribute's, and the one that counting makes
 _OPTIMIZED = 0x0001  # the code object of a function, whose locals are not the mapping itself
 
 
@@ -151,12 +156,16 @@ def _read(
     timestep = local.get("t")
     step = context[1].get("step_index") if context else None
     if step is None:
-        step = _index_in(timesteps, timestep, *local.values())
-    if step is None and type(local.get("i")) is int:
-        step = local["i"]
+        step = _index_in(timesteps, timestep)
+    if step is None:
+        step = local["i"] if type(local.get("i")) is int else _index_in(timesteps, *local.values())
+    if step is None and owner is None:
+        return None  # neither where in the loop it is, nor when the loop ends
     name = context[0] if context else getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
-    branch = name.removeprefix("pred_") if name else _branch_by_name(local, args, kwargs)
-    return LoopCall(scheduler, timesteps, owner, step, timestep, branch)
+    if name:
+        return LoopCall(scheduler, timesteps, owner, step, timestep, name.removeprefix("pred_"))
+    passed = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return LoopCall(scheduler, timesteps, owner, step, timestep, _branch_by_name(local, args, kwargs), passed)
 
 
 def _is_timesteps(candidate: object) -> TypeGuard[Tensor]:

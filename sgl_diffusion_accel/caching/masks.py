@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,12 +96,14 @@ class StepsMask:
             return mask
         if isinstance(mask, str):
             return cls.preset(mask)
-        if not isinstance(mask, Sequence):
+        if hasattr(mask, "tolist"):  # an array or a tensor
+            mask = mask.tolist()
+        if not isinstance(mask, Sequence) or isinstance(mask, bytes):
             raise ConfigTypeError(
                 f"steps_mask is a {type(mask).__name__}; allowed: one of {', '.join(PRESETS)}, a list of 0 and 1, "
                 "or StepsMask(compute_bins, cache_bins)."
             )
-        wrong = [entry for entry in mask if isinstance(entry, (str, float)) or entry not in (0, 1)]
+        wrong = [entry for entry in mask if not isinstance(entry, (int, numbers.Integral)) or entry not in (0, 1)]
         if wrong or not mask:
             seen = f"has the entry {wrong[0]!r}" if wrong else "is empty"
             raise ConfigError(f"steps_mask {seen}; allowed: a list of 0 and 1, one for each denoising step.")

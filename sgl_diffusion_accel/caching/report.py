@@ -16,7 +16,7 @@ def text(title: str, active: bool, stats: Stats) -> str:
         lines.append("  no run yet")
     else:
         run = stats.runs[-1]
-        lines.append(f"  run {len(stats.runs)}: {run.steps} steps, {run.compute_share:.0%} of the blocks computed")
+        lines.append(f"  run {stats.started}: {run.steps} steps, {run.compute_share:.0%} of the blocks computed")
         lines += [f"  {name:>8} {_marks(branch)} {_count(branch)}" for name, branch in run.branches.items()]
     if stats.outside:
         lines.append(f"  {stats.outside} transformer calls outside of any denoising loop, computed in full")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,8 @@ class Run:
         self._owner = weakref.ref(call.owner) if _has_weakrefs(call.owner) else None
         self._step = -1
         self._timestep: weakref.ref[Any] | None = None
-        self._called: dict[tuple[int, str], int] = {}
+        self._called: set[tuple[int, str]] = set()
+        self._conditioning: dict[int, tuple[weakref.ref[Tensor], set[str]]] = {}
 
     @property
     def scheduler(self) -> Any:
@@ -46,15 +48,36 @@ class Run:
         """Moves the run on to the call.
 
         Returns:
-            The step index, and the branch: the n-th call of the same name within a step is `"name#n"`.
+            The step index, and the branch: a further one of the same name within a step is `"name#2"`, ….
         """
         step = self._step_of(call)
         if step != self._step:
             self._step = step
             self._called.clear()
-        key = (id(module), call.branch)
-        self._called[key] = count = self._called.get(key, 0) + 1
-        return step, call.branch if count == 1 else f"{call.branch}#{count}"
+            self._conditioning = {key: known for key, known in self._conditioning.items() if known[0]() is not None}
+        branch = self._branch_of(id(module), call)
+        self._called.add((id(module), branch))
+        for tensor in call.passed:
+            self._labels(tensor).add(branch)
+        return step, branch
+
+    def _branch_of(self, module: int, call: LoopCall) -> str:
+        """The branch whose conditioning is passed, else the first of the call's name that is still free in this step."""
+        tied = {label for tensor in call.passed for label in self._labels(tensor) if len(self._labels(tensor)) == 1}
+        tied = {
+            label for label in tied if label.partition("#")[0] == call.branch and (module, label) not in self._called
+        }
+        if len(tied) == 1:
+            return tied.pop()
+        labels = (call.branch if n == 1 else f"{call.branch}#{n}" for n in itertools.count(1))
+        return next(label for label in labels if (module, label) not in self._called)
+
+    def _labels(self, tensor: Tensor) -> set[str]:
+        """The branches to which a tensor has been passed."""
+        known = self._conditioning.get(id(tensor))
+        if known is None or known[0]() is not tensor:
+            known = self._conditioning[id(tensor)] = (weakref.ref(tensor), set())
+        return known[1]
 
     def _step_of(self, call: LoopCall) -> int:
         if call.step is not None:

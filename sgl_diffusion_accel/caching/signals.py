@@ -35,7 +35,7 @@ def relative_l1(now: Tensor, reference: Tensor, reduce: Reduce | None = None) ->
             (now - reference).abs().mean(dtype=torch.float32),
             reference.abs().mean(dtype=torch.float32),
         )
-    )
+    ).detach()
     if reduce is not None:
         reduce(means)
     return float(means[0].div(means[1]))

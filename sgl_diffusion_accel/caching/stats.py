@@ -95,9 +95,11 @@ class Stats:
 
     Attributes:
         outside: Transformer calls that belonged to no known denoising loop; they were computed in full.
+        started: Runs in all.
     """
 
     outside: int = 0
+    started: int = 0
     _runs: deque[RunStats] = field(default_factory=lambda: deque(maxlen=_KEPT_RUNS))
 
     @property
@@ -107,6 +109,7 @@ class Stats:
 
     def start(self, steps: int) -> RunStats:
         """Begins the record of a new run."""
+        self.started += 1
         run = RunStats(steps)
         self._runs.append(run)
         return run

@@ -7,7 +7,7 @@ argument's shape and name tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -101,6 +101,25 @@ class Wiring:
             )
         return free[0]
 
+    def get(self, call: Call, key: Key) -> Any:
+        """The argument of a key, also where the call gives by name what others give by position, or the reverse."""
+        if isinstance(key, int):
+            return call[0][key] if key < len(call[0]) else call[1][self._names[key]]
+        return call[1][key] if key in call[1] else call[0][self._names.index(key)]
+
+    def matched(self, parts: Sequence[Any]) -> list[Key | None]:
+        """The keys, one for each part of an output.
+
+        Raises:
+            UnsupportedModelError: The output has another number of parts than the blocks before it.
+        """
+        if len(parts) != len(self.keys):
+            raise UnsupportedModelError(
+                f"the blocks of {self._where} return {len(self.keys)} things, but one of them {len(parts)}. This model "
+                "cannot be cached."
+            )
+        return self.keys
+
     def name(self, key: Key) -> str:
         """The parameter name of an argument."""
         if isinstance(key, str):
@@ -116,3 +135,27 @@ class Wiring:
                 if key is not None and self.name(key) == name:
                     return index
         return max(tensors, key=lambda index: parts[index].numel())
+
+
+def form_of(output: Any) -> Callable[[list[Any]], Any]:
+    """Tells how to put the parts of a block's output together again, in the form in which the block returns them.
+
+    Raises:
+        UnsupportedModelError: A part is not a tensor.
+    """
+    parts = elements(output)
+    strange = [type(part).__name__ for part in parts if part is not None and not isinstance(part, Tensor)]
+    if strange or not parts:
+        raise UnsupportedModelError(
+            f"a block returns a {(strange or [type(output).__name__])[0]}; only tensors, and tuples or lists of them, "
+            "can be cached."
+        )
+    dtypes = [part.dtype if part is not None else None for part in parts]
+
+    def cast(values: list[Any]) -> list[Any]:
+        return [None if dtype is None else value.to(dtype) for value, dtype in zip(values, dtypes, strict=True)]
+
+    if isinstance(output, Tensor):
+        return lambda values: cast(values)[0]
+    make = getattr(type(output), "_make", type(output))  # a named tuple takes its parts through _make
+    return lambda values: make(cast(values))

@@ -1,0 +1,39 @@
+"""The arguments with which a span is entered, kept until the span's end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sgl_diffusion_accel.caching.wiring import Call
+
+
+class Entry:
+    """A block's arguments, with a watch on whether the blocks write over them.
+
+    Args:
+        call: The positional and keyword arguments.
+        copy: Whether to copy the tensors, for models whose blocks are known to write over them.
+    """
+
+    def __init__(self, call: Call, copy: bool) -> None:
+        self.call: Call = _copied(call) if copy else call
+        self._versions = [] if copy else [(tensor, tensor._version) for tensor in _tensors(call)]
+
+    def changed(self) -> bool:
+        """Whether a tensor has been written to since."""
+        return any(tensor._version != version for tensor, version in self._versions)
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    """The tensors whose writes torch counts; it does not count them for inference tensors."""
+    values = (*call[0], *call[1].values())
+    return [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
+
+
+def _copied(call: Call) -> Call:
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return [copied(value) for value in call[0]], {name: copied(value) for name, value in call[1].items()}
