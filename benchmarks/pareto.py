@@ -11,12 +11,26 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; markers differ too.
 STYLES: dict[str, dict[str, Any]] = {
-    "fewer steps": {"color": "#000000", "marker": ".", "linestyle": "-"},
-    "sgl-diffusion-accel": {"color": "#0072B2", "marker": "o", "linestyle": "none"},
-    "cache-dit": {"color": "#E69F00", "marker": "^", "linestyle": "none"},
-    "diffusers": {"color": "#009E73", "marker": "s", "linestyle": "none"},
+    "simply fewer steps": {"color": "#000000", "marker": ".", "linestyle": "-"},
+    "sgl-diffusion-accel, late masks": {"color": "#0072B2", "marker": "D", "linestyle": "none"},
+    "sgl-diffusion-accel, the peers' settings": {"color": "#56B4E9", "marker": "o", "linestyle": "none"},
+    "cache-dit, the same settings": {"color": "#D55E00", "marker": "+", "linestyle": "none", "markeredgewidth": 1.6},
+    "diffusers' own caches": {"color": "#009E73", "marker": "s", "linestyle": "none", "fillstyle": "none"},
 }
-"""How each family is drawn."""
+"""How each series is drawn."""
+
+
+def series_of(row: dict[str, Any]) -> str:
+    """The series that a row of a result belongs to."""
+    if row["family"] == "sgl-diffusion-accel":
+        late = "late-" in row["name"]
+        return "sgl-diffusion-accel, late masks" if late else "sgl-diffusion-accel, the peers' settings"
+    names = {
+        "fewer steps": "simply fewer steps",
+        "cache-dit": "cache-dit, the same settings",
+        "diffusers": "diffusers' own caches",
+    }
+    return names.get(row["family"], row["family"])
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -29,8 +43,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8, 5), layout="constrained", dpi=150)
         axes = figure.add_subplot()
-        for family, style in STYLES.items():
-            _draw_family(axes, result, family, style)
+        for series, style in STYLES.items():
+            rows = [row for row in result["rows"] if series_of(row) == series and row["psnr"] is not None]
+            _draw_series(axes, rows, series, style)
         axes.set_xscale("log")
         ticks = [1, 1.5, 2, 2.5, 3, 4, 5, 6]
         axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
@@ -38,17 +53,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.set_xlim(1, 6.5)
         axes.set_xlabel("compute ratio: work of the unpatched run over work done in the blocks")
         axes.set_ylabel("PSNR against the unpatched run (dB)")
-        axes.set_title(f"{result['pipeline']}, {result['steps']} steps, {len(result['captions'])} captions", loc="left")
+        axes.set_title(
+            f"{result['pipeline']} miniature, {result['steps']} steps, {len(result['captions'])} captions", loc="left"
+        )
         axes.grid(color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.legend(frameon=False)
         figure.savefig(path)
 
 
-def _draw_family(axes: Axes, result: dict[str, Any], family: str, style: dict[str, Any]) -> None:
-    rows = [row for row in result["rows"] if row["family"] == family and row["psnr"] is not None]
+def _draw_series(axes: Axes, rows: list[dict[str, Any]], label: str, style: dict[str, Any]) -> None:
     if rows:
         rows.sort(key=lambda row: row["compute_ratio"])
-        label = "simply fewer steps" if family == "fewer steps" else family
         ratios = [row["compute_ratio"] for row in rows]
-        axes.plot(ratios, [row["psnr"] for row in rows], label=label, alpha=0.85, markersize=6, **style)
+        axes.plot(ratios, [row["psnr"] for row in rows], label=label, markersize=7, **style)

@@ -1,4 +1,4 @@
-"""Makes the tables of the README and of `benchmarks/RESULTS.md` from the committed JSON files.
+"""Makes the tables of the README and of `benchmarks/RESULTS.md`, and the pictures, from the committed JSON files.
 
 python -m benchmarks.table
 """
@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from . import pareto
 from .settings import headline_settings
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,7 @@ def main() -> None:
     results.sort(key=lambda result: ("wan", "qwen", "flux").index(result["model"]))
     parts = [_ABOUT]
     for result in results:
+        pareto.draw(result, RESULTS / f"pareto_{result['model']}.png")
         picture = f"![PSNR over the compute ratio](results/pareto_{result['model']}.png)"
         parts += [f"## {result['pipeline']} miniature", chapter(result), picture]
     if (RESULTS / "overhead.json").exists():

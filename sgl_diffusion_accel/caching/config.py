@@ -98,8 +98,11 @@ class CacheDiTConfig:
         for name, lowest in _COUNTS.items():
             object.__setattr__(self, name, _count(name, getattr(self, name), lowest))
         for name in _LIMITS:
-            limit = None if getattr(self, name) is None else _count(name, getattr(self, name), -1)
-            object.__setattr__(self, name, None if limit == -1 else limit)  # -1 is the peers' "no limit"
+            limit = getattr(self, name)
+            unlimited = limit is None or (
+                isinstance(limit, numbers.Integral) and limit == -1
+            )  # -1: the peers' word
+            object.__setattr__(self, name, None if unlimited else _count(name, limit, 0))
         for name in ("residual_diff_threshold", "max_accumulated_residual_diff"):
             if name == "residual_diff_threshold" or getattr(self, name) is not None:
                 object.__setattr__(self, name, _real(name, getattr(self, name)))

@@ -62,15 +62,17 @@ class Run:
         return step, branch
 
     def _branch_of(self, module: int, call: LoopCall) -> str:
-        """The branch whose conditioning is passed, else the first of the call's name that is still free in this step."""
-        tied = {label for tensor in call.passed for label in self._labels(tensor) if len(self._labels(tensor)) == 1}
-        tied = {
-            label for label in tied if label.partition("#")[0] == call.branch and (module, label) not in self._called
-        }
+        """The branch whose conditioning is passed, else the first of the call's name that is free in this step."""
+
+        def free(label: str) -> bool:
+            return (module, label) not in self._called
+
+        known = [labels for labels in map(self._labels, call.passed) if len(labels) == 1]
+        tied = {label for label in set().union(*known) if label.partition("#")[0] == call.branch and free(label)}
         if len(tied) == 1:
             return tied.pop()
-        labels = (call.branch if n == 1 else f"{call.branch}#{n}" for n in itertools.count(1))
-        return next(label for label in labels if (module, label) not in self._called)
+        names = (call.branch if n == 1 else f"{call.branch}#{n}" for n in itertools.count(1))
+        return next(filter(free, names))
 
     def _labels(self, tensor: Tensor) -> set[str]:
         """The branches to which a tensor has been passed."""
