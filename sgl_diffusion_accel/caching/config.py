@@ -99,9 +99,7 @@ class CacheDiTConfig:
             object.__setattr__(self, name, _count(name, getattr(self, name), lowest))
         for name in _LIMITS:
             limit = getattr(self, name)
-            unlimited = limit is None or (
-                isinstance(limit, numbers.Integral) and limit == -1
-            )  # -1: the peers' word
+            unlimited = limit is None or (isinstance(limit, numbers.Integral) and limit == -1)  # -1: the peers' word
             object.__setattr__(self, name, None if unlimited else _count(name, limit, 0))
         for name in ("residual_diff_threshold", "max_accumulated_residual_diff"):
             if name == "residual_diff_threshold" or getattr(self, name) is not None:

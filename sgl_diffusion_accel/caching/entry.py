@@ -14,22 +14,19 @@ class Entry:
 
     Args:
         call: The positional and keyword arguments.
-        copy: Whether to copy the tensors, for models whose blocks are known to write over them.
+        copy: Whether to copy the tensors, for models whose blocks are known to write over them. Inference tensors,
+            whose writes torch does not count, are always copied.
     """
 
     def __init__(self, call: Call, copy: bool) -> None:
+        tensors = [value for value in (*call[0], *call[1].values()) if isinstance(value, Tensor)]
+        copy = copy or any(tensor.is_inference() for tensor in tensors)
         self.call: Call = _copied(call) if copy else call
-        self._versions = [] if copy else [(tensor, tensor._version) for tensor in _tensors(call)]
+        self._versions = [] if copy else [(tensor, tensor._version) for tensor in tensors]
 
     def changed(self) -> bool:
         """Whether a tensor has been written to since."""
         return any(tensor._version != version for tensor, version in self._versions)
-
-
-def _tensors(call: Call) -> list[Tensor]:
-    """The tensors whose writes torch counts; it does not count them for inference tensors."""
-    values = (*call[0], *call[1].values())
-    return [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
 
 
 def _copied(call: Call) -> Call:

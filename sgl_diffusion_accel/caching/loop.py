@@ -164,7 +164,8 @@ def _read(
     name = context[0] if context else getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
     if name:
         return LoopCall(scheduler, timesteps, owner, step, timestep, name.removeprefix("pred_"))
-    passed = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    values = (one for value in (*args, *kwargs.values()) for one in (value if isinstance(value, list) else [value]))
+    passed = tuple(value for value in values if isinstance(value, Tensor))
     return LoopCall(scheduler, timesteps, owner, step, timestep, _branch_by_name(local, args, kwargs), passed)
 
 

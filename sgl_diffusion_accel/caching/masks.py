@@ -145,6 +145,7 @@ class StepsMask:
 
 
 def _lengths(name: str, bins: Any) -> tuple[int, ...]:
-    if not isinstance(bins, (list, tuple)) or any(not isinstance(length, int) or length < 1 for length in bins):
+    whole = isinstance(bins, (list, tuple)) and all(isinstance(length, numbers.Integral) for length in bins)
+    if not whole or any(length < 1 for length in bins):
         raise ConfigError(f"{name}={bins!r}: allowed are whole numbers of 1 and more, such as [8, 3, 2].")
-    return tuple(bins)
+    return tuple(int(length) for length in bins)
