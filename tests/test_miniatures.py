@@ -119,6 +119,8 @@ def test_pipeline_is_of_the_real_classes_and_deterministic(name):
 
 
 def test_training_calls_the_transformer_as_the_pipeline_does(name):
+    if name == "qwen" and diffusers.__version__ < "0.42":
+        pytest.skip("training calls Qwen-Image's transformer as newer diffusers do")
     pipe, calls = miniatures.load_miniature(name), []
     pipe.transformer.register_forward_hook(lambda _, args, given, out: calls.append((given, out[0])), with_kwargs=True)
     pipe(**miniatures.call_kwargs(name, miniatures.captions(name, 2, 0), steps=2))
