@@ -22,7 +22,8 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def series_of(row: dict[str, Any]) -> str:
     """The series that a row of a result belongs to."""
-    if row["family"] == "sgl-diffusion-accel":
+    family: str = row["family"]
+    if family == "sgl-diffusion-accel":
         late = "late-" in row["name"]
         return "sgl-diffusion-accel, late masks" if late else "sgl-diffusion-accel, the peers' settings"
     names = {
@@ -30,7 +31,7 @@ def series_of(row: dict[str, Any]) -> str:
         "cache-dit": "cache-dit, the same settings",
         "diffusers": "diffusers' own caches",
     }
-    return names.get(row["family"], row["family"])
+    return names.get(family, family)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
