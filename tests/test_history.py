@@ -125,3 +125,13 @@ def test_older_residuals_are_let_go(depth):
     del residuals, residual
     gc.collect()
     assert [reference() is not None for reference in alive] == [False] * 5 + [True]
+
+
+def test_oldest_step_can_be_dropped():
+    history = History(3)
+    for time, value in ((0.0, 5.0), (1.0, 1.0), (2.0, 2.0)):
+        history.append(time, (torch.tensor([value]),))
+    history.drop_oldest()
+    assert history.times == (2.0, 1.0)
+    assert history.combine(0, (2.0, -1.0)).item() == 3.0
+    assert history.nbytes() == 2 * 4

@@ -9,6 +9,8 @@ import torch
 
 from invariants.families import present
 from sgl_diffusion_accel import apply_cache_dit
+from sgl_diffusion_accel.caching import cache_dit
+from sgl_diffusion_accel.caching.predictors import Taylor
 from zoo import Family
 
 MASK = [1, 1, 0, 0, 1, 0, 0, 1]
@@ -139,3 +141,24 @@ def test_threshold_equals_the_reference(name: str, streams: tuple[str, ...]) -> 
     reasons = {reason for branch in patch.stats.runs[-1].branches.values() for reason in branch.reasons}
     assert reasons >= {"change over threshold", "change below threshold"}
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_second_order_leaves_the_first_step_out_once_two_later_ones_are_known() -> None:
+    """After three computed steps the prediction is the line through the last two; the fourth makes it a parabola."""
+    times: list[tuple[float, ...]] = []
+
+    class Noting(Taylor):  # type: ignore[misc]
+        def weights(self, times_: Any, target: float) -> tuple[float, ...]:
+            times.append(tuple(times_))
+            return super().weights(times_, target)
+
+    family = present("flux")
+    pipe = family.make()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cache_dit, "Taylor", Noting)
+        apply_cache_dit(pipe, steps_mask=[1, 1, 0, 1, 0, 1, 0, 1], steps_policy="static", taylorseer_order=2)
+    family.run(pipe, steps=8)
+    assert times[0] == (1.0, 0.0)
+    assert (3.0, 1.0) in times
+    assert (5.0, 3.0, 1.0) in times
+    assert not any(0.0 in known for known in times if known[0] > 1.0)

@@ -46,6 +46,7 @@ class Branch:
 
     Attributes:
         seen: Steps so far.
+        recorded: Steps whose residuals have been put into the histories.
         tally: What was decided so far.
         signal: Signal of the last computed step.
         signature: Shapes, dtypes and devices of what the span takes.
@@ -55,6 +56,7 @@ class Branch:
     """
 
     seen: int = 0
+    recorded: int = 0
     tally: Tally = field(default_factory=Tally)
     signal: Tensor | None = None
     signature: tuple[Any, ...] = ()
@@ -65,6 +67,7 @@ class Branch:
     def forget(self, signature: tuple[Any, ...] = ()) -> None:
         """Starts over, for inputs of another shape, dtype or device."""
         self.signature, self.signal, self.tally = signature, None, Tally(cached=self.tally.cached)
+        self.recorded = 0
         self.histories.clear()
         self.wirings.clear()
         self.forms.clear()

@@ -47,6 +47,11 @@ class History:
         self._newest = residuals
         self.times = (time, *self.times)[: self._depth]
 
+    def drop_oldest(self) -> None:
+        """Forgets the oldest step that is kept."""
+        self.times = self.times[:-1]
+        self._differences = self._differences[: max(len(self.times) - 1, 0)]
+
     def combine(self, index: int, weights: Sequence[float]) -> Tensor | None:
         """Returns the weighted sum of the kept residuals of one stream.
 
