@@ -17,6 +17,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- table:start -->"
 END = "<!-- table:end -->"
+_DIFFUSERS_SHOWN = (
+    "FirstBlockCache, threshold 0.1",
+    "MagCache, threshold 0.12, at most 3",
+    "TaylorSeer, every 3 steps, order 1",
+)
 _ABOUT = (
     "# Results\n\nMade by `make table` from the files in `results/`; how they are measured is told in "
     "[README.md](README.md). Bold: better than simply running fewer steps at the same cost."
@@ -73,6 +78,8 @@ def chapter(result: dict[str, Any], names: set[str] | None = None) -> str:
         f"{len(result['captions'])} captions, {result['dtype']}, {versions}; {result['environment']['cpu']}, "
         f"{result['environment']['threads']} thread, {result['environment']['date']}."
     )
+    if "note" in result and names is None:
+        about += f" {result['note']}"
     rows = [row for row in result["rows"] if _shown(row, names)]
     rows.sort(key=_order)
     return about + "\n\n" + _HEAD + "\n".join(line(row, result) for row in rows)
@@ -120,8 +127,10 @@ def fewer_steps_psnr(result: dict[str, Any], share: float) -> float | None:
 
 
 def _shown(row: dict[str, Any], names: set[str] | None) -> bool:
-    if names is None or row["family"] in ("unpatched", "diffusers"):
+    if names is None:
         return True
+    if row["family"] == "diffusers":
+        return row["name"] in _DIFFUSERS_SHOWN
     return row["name"] in names or (row["family"] == "fewer steps" and row["name"] in ("25 steps", "17 steps"))
 
 
