@@ -17,15 +17,23 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- table:start -->"
 END = "<!-- table:end -->"
-_DIFFUSERS_SHOWN = (
-    "FirstBlockCache, threshold 0.1",
-    "MagCache, threshold 0.12, at most 3",
-    "TaylorSeer, every 3 steps, order 1",
-)
 _ABOUT = (
     "# Results\n\nMade by `make table` from the files in `results/`; how they are measured is told in "
     "[README.md](README.md). Bold: better than simply running fewer steps at the same cost."
 )
+_HEADLINES = {
+    "25 steps",
+    "20 steps",
+    "14 steps",
+    "FirstBlockCache, threshold 0.05",
+    "FirstBlockCache, threshold 0.1",
+    "MagCache, threshold 0.06, at most 2",
+    "MagCache, threshold 0.12, at most 3",
+    "TaylorSeer, every 2 steps, order 2",
+    "TaylorSeer, every 3 steps, order 2",
+    "TaylorSeer, every 4 steps, order 2",
+}
+"""Rows of the README's table besides the settings of DBCache."""
 _HEAD = (
     "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"
     "|---|--:|--:|--:|--:|--:|--:|\n"
@@ -127,11 +135,7 @@ def fewer_steps_psnr(result: dict[str, Any], share: float) -> float | None:
 
 
 def _shown(row: dict[str, Any], names: set[str] | None) -> bool:
-    if names is None:
-        return True
-    if row["family"] == "diffusers":
-        return row["name"] in _DIFFUSERS_SHOWN
-    return row["name"] in names or (row["family"] == "fewer steps" and row["name"] in ("25 steps", "17 steps"))
+    return names is None or row["name"] in names or row["name"] in _HEADLINES
 
 
 def _order(row: dict[str, Any]) -> tuple[int, float]:
