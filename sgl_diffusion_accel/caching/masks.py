@@ -52,7 +52,7 @@ class StepsMask:
         `"slow"`, `"medium"`, `"fast"` and `"ultra"` are SGLang-Diffusion's. They compute many steps at the start and
         few at the end, and on the models that this library is measured on they lose to simply running fewer steps.
         `"late-slow"`, `"late-medium"`, `"late-fast"` and `"late-ultra"` compute as many steps, ever more densely
-        towards the end, and with `taylorseer_order=2` they do not lose to it.
+        towards the end; with `steps_policy="static"` and `taylorseer_order=2` they do not lose to it.
 
         Args:
             name: One of these; about 70, 54, 40 and 28 % of the steps are computed.
