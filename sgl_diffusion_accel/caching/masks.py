@@ -50,7 +50,7 @@ class StepsMask:
         """Returns a preset by name, which fits any number of steps.
 
         `"slow"`, `"medium"`, `"fast"` and `"ultra"` are SGLang-Diffusion's. They compute many steps at the start and
-        few at the end, and on the models that this library is measured on they lose to simply running fewer steps.
+        few at the end, and as static masks they lose to simply running fewer steps on the models measured.
         `"late-slow"`, `"late-medium"`, `"late-fast"` and `"late-ultra"` compute as many steps, ever more densely
         towards the end; with `steps_policy="static"` and `taylorseer_order=2` they do not lose to it.
 
