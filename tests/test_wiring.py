@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgl_diffusion_accel.caching.wiring import Wiring, argument, elements
+from sgl_diffusion_accel.caching.wiring import Wiring, elements
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
 IMAGE, TEXT, TIME = (2, 16, 8), (2, 5, 8), (2, 8)
@@ -28,8 +28,11 @@ def test_elements_are_the_parts_of_an_output():
 
 def test_argument_is_found_by_position_and_by_name():
     one, two = object(), object()
-    assert argument(((one,), {"temb": two}), 0) is one
-    assert argument(((one,), {"temb": two}), "temb") is two
+    known = Wiring(["hidden_states", "temb"], "ToyTransformer.blocks")
+    assert known.get(((one,), {"temb": two}), 0) is one
+    assert known.get(((one,), {"temb": two}), "temb") is two
+    assert known.get(((one, two), {}), "temb") is two
+    assert known.get(((), {"hidden_states": one}), 0) is one
 
 
 def test_output_is_recognised_as_the_next_block_s_positional_argument():

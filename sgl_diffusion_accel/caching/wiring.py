@@ -27,11 +27,6 @@ def elements(output: Any) -> tuple[Any, ...]:
     return tuple(output) if isinstance(output, (tuple, list)) else (output,)
 
 
-def argument(call: Call, key: Key) -> Any:
-    """The argument at a position or of a name."""
-    return call[0][key] if isinstance(key, int) else call[1][key]
-
-
 def _arguments(call: Call) -> list[tuple[Key, Tensor]]:
     pairs: list[tuple[Key, Any]] = [*enumerate(call[0]), *call[1].items()]
     return [(key, value) for key, value in pairs if isinstance(value, Tensor)]
