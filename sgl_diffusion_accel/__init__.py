@@ -5,6 +5,9 @@ from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.config import CacheDiTConfig
 from sgl_diffusion_accel.caching.masks import StepsMask
+from sgl_diffusion_accel.caching.teacache import apply_teacache
+from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients, TeaCacheConfig
+from sgl_diffusion_accel.caching.teacache_fit import fit_teacache
 from sgl_diffusion_accel.errors import (
     AccelError,
     ConfigError,
@@ -23,8 +26,12 @@ __all__ = [
     "MissingPackageError",
     "Patch",
     "StepsMask",
+    "TeaCacheCoefficients",
+    "TeaCacheConfig",
     "UnsupportedModelError",
     "__version__",
     "apply_cache_dit",
+    "apply_teacache",
+    "fit_teacache",
     "remove",
 ]

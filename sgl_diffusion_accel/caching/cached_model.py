@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.blocks import Layout, find_block_lists
+from sgl_diffusion_accel.caching.entry import Entry
 from sgl_diffusion_accel.caching.history import History
 from sgl_diffusion_accel.caching.policies import Decision, Policy, Tally
 from sgl_diffusion_accel.caching.predictors import Predictor
 from sgl_diffusion_accel.caching.runs import Run
-from sgl_diffusion_accel.caching.signals import Signal
+from sgl_diffusion_accel.caching.signals import Signal, TimeEmbedding
 from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.caching.wiring import Wiring
+
+logger = logging.getLogger(__name__)
 
 Spacing = Literal["step", "sigma"]
 
@@ -31,13 +36,18 @@ class Parts:
         predictor: Supplies what the skipped blocks would have added.
         signal: What the policy's changes are measured on; None for a policy that needs none.
         spacing: The predictor's clock: steps, or the scheduler's sigmas.
+        observe: Sees each output of the transformer, with the number of the run, the branch and the step.
+        by_latents: Chooses the policy of a run by the shape of its latents, `[B, C, (F,) H, W]`, with a word on it for
+            the user; None where one policy does for all.
     """
 
     layout: Layout
     policy: Policy
     predictor: Predictor
-    signal: Signal | None
+    signal: Signal | TimeEmbedding | None
     spacing: Spacing = "step"
+    observe: Callable[[int, str, int, Any], None] | None = None
+    by_latents: Callable[[torch.Size], tuple[Policy, str]] | None = None
 
 
 @dataclass
@@ -48,7 +58,8 @@ class Branch:
         seen: Steps so far.
         recorded: Steps whose residuals have been put into the histories.
         tally: What was decided so far.
-        signal: Signal of the last computed step.
+        policy: Decides; None until the first step.
+        signal: The signal that the next change is measured from.
         signature: Shapes, dtypes and devices of what the span takes.
         histories: Residuals, by block list.
         wirings: Which output of a block feeds which argument, by block list.
@@ -57,6 +68,7 @@ class Branch:
 
     seen: int = 0
     recorded: int = 0
+    policy: Policy | None = None
     tally: Tally = field(default_factory=Tally)
     signal: Tensor | None = None
     signature: tuple[Any, ...] = ()
@@ -89,6 +101,7 @@ class CachedModel:
     Attributes:
         writes_inputs: Whether a block was seen to write over its input; then inputs are copied before they are kept.
         warned: Whether it has been said that the model runs without its blocks.
+        said: Remarks on runs that have been logged.
     """
 
     def __init__(self, name: str, module: nn.Module, parts: Parts) -> None:
@@ -96,6 +109,7 @@ class CachedModel:
         self.parts = parts
         self.writes_inputs = False
         self.warned = False
+        self.said: set[str] = set()
         self._class = type(module).__name__
         self._parameters = [_parameters(blocks[0]) for blocks in find_block_lists(module).values()]
 
@@ -108,6 +122,38 @@ class CachedModel:
         if list_index not in branch.wirings:
             branch.wirings[list_index] = Wiring(self._parameters[list_index], self.where(list_index))
         return branch.wirings[list_index]
+
+    def policy(self, run: Run, branch: Branch, latents: torch.Size | None) -> Policy:
+        """Returns what decides on a branch; at its first step, checks that it fits the run.
+
+        Args:
+            run: The run.
+            branch: The branch.
+            latents: Shape of what the transformer is called with, if it takes a tensor.
+        """
+        if branch.policy is None:
+            branch.policy = self.parts.policy
+            if self.parts.by_latents is not None and latents is not None:
+                branch.policy, choice = self.parts.by_latents(latents)
+                self._tell(run, choice, logging.INFO)
+            remark = branch.policy.prepare(run.total)
+            if remark is not None:
+                self._tell(run, remark, logging.WARNING)
+        return branch.policy
+
+    def _tell(self, run: Run, remark: str, level: int) -> None:
+        """Puts a remark into the statistics of its run, and logs it once."""
+        stats: RunStats | None = run.data.get("stats")
+        if stats is not None and (self.name, remark) not in stats.remarks:
+            stats.remarks.append((self.name, remark))
+        if remark not in self.said:
+            self.said.add(remark)
+            logger.log(level, "%s: %s", self.name, remark)
+
+    def has_written(self, entry: Entry) -> bool:
+        """Whether blocks have written over an input that was kept; from then on inputs are copied."""
+        self.writes_inputs |= entry.changed()
+        return entry.changed()
 
     def log(self, run: Run, step: int, branch: str, decision: Decision) -> None:
         """Enters a decision into the statistics of its run."""

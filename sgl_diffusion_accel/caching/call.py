@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from sgl_diffusion_accel.caching.cached_model import Branch, CachedModel
 from sgl_diffusion_accel.caching.entry import Entry
 from sgl_diffusion_accel.caching.history import History, Residuals
+from sgl_diffusion_accel.caching.measuring import Measurement
 from sgl_diffusion_accel.caching.order import BlockOrder
-from sgl_diffusion_accel.caching.parallel import local_part, signal_reduction
-from sgl_diffusion_accel.caching.policies import Decision, Position
+from sgl_diffusion_accel.caching.parallel import local_part
+from sgl_diffusion_accel.caching.policies import Decision, Policy, Position
 from sgl_diffusion_accel.caching.runs import Run
-from sgl_diffusion_accel.caching.signals import relative_l1
 from sgl_diffusion_accel.caching.wiring import Call, elements, form_of
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.intercept import Instead
@@ -41,39 +41,39 @@ class TransformerCall:
         run: The run that the call belongs to.
         step: Index of the denoising step.
         branch: Name of the branch.
+        policy: Decides.
     """
 
-    def __init__(self, model: CachedModel, module: nn.Module, run: Run, step: int, branch: str) -> None:
+    def __init__(self, model: CachedModel, module: nn.Module, run: Run, step: int, branch: str, policy: Policy) -> None:
         self.run = run
+        self.branch = branch
+        self.step = step
         self._model = model
-        self._parts = parts = model.parts
+        self._parts = model.parts
+        self._policy = policy
         self._module = module
         self._key = (model.name, branch)
         self._branch: Branch = run.data.setdefault(self._key, Branch())
         self._position = Position(step, run.total, self._branch.seen)
-        if self._branch.seen == 0:
-            parts.policy.prepare(run.total)
         self._last = step >= run.total - 1
         following = replace(self._position, step=step + 1)
-        self._keeps = not self._last and parts.policy.may_skip(following)  # else what is computed is of no further use
+        self._keeps = not self._last and policy.may_skip(following)  # else what is computed is of no further use
+        self._measurement = Measurement(model, module, run, step, self._branch)
         self._order = BlockOrder(model)
         self._decision: Decision | None = None
         self._previous: dict[int, Any] = {}
         self._inputs: dict[int, Entry] = {}
         self._residuals: dict[int, Residuals] = {}
         self._skipped: dict[int, list[Any]] = {}
-        self._head: tuple[Entry, Any] | None = None
-        self._signal: Tensor | None = None
 
-    def before(self, list_index: int, index: int, call: Call) -> TransformerCall | Instead:
+    def before(self, list_index: int, index: int, block: nn.Module, call: Call) -> TransformerCall | Instead:
         """Sees a block's arguments; answers for the block if it is skipped."""
         self._order.enter(list_index, index)
         blocks = self._parts.layout.lists[list_index]
         wiring = self._model.wiring(self._branch, list_index)
         if not wiring.complete and list_index in self._previous:
             wiring.observe(self._previous[list_index], call)
-        if list_index == 0 and index == 0 and self._parts.layout.fn and self._parts.signal is not None:
-            self._head = (Entry(call, self._model.writes_inputs), None)
+        self._measurement.before(list_index, index, block, call)
         if not blocks.start <= index < blocks.end:
             return self
         if self._decision is None:
@@ -89,8 +89,7 @@ class TransformerCall:
         blocks = self._parts.layout.lists[list_index]
         if not self._model.wiring(self._branch, list_index).complete:
             self._previous[list_index] = output
-        if list_index == 0 and index == self._parts.layout.fn - 1 and self._head is not None:
-            self._head = (self._head[0], output)
+        self._measurement.after(list_index, index, output)
         if list_index in self._inputs:
             if index == blocks.start < blocks.end - 1:
                 self._branch.forms[list_index, False] = form_of(output)
@@ -125,10 +124,10 @@ class TransformerCall:
         self._branch.forget()
         for kept in (self._previous, self._inputs, self._residuals, self._skipped):
             kept.clear()
-        self._head = self._signal = None
+        self._measurement.drop()
 
     def _decide(self, call: Call) -> Decision:
-        branch, policy = self._branch, self._parts.policy
+        branch, policy, measurement = self._branch, self._policy, self._measurement
         signature = _signature(call)
         if branch.histories and branch.signature != signature:
             branch.forget()
@@ -136,46 +135,14 @@ class TransformerCall:
         if not branch.histories and policy.may_skip(self._position):
             decision = Decision(True, "nothing to reuse")
         else:
-            decision = policy.decide(self._position, branch.tally, self._change)
+            decision = policy.decide(self._position, branch.tally, measurement.change)
         branch.tally = branch.tally.after(decision)
-        if decision.compute and self._keeps and policy.needs_signal:
-            branch.signal = self._take_signal()
-        self._signal = self._head = None
+        if self._keeps and policy.needs_signal:
+            following = replace(self._position, step=self._position.step + 1)
+            measurement.keep(decision.compute, policy.may_measure(following))
+        measurement.drop()
         self._model.log(self.run, self._position.step, self._key[1], decision)
         return decision
-
-    def _change(self) -> float:
-        now, reference = self._take_signal(), self._branch.signal
-        if now is None or reference is None:
-            return float("inf")
-        return relative_l1(now, reference, signal_reduction(self._module))
-
-    def _take_signal(self) -> Tensor | None:
-        """The signal of this step; None where the first blocks have written over their input."""
-        if self._signal is None:
-            if self._head is None or self._parts.signal is None:
-                raise UnsupportedModelError(
-                    f"{self._model.where(0)} is not the first block list that {type(self._module).__name__} runs, so "
-                    "there is no signal to take from its first blocks. This model can only be cached with a static "
-                    "mask: steps_mask='late-fast', steps_policy='static', fn_compute_blocks=0."
-                )
-            entry, output = self._head
-            form_of(output)  # refuses what cannot be put together again
-            wiring, parts = self._model.wiring(self._branch, 0), elements(output)
-            if not wiring.complete:
-                wiring.settle(entry.call, output)
-            index = wiring.hidden(parts)
-            key = wiring.keys[index]
-            if self._changed(entry) or key is None:
-                return None
-            before = local_part(wiring.get(entry.call, key), parts[index], self._module)
-            self._signal = self._parts.signal.take(before, parts[index])
-        return self._signal
-
-    def _changed(self, entry: Entry) -> bool:
-        """Whether blocks have written over the input that was kept; from then on inputs are copied."""
-        self._model.writes_inputs |= entry.changed()
-        return entry.changed()
 
     def _record(self, list_index: int, output: Any) -> None:
         entry, parts = self._inputs.pop(list_index), elements(output)
@@ -183,7 +150,7 @@ class TransformerCall:
         self._branch.forms[list_index, True] = form_of(output)
         if not wiring.complete:
             wiring.settle(entry.call, output)
-        if self._changed(entry):
+        if self._model.has_written(entry):
             return
         self._residuals[list_index] = tuple(
             _residual(part, wiring.get(entry.call, key), self._module)

@@ -8,24 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sgl_diffusion_accel.caching.checks import FrozenSettings, count
 from sgl_diffusion_accel.caching.masks import StepsMask
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
-
-
-class FrozenSettings(dict[str, Any]):
-    """A dict that cannot be changed, and can be hashed."""
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        """Raises TypeError: a config is never changed."""
-        raise TypeError("a config is never changed; make another one: dataclasses.replace(config, secondary={...})")
-
-    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
-
-    def __reduce__(self) -> Any:
-        return FrozenSettings, (dict(self),)
 
 
 @dataclass(frozen=True)
@@ -96,11 +81,11 @@ class CacheDiTConfig:
 
     def _check_numbers(self) -> None:
         for name, lowest in _COUNTS.items():
-            object.__setattr__(self, name, _count(name, getattr(self, name), lowest))
+            object.__setattr__(self, name, count(name, getattr(self, name), lowest))
         for name in _LIMITS:
             limit = getattr(self, name)
             unlimited = limit is None or (isinstance(limit, numbers.Integral) and limit == -1)  # -1: the peers' word
-            object.__setattr__(self, name, None if unlimited else _count(name, limit, 0))
+            object.__setattr__(self, name, None if unlimited else count(name, limit, 0))
         for name in ("residual_diff_threshold", "max_accumulated_residual_diff"):
             if name == "residual_diff_threshold" or getattr(self, name) is not None:
                 object.__setattr__(self, name, _real(name, getattr(self, name)))
@@ -173,14 +158,6 @@ _COUNTS = {
     "taylorseer_order": 0,
 }
 _LIMITS = ("max_continuous_cached_steps", "max_cached_steps")
-
-
-def _count(name: str, value: Any, lowest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy's integers are Integral
-        raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: a whole number from {lowest}.")
-    if value < lowest:
-        raise ConfigError(f"{name}={value}; allowed: a whole number from {lowest}.")
-    return int(value)
 
 
 def _real(name: str, value: Any) -> float:

@@ -6,7 +6,8 @@ import logging
 import threading
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.cached_model import Branch, CachedModel
 from sgl_diffusion_accel.caching.call import TransformerCall
@@ -96,8 +97,15 @@ class Controller(PatchHandler):
         if any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS):
             self._model.log(*where, Decision(True, "arguments forbid skipping"))
         else:
-            self._threads.current = TransformerCall(self._model, module, *where)
+            self._threads.current = self._begin(module, *where, _latents(args, kwargs))
         return self.current
+
+    def _begin(
+        self, module: nn.Module, run: Run, step: int, branch: str, latents: torch.Size | None
+    ) -> TransformerCall:
+        kept = run.data.setdefault((self._model.name, branch), Branch())
+        policy = self._model.policy(run, kept, latents)
+        return TransformerCall(self._model, module, run, step, branch, policy)
 
     def leave(self, _: nn.Module, token: TransformerCall | None, output: Any) -> Any:
         """Ends a transformer call: what it computed enters the history."""
@@ -105,6 +113,9 @@ class Controller(PatchHandler):
             self._threads.current = None
             try:
                 token.finish()
+                observe = self._model.parts.observe
+                if observe is not None:
+                    observe(self._session.stats.started, token.branch, token.step, output)
             except BaseException:
                 self._drop(token)
                 raise
@@ -130,10 +141,10 @@ class BlockHandler(PatchHandler):
         self._list = list_index
         self._index = index
 
-    def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers for a skipped block."""
         current = self._controller.current
-        return None if current is None else current.before(self._list, self._index, (args, kwargs))
+        return None if current is None else current.before(self._list, self._index, block, (args, kwargs))
 
     def leave(self, _: nn.Module, token: TransformerCall | None, output: Any) -> Any:
         """Sees what a computed block returned."""
@@ -143,3 +154,8 @@ class BlockHandler(PatchHandler):
 
     def fail(self, _: nn.Module, token: TransformerCall | None) -> None:
         """Nothing: the transformer's own handler drops the run."""
+
+
+def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
+    """Shape of the first tensor that a transformer is called with: its latents."""
+    return next((value.shape for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from sgl_diffusion_accel.caching.masks import StepsMask
+from sgl_diffusion_accel.caching.polynomial import Polynomial
+from sgl_diffusion_accel.caching.window import Window
 
 Change = Callable[[], float]
-"""Measures the relative change of the signal since the last computed step. Calling it synchronises with the device."""
+"""Measures the relative change of the signal. Calling it synchronises with the device, unless the signal is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Tally:
     Attributes:
         cached: Steps skipped in all.
         consecutive: Steps skipped since the last computed one.
-        accumulated: Sum of the changes measured at those steps.
+        accumulated: Sum of what was charged at those steps.
     """
 
     cached: int = 0
@@ -48,8 +50,8 @@ class Tally:
         """Returns the tally with one more decision."""
         if decision.compute:
             return replace(self, consecutive=0, accumulated=0.0)
-        change = decision.change or 0.0
-        return Tally(self.cached + 1, self.consecutive + 1, self.accumulated + change)
+        charge = decision.change if decision.charge is None else decision.charge
+        return Tally(self.cached + 1, self.consecutive + 1, self.accumulated + (charge or 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,13 @@ class Decision:
         compute: Whether the span is computed.
         reason: A few words for the statistics.
         change: The change that was measured, if one was.
+        charge: What a skip adds to the accumulated change; None for the change itself.
     """
 
     compute: bool
     reason: str
     change: float | None = None
+    charge: float | None = None
 
 
 class Policy(ABC):
@@ -75,12 +79,21 @@ class Policy(ABC):
     def needs_signal(self) -> bool:
         """Whether it may ask for the change of the signal."""
 
-    def prepare(self, total: int) -> None:  # noqa: B027  (most policies have nothing to check)
-        """Checks, at the start of a run, that the policy fits a run of `total` steps."""
+    def prepare(self, total: int) -> str | None:  # noqa: ARG002  (most policies have nothing to check)
+        """Checks, at the start of a run, that the policy fits a run of `total` steps.
+
+        Returns:
+            What the user should be told about it, or None.
+        """
+        return None
 
     def may_skip(self, position: Position) -> bool:  # noqa: ARG002  (most policies cannot know beforehand)
         """Whether this step or a later one may be skipped; if not, nothing needs to be kept for it."""
         return True
+
+    def may_measure(self, position: Position) -> bool:  # noqa: ARG002  (most policies cannot know beforehand)
+        """Whether the change may be asked for at this step; if not, the step before need not keep its signal."""
+        return self.needs_signal
 
     @abstractmethod
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
@@ -161,9 +174,10 @@ class MaskPolicy(Policy):
         """As `inner` does."""
         return self.inner is not None and self.inner.needs_signal
 
-    def prepare(self, total: int) -> None:
+    def prepare(self, total: int) -> str | None:
         """Checks that the mask has an entry for each step."""
         self.mask.resolve(total)
+        return None
 
     def may_skip(self, position: Position) -> bool:
         """Whether the mask has a 0 here or later that `inner`, if there is one, may follow."""
@@ -177,3 +191,64 @@ class MaskPolicy(Policy):
         if self.inner is None:
             return Decision(False, "mask")
         return self.inner.decide(position, tally, change)
+
+
+@final
+@dataclass(frozen=True)
+class AccumulatingPolicy(Policy):
+    """Skips until the rescaled changes since the last computed step sum up: the policy of TeaCache.
+
+    Within the window each step adds max(p(change), 0), with p the polynomial that estimates the change of the model's
+    output from that of the signal. When the sum reaches the threshold the step is computed, and the sum starts anew.
+
+    Source: TeaCache, "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
+    https://arxiv.org/abs/2411.19108.
+
+    Attributes:
+        threshold: Compute when the sum reaches it; positive.
+        polynomial: Rescales the change.
+        window: Steps that may be skipped; the others are computed.
+    """
+
+    threshold: float
+    polynomial: Polynomial
+    window: Window
+
+    @property
+    def needs_signal(self) -> bool:
+        """Always."""
+        return True
+
+    def prepare(self, total: int) -> str | None:
+        """Tells where no step of a run may be skipped."""
+        start, stop = self.window.bounds(total)
+        if start < stop:
+            return None
+        return (
+            f"no step of a run of {total} steps may be skipped: skipping starts at step {start} and ends before step "
+            f"{stop} ({self.window}). Give start_skipping and end_skipping for so few steps."
+        )
+
+    def may_skip(self, position: Position) -> bool:
+        """Whether the window is not over."""
+        start, stop = self.window.bounds(position.total)
+        return max(start, position.step) < stop
+
+    def may_measure(self, position: Position) -> bool:
+        """Whether the step is inside the window."""
+        start, stop = self.window.bounds(position.total)
+        return start <= position.step < stop
+
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """See `Policy.decide`."""
+        if not self.may_measure(position):
+            return Decision(True, "outside the window")
+        moved = change()
+        if not math.isfinite(moved):
+            return Decision(True, "change not finite", moved)
+        if self.polynomial.high is not None and moved > self.polynomial.high:
+            return Decision(True, "change beyond the fitted range", moved)
+        charge = max(self.polynomial(moved), 0.0)
+        if tally.accumulated + charge >= self.threshold:
+            return Decision(True, "accumulated change", moved, charge)
+        return Decision(False, "accumulated change below threshold", moved, charge)

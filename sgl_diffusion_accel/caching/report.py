@@ -18,6 +18,7 @@ def text(title: str, active: bool, stats: Stats) -> str:
         run = stats.runs[-1]
         lines.append(f"  run {stats.started}: {run.steps} steps, {run.compute_share:.0%} of the blocks computed")
         lines += [f"  {name:>8} {_marks(branch)} {_count(branch)}" for name, branch in run.branches.items()]
+        lines += [f"  {component}: {remark}" for component, remark in run.remarks]
     if stats.outside:
         lines.append(f"  {stats.outside} transformer calls outside of any denoising loop, computed in full")
     return "\n".join(lines)
@@ -30,9 +31,10 @@ def html(title: str, active: bool, stats: Stats) -> str:
         return f"<div>{head}<br>no run yet</div>"
     run = stats.runs[-1]
     rows = "".join(_row(name, branch) for name, branch in run.branches.items())
+    remarks = "".join(f"<br>{escape(component)}: {escape(remark)}" for component, remark in run.remarks)
     return (
         f"<div>{head}<br>{run.steps} steps, {run.compute_share:.0%} of the blocks computed"
-        f"<table style='border-collapse:collapse'>{rows}</table></div>"
+        f"<table style='border-collapse:collapse'>{rows}</table>{remarks}</div>"
     )
 
 

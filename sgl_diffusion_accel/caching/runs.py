@@ -36,6 +36,11 @@ class Run:
         """The scheduler that steps the run, None if it is gone."""
         return self._scheduler()
 
+    @property
+    def timesteps(self) -> Any:
+        """The timesteps of the run, `[S]` on the run's device; None if they are gone."""
+        return self._timesteps()
+
     def is_of(self, call: LoopCall) -> bool:
         """Whether the call belongs to this run: same loop, and not further back in it."""
         if self._timesteps() is not call.timesteps or self.total != len(call.timesteps):

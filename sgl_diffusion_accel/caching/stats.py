@@ -71,10 +71,12 @@ class RunStats:
     Attributes:
         steps: Number of denoising steps that the run has.
         branches: By name.
+        remarks: What the user should know about the run, as (component, remark).
     """
 
     steps: int
     branches: dict[str, BranchStats] = field(default_factory=dict)
+    remarks: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def compute_share(self) -> float:
