@@ -3,7 +3,8 @@
     python -m benchmarks.cache [--models wan qwen flux] [--captions 6] [--steps 50]
 
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
-own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`.
+own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`. With `--only` the rows that
+are measured replace those of the same name in the file, and the others stay.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.progress import Progress
 from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
 
 from . import environment, pareto
-from .contenders import UNPATCHED, Contender, contenders
+from .contenders import UNPATCHED, Contender, contenders, teacache_fits
 from .metrics import Frames, psnr, ssim
 from .work import BlockWork, computed_steps
 
@@ -82,7 +83,10 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for model in given.models:
         result = measure(model, given.captions, given.steps, given.only)
-        (RESULTS / f"{model}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        path = RESULTS / f"{model}.json"
+        if given.only and path.exists():
+            result = merged(json.loads(path.read_text()), result)
+        path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         pareto.draw(result, RESULTS / f"pareto_{model}.png")
 
 
@@ -119,8 +123,30 @@ def measure(model: str, count: int, steps: int, only: str = "") -> dict[str, Any
         "latents": list(example["latents"].shape),
         "dtype": str(example["latents"].dtype).removeprefix("torch."),
         "environment": environment.describe(),
+        "teacache_fits": teacache_fits(model, steps) if any("TeaCache" in one.name for one in chosen) else [],
         "rows": [row(one, taken) for one, taken in samples.items()],
     }
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old result with the rows of the new one in it.
+
+    Raises:
+        ValueError: They were measured on different things.
+    """
+    for key in ("pipeline", "steps", "captions", "guidance", "latents", "dtype"):
+        if old[key] != new[key]:
+            raise ValueError(f"{key} differs: {old[key]} in the file, {new[key]} measured. Measure all rows again.")
+    for key in ("packages", "cpu", "threads"):
+        if old["environment"][key] != new["environment"][key]:
+            raise ValueError(
+                f"{key} differs: the file has {old['environment'][key]}, this machine {new['environment'][key]}. "
+                "Measure all rows again."
+            )
+    measured = {(row["family"], row["name"]): row for row in new["rows"] if row["family"] != UNPATCHED}
+    kept = [measured.pop((row["family"], row["name"]), row) for row in old["rows"]]
+    fits = new["teacache_fits"] or old.get("teacache_fits", [])
+    return {**old, "teacache_fits": fits, "rows": kept + list(measured.values())}
 
 
 def run(model: str, contender: Contender, call: dict[str, Any], steps: int) -> Run:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sgl_diffusion_accel import apply_cache_dit
+import torch
+
+from miniatures import call_kwargs, captions, load_miniature
+from sgl_diffusion_accel import TeaCacheCoefficients, apply_cache_dit, apply_teacache, fit_teacache
 
 from .peers import cache_dit, diffusers_caches
-from .settings import Setting, dbcache_settings, late_settings, preset_settings, sigma_settings
+from .settings import (
+    Setting,
+    TeaCacheSetting,
+    dbcache_settings,
+    late_settings,
+    preset_settings,
+    sigma_settings,
+    teacache_settings,
+)
 
 OURS = "sgl-diffusion-accel"
 FEWER = "fewer steps"
@@ -52,6 +64,8 @@ def contenders(model: str, steps: int) -> list[Contender]:
     settings = [one for one in dbcache_settings() + preset_settings() if one.fn <= _FIRST_LIST[model]]
     ours = settings + late_settings() + sigma_settings()
     found += [Contender(OURS, setting.name, partial(apply_ours, setting=setting)) for setting in ours]
+    for teacache in teacache_settings(model):
+        found.append(Contender(OURS, teacache.name, partial(apply_fitted_teacache, model, steps, teacache)))
     if cache_dit.installed():
         apply = partial(cache_dit.apply, steps=steps)
         found += [Contender("cache-dit", setting.name, partial(apply, setting=setting)) for setting in settings]
@@ -74,3 +88,31 @@ def apply_ours(pipe: Any, setting: Setting) -> AbstractContextManager[object]:
         steps_policy=setting.policy,
         taylorseer_spacing=setting.spacing,
     )
+
+
+_FIT_CAPTIONS, _FIT_CAPTION_SEED, _FIT_NOISE_SEED = 6, 5, 0  # none of them is measured
+
+
+@functools.cache
+def teacache_fit(model: str, steps: int, use_ret_steps: bool | None) -> TeaCacheCoefficients:
+    """Coefficients fitted to a miniature, on captions and noise that are not measured."""
+    chosen = captions(model, _FIT_CAPTIONS, _FIT_CAPTION_SEED)
+    calls = [call_kwargs(model, each, seed=_FIT_NOISE_SEED + i, steps=steps) for i, each in enumerate(chosen)]
+    with torch.no_grad():
+        return fit_teacache(load_miniature(model), calls, use_ret_steps)
+
+
+def apply_fitted_teacache(
+    model: str, steps: int, setting: TeaCacheSetting, pipe: Any
+) -> AbstractContextManager[object]:
+    """Applies TeaCache with fitted coefficients."""
+    fit = teacache_fit(model, steps, setting.use_ret_steps)
+    return apply_teacache(pipe, setting.speedup, coefficients=fit, taylorseer_order=setting.order)
+
+
+def teacache_fits(model: str, steps: int) -> list[dict[str, Any]]:
+    """The coefficients that were used, for the result's file."""
+    choices = sorted({setting.use_ret_steps for setting in teacache_settings(model)}, key=bool)
+    fits = [teacache_fit(model, steps, choice) for choice in choices]
+    names = ("coefficients", "thresholds", "low", "high", "r_squared", "use_ret_steps")
+    return [{name: getattr(fit, name) for name in names} for fit in fits]

@@ -29,6 +29,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
 from sgl_diffusion_accel import apply_cache_dit
+from sgl_diffusion_accel.caching.blocks import divide
+from sgl_diffusion_accel.caching.cache_patch import apply_cache
+from sgl_diffusion_accel.caching.cached_model import Parts
+from sgl_diffusion_accel.caching.policies import AccumulatingPolicy
+from sgl_diffusion_accel.caching.polynomial import Polynomial
+from sgl_diffusion_accel.caching.predictors import Reuse
+from sgl_diffusion_accel.caching.signals import ModulatedInput
+from sgl_diffusion_accel.caching.teacache_models import family_of
+from sgl_diffusion_accel.caching.window import Window
 
 from . import environment
 
@@ -114,7 +123,22 @@ def measure_own_part(blocks: int, pairs: int, never: Apply) -> dict[str, Row]:
         sides = (short, nullcontext), (whole, partial(skipping, order=order))
         times = take_turns(*sides, pairs, steps=IDLE_STEPS)
         rows[f"the library's own part of a skipped step, order {order}, ms"] = spread(times, difference_ms)
+    bare = make_idle_pipeline(0)
+    for signal in ("time embedding", "modulated input"):
+        always, seldom = (partial(teacache, signal=signal, threshold=threshold) for threshold in (0.5, 1e9))
+        times = take_turns((whole, nullcontext), (whole, always), pairs, steps=IDLE_STEPS)
+        rows[f"TeaCache's own part of a computed step, {signal}, ms"] = spread(times, difference_ms)
+        times = take_turns((bare, nullcontext), (whole, seldom), pairs, steps=IDLE_STEPS)
+        rows[f"TeaCache's own part of a skipped step, {signal}, ms"] = spread(times, difference_ms)
     return rows
+
+
+def teacache(pipe: Any, signal: str, threshold: float) -> AbstractContextManager[object]:
+    """TeaCache that takes its signal at each step and charges 1 for it."""
+    policy = AccumulatingPolicy(threshold, Polynomial((0, 0, 0, 0, 1)), Window())
+    chosen = ModulatedInput() if signal == "modulated input" else family_of(pipe.transformer).signal
+    parts = Parts(divide(pipe.transformer, 0, 0), policy, Reuse(), chosen)
+    return apply_cache("TeaCache", {"transformer": pipe.transformer}, {"transformer": parts})
 
 
 def make_pipeline(blocks: int) -> WanPipeline:

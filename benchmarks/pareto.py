@@ -14,6 +14,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "simply fewer steps": {"color": "#000000", "marker": ".", "linestyle": "-"},
     "sgl-diffusion-accel, late masks": {"color": "#0072B2", "marker": "D", "linestyle": "none"},
     "sgl-diffusion-accel, the peers' settings": {"color": "#56B4E9", "marker": "o", "linestyle": "none"},
+    "sgl-diffusion-accel, TeaCache as published": {"color": "#CC79A7", "marker": "v", "linestyle": "none"},
+    "sgl-diffusion-accel, TeaCache with TaylorSeer": {"color": "#E69F00", "marker": "^", "linestyle": "none"},
     "cache-dit, the same settings": {"color": "#D55E00", "marker": "+", "linestyle": "none", "markeredgewidth": 1.6},
     "diffusers' own caches": {"color": "#009E73", "marker": "s", "linestyle": "none", "fillstyle": "none"},
 }
@@ -24,6 +26,8 @@ def series_of(row: dict[str, Any]) -> str:
     """The series that a row of a result belongs to."""
     family: str = row["family"]
     if family == "sgl-diffusion-accel":
+        if "TeaCache" in row["name"]:
+            return f"sgl-diffusion-accel, TeaCache {'with TaylorSeer' if ', TS' in row['name'] else 'as published'}"
         late = "late-" in row["name"]
         return "sgl-diffusion-accel, late masks" if late else "sgl-diffusion-accel, the peers' settings"
     names = {

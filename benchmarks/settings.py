@@ -78,6 +78,30 @@ def sigma_settings() -> list[Setting]:
     return [Setting(order=1, spacing="sigma"), Setting(order=2, spacing="sigma"), *late]
 
 
+@dataclass(frozen=True)
+class TeaCacheSetting:
+    """One setting of TeaCache, with coefficients fitted to the model; the names are those of `apply_teacache`."""
+
+    speedup: str = "2x"
+    order: int = 0
+    use_ret_steps: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name, such as `TeaCache 2x, fitted, TS1`."""
+        signal = ", ret steps" if self.use_ret_steps else ""
+        return f"TeaCache {self.speedup}, fitted{signal}, " + (f"TS{self.order}" if self.order else "reuse")
+
+
+TEACACHE_SPEEDUPS = ("1.5x", "2x", "2.5x", "3x")
+
+
+def teacache_settings(model: str) -> list[TeaCacheSetting]:
+    """Four thresholds, with reuse as published and with first-order prediction; on Wan both signals."""
+    signals = (None, True) if model == "wan" else (None,)
+    return [TeaCacheSetting(wanted, order, ret) for ret in signals for order in (0, 1) for wanted in TEACACHE_SPEEDUPS]
+
+
 def headline_settings() -> list[Setting]:
     """The few that the README shows."""
     return [
@@ -89,3 +113,8 @@ def headline_settings() -> list[Setting]:
         Setting(preset="fast", policy="static", order=1),
         *(Setting(fn=0, preset=preset, policy="static", order=2) for preset in LATE_PRESETS),
     ]
+
+
+def headline_teacache_settings() -> list[TeaCacheSetting]:
+    """Those of TeaCache that the README shows."""
+    return [TeaCacheSetting(speedup, order) for order in (0, 1) for speedup in TEACACHE_SPEEDUPS]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import pareto
-from .settings import headline_settings
+from .settings import headline_settings, headline_teacache_settings
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +34,7 @@ _HEADLINES = {
     "TaylorSeer, every 4 steps, order 2",
 }
 """Rows of the README's table besides the settings of DBCache."""
+_OTHER_QUESTIONS = ("attention", "overhead")
 _HEAD = (
     "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"
     "|---|--:|--:|--:|--:|--:|--:|\n"
@@ -42,7 +43,8 @@ _HEAD = (
 
 def main() -> None:
     """Writes both files."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")) if path.stem != "overhead"]
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if path.stem not in _OTHER_QUESTIONS]
+    results = [json.loads(path.read_text()) for path in paths]
     results.sort(key=lambda result: ("wan", "qwen", "flux").index(result["model"]))
     parts = [_ABOUT]
     for result in results:
@@ -55,6 +57,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     if readme.exists():
         names = {setting.name for setting in headline_settings()}
+        names |= {setting.name for setting in headline_teacache_settings()}
         short = "\n\n".join(chapter(result, names) for result in results if result["model"] != "flux")
         readme.write_text(insert(readme.read_text(), short))
 
@@ -88,6 +91,8 @@ def chapter(result: dict[str, Any], names: set[str] | None = None) -> str:
     )
     if "note" in result and names is None:
         about += f" {result['note']}"
+    if names is None:
+        about += "".join(_fit_line(fit) for fit in result.get("teacache_fits", []))
     rows = [row for row in result["rows"] if _shown(row, names)]
     rows.sort(key=_order)
     return about + "\n\n" + _HEAD + "\n".join(line(row, result) for row in rows)
@@ -132,6 +137,11 @@ def fewer_steps_psnr(result: dict[str, Any], share: float) -> float | None:
         if low <= share <= high:
             return float(worse + (better - worse) * (share - low) / (high - low))
     return None
+
+
+def _fit_line(fit: dict[str, Any]) -> str:
+    signal = " with ret steps" if fit["use_ret_steps"] else ""
+    return f" TeaCache's fit{signal}: R² {fit['r_squared']:.2f} for changes of {fit['low']:.3f} to {fit['high']:.3f}."
 
 
 def _shown(row: dict[str, Any], names: set[str] | None) -> bool:

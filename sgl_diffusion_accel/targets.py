@@ -36,7 +36,7 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
     if not isinstance(components, dict):
         raise ConfigTypeError(
             f"expected a diffusers pipeline or its transformer, got {type(pipe).__name__}. "
-            "Type: apply_cache_dit(pipe) or apply_cache_dit(pipe.transformer)."
+            "Hand over pipe, or pipe.transformer."
         )
     found: dict[str, nn.Module] = {}
     for name in TRANSFORMERS:

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from invariants import CACHES, NEVER_SKIPPING, families, skips_some
+from invariants import CACHES, NEVER_SKIPPING, Apply, skips_some
 from invariants.families import present
-from zoo import Family
 
-NEVER, REUSE = NEVER_SKIPPING["threshold 0"], CACHES["reuse"]
+NEVER, REUSE, TEACACHE = NEVER_SKIPPING["threshold 0"], CACHES["reuse"], CACHES["teacache"]
 
 
 class Counting:
@@ -40,17 +39,28 @@ def blocks_compiled(pipe: Any) -> Counting:
     return backend
 
 
-@families("wan", "flux")
-@pytest.mark.parametrize("first", ["patch first", "compile first"])
-def test_compiled_blocks(family: Family, first: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "first", "apply"),
+    [
+        ("wan", "patch first", REUSE),
+        ("wan", "compile first", REUSE),
+        ("flux", "patch first", REUSE),
+        ("flux", "compile first", REUSE),
+        ("wan", "compile first", TEACACHE),
+        ("flux", "patch first", TEACACHE),
+        ("flux", "compile first", TEACACHE),
+    ],
+)
+def test_compiled_blocks(name: str, first: str, apply: Apply) -> None:
+    family = present(name)
     expected, cached = family.run(family.make(), steps=6), None
-    with REUSE(cached_pipe := family.make()):
+    with apply(cached_pipe := family.make()):
         cached = family.run(cached_pipe, steps=6)
 
     pipe = family.make()
-    patch = REUSE(pipe) if first == "patch first" else None
+    patch = apply(pipe) if first == "patch first" else None
     backend = blocks_compiled(pipe)
-    patch = patch or REUSE(pipe)
+    patch = patch or apply(pipe)
     family.run(pipe, steps=2)
     graphs = backend.graphs
     assert graphs >= len(family.block_lists)
@@ -88,19 +98,29 @@ def test_one_code_for_all_blocks_over_many_patches(first: str) -> None:
     assert graphs[0] == graphs[1], "more blocks, more compiled code"
 
 
-@pytest.mark.parametrize("first", ["patch first", "compile first", "wrapper first"])
-def test_compiled_transformer(first: str) -> None:
-    family = present("wan")
+@pytest.mark.parametrize(
+    ("name", "first", "apply"),
+    [
+        ("wan", "patch first", REUSE),
+        ("wan", "compile first", REUSE),
+        ("wan", "wrapper first", REUSE),
+        ("wan", "patch first", TEACACHE),
+        ("wan", "wrapper first", TEACACHE),
+        ("ltx", "compile first", TEACACHE),
+    ],
+)
+def test_compiled_transformer(name: str, first: str, apply: Apply) -> None:
+    family = present(name)
     expected = family.run(family.make(num_layers=2))
-    with REUSE(plain := family.make(num_layers=2)):
+    with apply(plain := family.make(num_layers=2)):
         cached = family.run(plain)
     pipe = family.make(num_layers=2)
-    patch = REUSE(pipe) if first == "patch first" else None
+    patch = apply(pipe) if first == "patch first" else None
     if first == "wrapper first":
         pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     else:
         pipe.transformer.compile(backend="eager")
-    patch = patch or REUSE(pipe)
+    patch = patch or apply(pipe)
     torch.testing.assert_close(family.run(pipe), cached, rtol=0, atol=1e-5)
     assert skips_some(patch)
     assert patch.stats.outside == 0
@@ -109,16 +129,17 @@ def test_compiled_transformer(first: str) -> None:
 
 
 @pytest.mark.parametrize("first", ["patch first", "compile first"])
-def test_whole_transformer_without_graph_breaks_is_refused(first: str) -> None:
+@pytest.mark.parametrize("apply", [REUSE, TEACACHE])
+def test_whole_transformer_without_graph_breaks_is_refused(first: str, apply: Apply) -> None:
     family = present("wan")
     pipe = family.make(num_layers=2)
 
     def compile_and_run() -> None:
         if first == "patch first":
-            REUSE(pipe)
+            apply(pipe)
         pipe.transformer.compile(fullgraph=True, backend="eager")
         if first != "patch first":
-            REUSE(pipe)
+            apply(pipe)
         family.run(pipe, steps=3)
 
     with pytest.raises(Exception, match="compile_repeated_blocks"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from invariants import CACHES, NEVER_SKIPPING, Interrupted, Snapshot, assert_same, families, skips_some
+from invariants.families import present
 from sgl_diffusion_accel import ConfigError, apply_cache_dit, remove
 from zoo import Family
 
@@ -40,27 +41,32 @@ def test_remove_leaves_nothing_behind(family: Family) -> None:
 
 
 def wan() -> tuple[Family, Any]:
-    from invariants.families import present
-
     family = present("wan")
     return family, family.make()
 
 
-def test_run_leaves_no_trace_on_classes_and_process() -> None:
-    family, pipe = wan()
+ONE_OF_EACH = [("wan", "reuse"), ("wan", "teacache"), ("flux", "teacache")]
+"""A cache by the first blocks' residual, one by the time embedding and one by the modulated input."""
+
+
+@pytest.mark.parametrize(("name", "cache"), ONE_OF_EACH)
+def test_run_leaves_no_trace_on_classes_and_process(name: str, cache: str) -> None:
+    family = present(name)
+    pipe = family.make()
     family.run(pipe)
-    with CACHES["reuse"](pipe):
+    with CACHES[cache](pipe):
         patched = Snapshot(pipe)
         family.run(pipe)
         assert_same(patched, pipe)
 
 
-def test_other_instances_of_the_class_are_untouched() -> None:
-    family, pipe = wan()
-    other = family.make()
+@pytest.mark.parametrize(("name", "cache"), ONE_OF_EACH)
+def test_other_instances_of_the_class_are_untouched(name: str, cache: str) -> None:
+    family = present(name)
+    pipe, other = family.make(), family.make()
     expected = family.run(other)
     before = Snapshot(other)
-    with CACHES["reuse"](pipe):
+    with CACHES[cache](pipe):
         assert torch.equal(family.run(other), expected)
         assert_same(before, other)
         family.run(pipe)
@@ -105,8 +111,6 @@ def test_remove_of_the_pipeline_undoes_every_patch(family: Family) -> None:
 
 
 def test_patch_of_one_transformer_leaves_the_other() -> None:
-    from invariants.families import present
-
     family = present("wan22")
     pipe = family.make()
     family.run(pipe)
@@ -150,11 +154,13 @@ def test_refused_patch_leaves_the_one_in_place() -> None:
     assert torch.equal(family.run(pipe), output)
 
 
-def test_patch_is_removed_from_inside_a_run() -> None:
-    family, pipe = wan()
+@pytest.mark.parametrize(("name", "cache"), ONE_OF_EACH)
+def test_patch_is_removed_from_inside_a_run(name: str, cache: str) -> None:
+    family = present(name)
+    pipe = family.make()
     family.run(pipe)
     before = Snapshot(pipe)
-    patch = CACHES["reuse"](pipe)
+    patch = CACHES[cache](pipe)
 
     def stop(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step == 1:

@@ -12,10 +12,12 @@ import torch
 
 from invariants import (
     CACHES,
+    Apply,
     Interrupted,
     check_unaffected,
     failing_at,
     families,
+    family,
     fresh_output,
     skips_some,
 )
@@ -24,8 +26,18 @@ from sgl_diffusion_accel import CachePatch
 from zoo import Family, tensor_of
 from zoo.base import flow_euler, unipc_flow
 
-REUSE, TAYLOR = CACHES["reuse"], CACHES["taylor"]
+REUSE, TAYLOR, TEACACHE = CACHES["reuse"], CACHES["taylor"], CACHES["teacache"]
 STEPS = 6
+
+
+def cached(cache: str, *names: str, teacache: tuple[str, ...] = ("wan", "flux")) -> Any:
+    """Parametrises a test over families under a cache, and over some under TeaCache, one for each of its signals."""
+    cases = [*((name, cache) for name in names), *((name, "teacache") for name in teacache)]
+    params = [
+        pytest.param(*family(name).values, CACHES[kind], id=f"{name}-{kind}", marks=family(name).marks)
+        for name, kind in cases
+    ]
+    return pytest.mark.parametrize(("family", "apply"), params)
 
 
 @families("wan", "flux")
@@ -35,13 +47,13 @@ def test_run_after_an_error(family: Family, place: str, error: type[BaseExceptio
     check_unaffected(family, TAYLOR, lambda pipe: failing_at(family, pipe, place, error))
 
 
-@families("wan22", "qwen", "hunyuan")
-def test_run_after_an_error_on_other_families(family: Family) -> None:
-    check_unaffected(family, TAYLOR, lambda pipe: failing_at(family, pipe, "callback", KeyboardInterrupt, 4))
+@cached("taylor", "wan22", "qwen", "hunyuan", teacache=("wan", "wan22", "flux", "qwen"))
+def test_run_after_an_error_on_other_families(family: Family, apply: Apply) -> None:
+    check_unaffected(family, apply, lambda pipe: failing_at(family, pipe, "callback", KeyboardInterrupt, 4))
 
 
-@families("wan", "qwen", "sd3")
-def test_run_after_an_interrupt(family: Family) -> None:
+@cached("taylor", "wan", "qwen", "sd3", teacache=("wan", "qwen"))
+def test_run_after_an_interrupt(family: Family, apply: Apply) -> None:
     def interrupt(pipe: Any) -> None:
         def stop(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             pipe._interrupt = step == 2
@@ -49,12 +61,12 @@ def test_run_after_an_interrupt(family: Family) -> None:
 
         family.run(pipe, seed=5, callback_on_step_end=stop)
 
-    check_unaffected(family, TAYLOR, interrupt)
+    check_unaffected(family, apply, interrupt)
 
 
-@families("wan", "flux", "zimage")
+@cached("reuse", "wan", "flux", "zimage")
 @pytest.mark.parametrize("between", ["seed", "batch", "size", "fewer steps", "more steps"])
-def test_run_after_another_call(family: Family, between: str) -> None:
+def test_run_after_another_call(family: Family, apply: Apply, between: str) -> None:
     other: dict[str, dict[str, Any]] = {
         "seed": {"seed": 5},
         "batch": {"batch": 2},
@@ -62,33 +74,33 @@ def test_run_after_another_call(family: Family, between: str) -> None:
         "fewer steps": {"steps": 3},
         "more steps": {"steps": 9},
     }
-    check_unaffected(family, REUSE, lambda pipe: family.run(pipe, **other[between]))
+    check_unaffected(family, apply, lambda pipe: family.run(pipe, **other[between]))
     # and the other way round: the unusual call second
     if between != "fewer steps":
-        check_unaffected(family, REUSE, family.run, **other[between])
+        check_unaffected(family, apply, family.run, **other[between])
 
 
-@families("wan", "qwen", "lumina2", "zimage", "sd3", "hunyuan")
-def test_run_after_other_guidance(family: Family) -> None:
+@cached("reuse", "wan", "qwen", "lumina2", "zimage", "sd3", "hunyuan", teacache=("wan", "qwen", "zimage"))
+def test_run_after_other_guidance(family: Family, apply: Apply) -> None:
     assert family.other_guidance is not None
     guidance = family.other_guidance[0]
-    check_unaffected(family, REUSE, lambda pipe: family.run(pipe, guidance=guidance))
-    check_unaffected(family, REUSE, family.run, guidance=guidance)
+    check_unaffected(family, apply, lambda pipe: family.run(pipe, guidance=guidance))
+    check_unaffected(family, apply, family.run, guidance=guidance)
 
 
-@families("wan")
-def test_run_after_another_dtype(family: Family) -> None:
+@cached("taylor", "wan", teacache=("wan",))
+def test_run_after_another_dtype(family: Family, apply: Apply) -> None:
     def in_float64(pipe: Any) -> None:
         pipe.transformer.to(torch.float64)
         given = family.call(pipe).items()
         family.run(pipe, **{k: v.double() for k, v in given if isinstance(v, torch.Tensor) and v.is_floating_point()})
         pipe.transformer.to(torch.float32)
 
-    check_unaffected(family, TAYLOR, in_float64)
+    check_unaffected(family, apply, in_float64)
 
 
-@families("wan", "flux", "zimage")
-def test_run_after_another_scheduler(family: Family) -> None:
+@cached("taylor", "wan", "flux", "zimage")
+def test_run_after_another_scheduler(family: Family, apply: Apply) -> None:
     def with_others(pipe: Any) -> None:
         own = pipe.scheduler
         for pipe.scheduler in others:
@@ -96,12 +108,12 @@ def test_run_after_another_scheduler(family: Family) -> None:
         pipe.scheduler = own
 
     others = [unipc_flow(), flow_euler(shift=7.0)] if family.name == "wan" else [flow_euler(shift=7.0)]
-    check_unaffected(family, TAYLOR, with_others)
+    check_unaffected(family, apply, with_others)
 
 
-@families("wan", "flux", "zimage", "sd3")
-def test_run_after_a_bare_call(family: Family) -> None:
-    check_unaffected(family, REUSE, lambda pipe: _bare(family, pipe))
+@cached("reuse", "wan", "flux", "zimage", "sd3")
+def test_run_after_a_bare_call(family: Family, apply: Apply) -> None:
+    check_unaffected(family, apply, lambda pipe: _bare(family, pipe))
 
 
 def _bare(family: Family, pipe: Any, **kw: Any) -> torch.Tensor:
@@ -135,12 +147,12 @@ def each_step(do: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
     return callback
 
 
-@families("wan", "flux", "zimage")
-def test_bare_calls_from_a_callback_are_computed_in_full(family: Family) -> None:
-    expected = fresh_output(family, REUSE)
+@cached("reuse", "wan", "flux", "zimage")
+def test_bare_calls_from_a_callback_are_computed_in_full(family: Family, apply: Apply) -> None:
+    expected = fresh_output(family, apply)
     plain = family.make()
     pipe = family.make()
-    patch = REUSE(pipe)
+    patch = apply(pipe)
     bare: list[tuple[torch.Tensor, torch.Tensor]] = []
     callback = each_step(lambda step: bare.append((_bare(family, pipe, seed=step), _bare(family, plain, seed=step))))
     output = family.run(pipe, callback_on_step_end=callback)
@@ -149,11 +161,11 @@ def test_bare_calls_from_a_callback_are_computed_in_full(family: Family) -> None
     assert patch.stats.outside == STEPS
 
 
-@families("wan", "flux", "zimage")
-def test_second_instance_runs_in_between(family: Family) -> None:
-    expected = [fresh_output(family, TAYLOR, seed=seed) for seed in (0, 1)]
+@cached("taylor", "wan", "flux", "zimage")
+def test_second_instance_runs_in_between(family: Family, apply: Apply) -> None:
+    expected = [fresh_output(family, apply, seed=seed) for seed in (0, 1)]
     pipe, other = family.make(), family.make()
-    TAYLOR(pipe), TAYLOR(other)
+    apply(pipe), apply(other)
     inner: list[torch.Tensor] = []
     output = family.run(pipe, callback_on_step_end=each_step(lambda _: inner.append(family.run(other, seed=1))))
     assert torch.equal(output, expected[0])
@@ -171,13 +183,14 @@ def shared(first: str, second: str) -> tuple[Family, Any, Family, Any]:
 
 
 PAIRS = [("wan", "wan"), ("wan", "wan_v2v"), ("wan_v2v", "wan"), ("flux", "flux_img2img"), ("flux_img2img", "flux")]
+TEACACHE_PAIRS = [(*PAIRS[1], TEACACHE), (*PAIRS[3], TEACACHE)]
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_shared_transformer_in_turn(first: str, second: str) -> None:
+@pytest.mark.parametrize(("first", "second", "apply"), [*((*pair, REUSE) for pair in PAIRS), *TEACACHE_PAIRS])
+def test_shared_transformer_in_turn(first: str, second: str, apply: Apply) -> None:
     family, pipe, other, sharing = shared(first, second)
-    expected, sharing_expected = fresh_output(family, REUSE), fresh_output(other, REUSE, seed=1)
-    patch = REUSE(pipe)
+    expected, sharing_expected = fresh_output(family, apply), fresh_output(other, apply, seed=1)
+    patch = apply(pipe)
     for _ in range(2):
         assert torch.equal(family.run(pipe), expected)
         assert torch.equal(other.run(sharing, seed=1), sharing_expected)
@@ -185,11 +198,11 @@ def test_shared_transformer_in_turn(first: str, second: str) -> None:
     assert skips_some(patch)
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_shared_transformer_nested(first: str, second: str) -> None:
+@pytest.mark.parametrize(("first", "second", "apply"), [*((*pair, REUSE) for pair in PAIRS), *TEACACHE_PAIRS])
+def test_shared_transformer_nested(first: str, second: str, apply: Apply) -> None:
     family, pipe, other, sharing = shared(first, second)
-    expected, sharing_expected = fresh_output(family, REUSE), fresh_output(other, REUSE, seed=1)
-    patch = REUSE(pipe)
+    expected, sharing_expected = fresh_output(family, apply), fresh_output(other, apply, seed=1)
+    patch = apply(pipe)
     inner: list[torch.Tensor] = []
     output = family.run(pipe, callback_on_step_end=each_step(lambda _: inner.append(other.run(sharing, seed=1))))
     assert torch.equal(output, expected)
@@ -235,22 +248,24 @@ def in_step(jobs: list[Callable[[Callable[..., Any]], torch.Tensor]]) -> list[to
     return outputs
 
 
-@families("wan", "flux")
-def test_two_pipelines_in_two_threads(family: Family) -> None:
-    expected = [fresh_output(family, TAYLOR, seed=seed) for seed in (0, 1)]
+@cached("taylor", "wan", "flux")
+def test_two_pipelines_in_two_threads(family: Family, apply: Apply) -> None:
+    expected = [fresh_output(family, apply, seed=seed) for seed in (0, 1)]
     pipes = [family.make(), family.make()]
-    patches = [TAYLOR(pipe) for pipe in pipes]
+    patches = [apply(pipe) for pipe in pipes]
     outputs = in_step([lambda wait, i=i: family.run(pipes[i], seed=i, callback_on_step_end=wait) for i in range(2)])
     assert torch.equal(outputs[0], expected[0])
     assert torch.equal(outputs[1], expected[1])
     assert [len(patch.stats.runs) for patch in patches] == [1, 1]
 
 
-@pytest.mark.parametrize(("first", "second"), [PAIRS[0], PAIRS[1], PAIRS[3]])
-def test_shared_transformer_in_two_threads(first: str, second: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "apply"), [*((*PAIRS[index], REUSE) for index in (0, 1, 3)), *TEACACHE_PAIRS]
+)
+def test_shared_transformer_in_two_threads(first: str, second: str, apply: Apply) -> None:
     family, pipe, other, sharing = shared(first, second)
-    expected = [fresh_output(family, REUSE), fresh_output(other, REUSE, seed=1)]
-    patch = REUSE(pipe)
+    expected = [fresh_output(family, apply), fresh_output(other, apply, seed=1)]
+    patch = apply(pipe)
     outputs = in_step(
         [
             lambda wait: family.run(pipe, callback_on_step_end=wait),

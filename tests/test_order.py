@@ -19,7 +19,7 @@ from sgl_diffusion_accel import AccelError, UnsupportedModelError
 from sgl_diffusion_accel.targets import unwrap
 from zoo import Family
 
-REUSE, TAYLOR = CACHES["reuse"], CACHES["taylor"]
+REUSE = CACHES["reuse"]
 CPU = torch.device("cpu")
 
 Step = Callable[[Any], Any]
@@ -92,15 +92,24 @@ def run(family: Family, pipe: Any) -> torch.Tensor:
     return family.run(pipe, steps=4, **floats)
 
 
-CASES = [("wan", step) for step in STEPS] + [("flux", step) for step in ("block_offload", "adapter", "bfloat16")]
+CASES = [
+    *(("wan", step, "taylor") for step in STEPS),
+    *(("flux", step, "taylor") for step in ("block_offload", "adapter", "bfloat16")),
+    *(("wan", step, "teacache") for step in ("sequential_offload", "leaf_offload", "layerwise_casting", "bfloat16")),
+    *(("flux", step, "teacache") for step in STEPS if step != "model_offload"),
+    *(("ltx", step, "teacache, Taylor") for step in ("sequential_offload", "leaf_offload", "bfloat16")),
+]
+"""LTX has blocks with parameters of their own, which its modulated input depends on."""
 
 
-@pytest.mark.parametrize(("name", "step"), CASES)
-def test_before_and_after(name: str, step: str) -> None:
+@pytest.mark.parametrize(("name", "step", "cache"), CASES)
+def test_before_and_after(name: str, step: str, cache: str) -> None:
     family, do = present(name), STEPS[step]
     unpatched = family.make()
     do(unpatched)
     expected = run(family, unpatched)
+
+    changes: list[Any] = []
 
     def patched(apply: Apply, first: bool) -> torch.Tensor:
         pipe = family.make()
@@ -112,17 +121,20 @@ def test_before_and_after(name: str, step: str) -> None:
         outputs = [run(family, pipe) for _ in range(2 if first else 1)]
         assert torch.equal(outputs[0], outputs[-1])
         assert len(patch.stats.runs) == len(outputs)
+        changes.append([branch.changes for branch in patch.stats.runs[-1].branches.values()])
         patch.remove()
         if first:
             assert torch.equal(run(family, pipe), expected)
         return outputs[0]
 
-    never = NEVER_SKIPPING["threshold 0"]
+    never = NEVER_SKIPPING["threshold 0" if cache == "taylor" else "teacache, always over"]
     assert torch.equal(patched(never, True), expected)
     assert torch.equal(patched(never, False), expected)
-    skipping = patched(TAYLOR, True)
+    skipping = patched(CACHES[cache], True)
     assert not torch.equal(skipping, expected)
-    assert torch.equal(skipping, patched(TAYLOR, False))
+    assert torch.equal(skipping, patched(CACHES[cache], False))
+    assert changes[0] == changes[1]
+    assert changes[2] == changes[3]
 
 
 def test_adapter_and_casting_change_the_output() -> None:

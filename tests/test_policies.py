@@ -6,10 +6,22 @@ import dataclasses
 import math
 import random
 
+import numpy as np
 import pytest
 
 from sgl_diffusion_accel import StepsMask
-from sgl_diffusion_accel.caching.policies import Decision, MaskPolicy, Position, Tally, ThresholdPolicy
+from sgl_diffusion_accel.caching import policies
+from sgl_diffusion_accel.caching.policies import (
+    AccumulatingPolicy,
+    Decision,
+    MaskPolicy,
+    Policy,
+    Position,
+    Tally,
+    ThresholdPolicy,
+)
+from sgl_diffusion_accel.caching.polynomial import Polynomial
+from sgl_diffusion_accel.caching.window import Window
 from sgl_diffusion_accel.errors import ConfigError
 
 
@@ -203,7 +215,189 @@ def test_mask_of_another_length_is_refused_before_the_first_step():
         MaskPolicy(StepsMask.of([1, 0, 0, 1])).prepare(30)
 
 
-@pytest.mark.parametrize("policy", [ThresholdPolicy(0.1), MaskPolicy(StepsMask.of("slow"))])
+# TeaCache
+
+SAME = (0, 0, 0, 1, 0)
+"""The polynomial that leaves a change as it is."""
+
+
+def accumulating(threshold=1.0, coefficients=SAME, window=(1, -1), low=None, high=None):
+    return AccumulatingPolicy(threshold, Polynomial(coefficients, low, high), Window(*window))
+
+
+def bits(decisions):
+    return "".join(str(int(decision.compute)) for decision in decisions)
+
+
+def teacache(changes, *, threshold, coefficients, start, stop, low, high):
+    """What TeaCache does, from its description. Returns (computed, change was needed) for each step."""
+    computed, needed, total = [], [], 0.0
+    for step, change in enumerate(changes):
+        inside = start <= step < stop and 0 < step < len(changes) - 1
+        compute = not inside or not np.isfinite(change) or (high is not None and change > high)
+        if not compute:
+            total += max(np.polyval(coefficients, change if low is None else max(change, low)), 0)
+            compute = total >= threshold
+        if compute:
+            total = 0.0
+        computed.append(bool(compute))
+        needed.append(inside)
+    return computed, needed
+
+
+def test_teacache_decides_as_its_description_does_on_random_changes():
+    generator = random.Random(21)
+    kinds, skipped = set(), 0
+    for _ in range(1500):
+        steps = generator.randint(1, 30)
+        # all are sums of a few powers of two, so that the two ways to calculate give the same number
+        changes = [generator.choice([0.0, 0.0625, 0.125, 0.25, 0.5, 1.0, math.inf, math.nan]) for _ in range(steps)]
+        start = generator.randint(0, 8)
+        stop = max(start, 1) + generator.randint(1, 25)
+        settings = {
+            "threshold": generator.choice([0.0625, 0.25, 1.0, 4.0]),
+            "coefficients": [generator.choice([-2.0, -0.5, 0.0, 0.0, 0.25, 1.0, 2.0]) for _ in range(5)],
+            "low": generator.choice([None, 0.0, 0.125]),
+            "high": generator.choice([None, 0.25, 0.5]),
+        }
+        computed, needed = teacache(changes, start=start, stop=stop, **settings)
+        decisions, measured = run(accumulating(window=(start, stop), **settings), changes)
+        assert [decision.compute for decision in decisions] == computed, (settings, changes)
+        assert measured == [step for step, need in enumerate(needed) if need], (settings, changes)
+        kinds |= {decision.reason for decision in decisions}
+        skipped += computed.count(False)
+    assert len(kinds) == 5, kinds  # every reason came up
+    assert skipped > 1000
+
+
+def test_changes_add_up_until_a_step_is_computed_and_then_start_anew():
+    decisions, _ = run(accumulating(1.0), [0.25] * 12)
+    assert bits(decisions) == "100010001001"
+    decisions, _ = run(accumulating(1.0), [0.375] * 12)
+    assert bits(decisions) == "100100100101"
+
+
+def test_computed_step_in_the_middle_of_the_sum_starts_it_anew():
+    """Its own change is not charged to the next one."""
+    decisions, _ = run(accumulating(1.0), [9, 0.5, 9.0, 0.5, 0.25, 0.25, 0.25, 9])
+    assert bits(decisions) == "10100101"
+
+
+def test_sum_equal_to_the_threshold_is_computed():
+    assert bits(run(accumulating(0.5), [9, 0.25, 0.25, 0.25, 9])[0]) == "10101"
+    assert bits(run(accumulating(0.5000001), [9, 0.25, 0.25, 0.25, 9])[0]) == "10011"
+
+
+def test_what_adds_up_is_the_polynomial_s_value():
+    policy = accumulating(1.0, coefficients=(0, 0, 4, 0, 0.25))
+    decisions, _ = run(policy, [9, 0.25, 0.25, 0.25, 0.5, 9])
+    assert [decision.charge for decision in decisions] == [None, 0.5, 0.5, 0.5, 1.25, None]
+    assert [decision.change for decision in decisions] == [None, 0.25, 0.25, 0.25, 0.5, None]
+    assert bits(decisions) == "101011"
+
+
+def test_negative_value_of_the_polynomial_never_lowers_the_sum():
+    """Some of the published ones are negative at small changes."""
+    policy = accumulating(1.0, coefficients=(0, 0, 0, 1, -0.25))
+    decisions, _ = run(policy, [9, 0.75, 0.0, 0.0, 0.0, 0.0, 0.75, 9])
+    assert bits(decisions) == "10000011"
+    assert [decision.charge for decision in decisions[1:7]] == [0.5, 0, 0, 0, 0, 0.5]
+
+
+def test_polynomial_that_is_never_positive_never_computes_within_the_window():
+    assert bits(run(accumulating(0.01, coefficients=(0, 0, 0, 0, -1)), [5.0] * 8)[0]) == "10000001"
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [((1, -1), "1000000001"), ((5, -1), "1111100001"), ((3, 6), "1110001111"), ((0.2, 0.5), "1100011111")],
+)
+def test_steps_outside_the_window_are_computed_without_being_measured(window, expected):
+    decisions, measured = run(accumulating(1e9, window=window), [1.0] * 10)
+    assert bits(decisions) == expected
+    assert measured == [step for step, bit in enumerate(expected) if bit == "0"]
+
+
+def test_change_beyond_the_fitted_range_is_computed():
+    decisions, _ = run(accumulating(1e9, high=0.5), [9, 0.5, 0.51, 0.5, 9])
+    assert bits(decisions) == "10101"
+    assert decisions[2].change == 0.51
+
+
+def test_change_below_the_fitted_range_is_charged_as_its_low_end():
+    decisions, _ = run(accumulating(1.0, low=0.25), [9, 0.0, 0.0, 0.0, 0.0, 9])
+    assert bits(decisions) == "100011"
+    assert [decision.change for decision in decisions[1:5]] == [0.0] * 4
+
+
+@pytest.mark.parametrize("change", [math.nan, math.inf, -math.inf])
+def test_change_that_is_not_finite_is_computed_by_teacache(change):
+    decisions, _ = run(accumulating(1e9), [9, 0.5, change, 0.5, 9])
+    assert bits(decisions) == "10101"
+
+
+def test_teacache_may_skip_until_the_window_is_over_and_measure_within_it():
+    policy = accumulating(window=(3, 6))
+    positions = [Position(step, 10, step) for step in range(10)]
+    assert [policy.may_skip(position) for position in positions] == [True] * 6 + [False] * 4
+    assert [policy.may_measure(position) for position in positions] == [False] * 3 + [True] * 3 + [False] * 4
+    assert policy.needs_signal
+
+
+def test_teacache_may_never_skip_in_a_run_without_a_window():
+    policy = accumulating(window=(5, -1))
+    assert not any(policy.may_skip(Position(step, 6, step)) for step in range(6))
+
+
+def test_window_counts_the_steps_of_the_run_across_both_experts():
+    policy = accumulating(window=(5, -1))
+    assert policy.may_measure(Position(7, 10, 0))
+    assert not policy.may_measure(Position(3, 10, 3))
+
+
+def test_too_short_a_run_is_remarked_on_with_what_to_type():
+    policy = accumulating(window=(5, -1))
+    assert policy.prepare(7) is None
+    for total in (1, 4, 6):
+        remark = policy.prepare(total)
+        assert f"a run of {total} steps" in remark
+        assert "start_skipping=5, end_skipping=-1" in remark
+        assert "Give start_skipping and end_skipping" in remark
+
+
+# All of them
+
+POLICIES = {
+    "threshold": ThresholdPolicy(0.3, max_warmup_steps=2, max_continuous=3),
+    "threshold 0": ThresholdPolicy(0.0),
+    "static mask": MaskPolicy(StepsMask.of([1, 1, 0, 0, 1, 0, 1, 0, 1, 1])),
+    "dynamic mask": MaskPolicy(StepsMask.of([1, 1, 0, 0, 1, 0, 1, 0, 1, 1]), ThresholdPolicy(0.3)),
+    "mask of threshold 0": MaskPolicy(StepsMask.of([1, 1, 0, 0, 1, 0, 1, 0, 1, 1]), ThresholdPolicy(0.0)),
+    "accumulating": accumulating(0.5, window=(3, -2), high=0.9),
+}
+every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
+
+
+def test_every_policy_is_among_those_under_test():
+    defined = {each for each in vars(policies).values() if isinstance(each, type) and issubclass(each, Policy)}
+    assert {type(policy) for policy in POLICIES.values()} == defined - {Policy}
+
+
+@every_policy
+def test_nothing_is_measured_or_skipped_where_the_policy_has_ruled_it_out(policy):
+    """What is not needed is not kept, so these answers have to hold."""
+    generator = random.Random(22)
+    for _ in range(100):
+        changes = [generator.choice([0.0, 0.1, 0.2, 0.5, 1.0, math.nan]) for _ in range(10)]
+        decisions, measured = run(policy, changes)
+        positions = [Position(step, 10, step) for step in range(10)]
+        assert all(policy.may_skip(positions[step]) for step in range(10) if not decisions[step].compute)
+        assert all(policy.may_measure(positions[step]) and policy.needs_signal for step in measured)
+        may_skip = [policy.may_skip(position) for position in positions]
+        assert may_skip == sorted(may_skip, reverse=True), "once over, skipping does not begin again"
+
+
+@every_policy
 def test_policies_are_frozen(policy):
     name = dataclasses.fields(policy)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -58,7 +58,9 @@ class TransformerCall:
         self._last = step >= run.total - 1
         following = replace(self._position, step=step + 1)
         self._keeps = not self._last and policy.may_skip(following)  # else what is computed is of no further use
-        self._measurement = Measurement(model, module, run, step, self._branch)
+        self._measurement = Measurement(
+            model, module, run, step, self._branch, policy.needs_signal and policy.may_skip(self._position)
+        )
         self._order = BlockOrder(model)
         self._decision: Decision | None = None
         self._previous: dict[int, Any] = {}

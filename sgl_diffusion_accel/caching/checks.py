@@ -31,3 +31,13 @@ def count(name: str, value: Any, lowest: int) -> int:
     if value < lowest:
         raise ConfigError(f"{name}={value}; allowed: a whole number from {lowest}.")
     return int(value)
+
+
+def real(name: str, value: Any, allowed: str = "a number") -> float:
+    """Returns a number as a float, or raises; too large a whole number is infinity."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigTypeError(f"{name} has {value!r}, a {type(value).__name__}; allowed: {allowed}.")
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")

@@ -28,11 +28,14 @@ class Measurement:
         run: The run that the call belongs to.
         step: Index of the denoising step.
         branch: What is kept of the branch.
+        is_needed: Whether a change may be asked for at this step or a later one.
     """
 
-    def __init__(self, model: CachedModel, module: nn.Module, run: Run, step: int, branch: Branch) -> None:
+    def __init__(
+        self, model: CachedModel, module: nn.Module, run: Run, step: int, branch: Branch, is_needed: bool
+    ) -> None:
         self._model, self._module, self._run, self._step, self._branch = model, module, run, step, branch
-        self._signal = model.parts.signal
+        self._signal = model.parts.signal if is_needed else None
         self._entry: Entry | None = None
         self._output: Any = None
         self._first: tuple[nn.Module, Call] | None = None

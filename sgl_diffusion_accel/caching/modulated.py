@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgl_diffusion_accel.caching.entry import Entry
 from sgl_diffusion_accel.caching.models import HIDDEN_NAMES
 from sgl_diffusion_accel.caching.wiring import Call
 from sgl_diffusion_accel.errors import UnsupportedModelError
@@ -76,26 +77,34 @@ def modulated_input(block: nn.Module, call: Call) -> Tensor:
         A tensor of its own, usually `[B, T, C]`.
 
     Raises:
-        UnsupportedModelError: The block does not call an attention that is one of its parts.
+        UnsupportedModelError: The block does not call an attention that is one of its parts, or writes over its input
+            before it does.
     """
-    args, kwargs = call
+    entry = Entry(call, copy=False)  # watches whether the block writes over its input before its attention
+    args, kwargs = entry.call
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     try:
         with torch.no_grad(), _loaded(block):
-            view = _view(block, given[0].device)
+            view = _view(block, given[0].device if given else torch.device("cpu"))
             type(block).forward(view, *args, **kwargs)
     except _ReachedError as reached:
         taken = reached.taken
         reached.__traceback__ = None  # its frames hold the block's tensors
     else:
         taken = None
+    if entry.changed():
+        raise UnsupportedModelError(
+            f"{type(block).__name__} writes over its input before its attention, so that its modulated input cannot be "
+            "taken without changing the result. Use apply_cache_dit for this model."
+        )
     if taken is None:
         raise UnsupportedModelError(
             f"{type(block).__name__} calls no attention that is one of its parts, whose input would be the signal. "
             "Use apply_cache_dit for this model."
         )
     storages = {value.untyped_storage().data_ptr() for value in given}
-    return taken.clone() if taken.untyped_storage().data_ptr() in storages else taken.detach()
+    taken = taken.detach()
+    return taken.clone() if taken.untyped_storage().data_ptr() in storages else taken
 
 
 def _is_attention(name: str) -> bool:
@@ -108,13 +117,12 @@ def _view(block: nn.Module, device: torch.device) -> nn.Module:
     view: nn.Module = object.__new__(type(block))
     view.__dict__.update(vars(block))
     parts: dict[str, Any] = dict(block._modules)
-    nearest = [name for name in parts if _is_attention(name)]
     for name, part in parts.items():
         if part is None:
             continue
-        if name in nearest:
+        if _is_attention(name):
             parts[name] = _Stop(part)
-        elif not nearest and has_attention(part):
+        elif has_attention(part):
             parts[name] = _view(part, device)
         elif _is_elsewhere(part, device):
             parts[name] = _OnDevice(part, device)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
+from sgl_diffusion_accel.caching.checks import real
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 
 DEGREE = 4
@@ -39,6 +39,9 @@ class Polynomial:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coefficients", _checked(self.coefficients))
+        for name in ("low", "high"):
+            end = getattr(self, name)
+            object.__setattr__(self, name, None if end is None else real(f"{name} end of the fitted range", end))
         ends = [end for end in (self.low, self.high) if end is not None]
         if any(not math.isfinite(end) or end < 0 for end in ends) or ends != sorted(ends):
             raise ConfigError(
@@ -61,20 +64,19 @@ class Polynomial:
 
 
 def _checked(given: Any) -> tuple[float, ...]:
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+    unordered = isinstance(given, (str, bytes, Set, Mapping)) or not isinstance(given, Iterable)
+    if unordered or getattr(given, "ndim", 1) == 0:
         raise ConfigTypeError(
             f"coefficients is a {type(given).__name__}; allowed: {DEGREE + 1} numbers, highest degree first."
         )
     values = tuple(given)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ConfigTypeError(f"coefficients has {value!r}; allowed: {DEGREE + 1} numbers, highest degree first.")
+    numbers = tuple(real("coefficients", value, f"{DEGREE + 1} numbers, highest degree first") for value in values)
     if len(values) != DEGREE + 1:
         raise ConfigError(
             f"coefficients has {len(values)} numbers; allowed: {DEGREE + 1}, highest degree first, as "
             f"numpy.polyfit(changes, output_changes, {DEGREE}) gives them."
         )
-    wrong = [value for value in values if not math.isfinite(value)]
+    wrong = [value for value in numbers if not math.isfinite(value)]
     if wrong:
-        raise ConfigError(f"coefficients has {float(wrong[0])}; allowed: finite numbers.")
-    return tuple(map(float, values))
+        raise ConfigError(f"coefficients has {wrong[0]}; allowed: finite numbers.")
+    return numbers

@@ -54,7 +54,7 @@ def relative_l1_steps(rows: Tensor) -> Tensor:
     rows = rows.detach().flatten(1)
     moved = (rows[1:] - rows[:-1]).abs().mean(1, dtype=torch.float32)
     size = rows[:-1].abs().mean(1, dtype=torch.float32)
-    return torch.cat((torch.full_like(moved[:1], float("inf")), moved / size)) if len(rows) > 1 else moved.new_ones(1)
+    return torch.cat((moved.new_full((1,), float("inf")), moved / size))
 
 
 class Seen(Protocol):

@@ -107,6 +107,9 @@ def _merge(config: TeaCacheConfig | None, knobs: dict[str, Any]) -> TeaCacheConf
             f"config is a {type(config).__name__}; allowed: a TeaCacheConfig. Single settings go by name: "
             "apply_teacache(pipe, teacache_thresh=0.1)."
         )
+    for one, other in (("coefficients", "variant"), ("variant", "coefficients")):
+        if knobs.get(one) is not None:
+            knobs.setdefault(other, None)
     return dataclasses.replace(config, **knobs)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgl_diffusion_accel.caching.checks import FrozenSettings, count
+from sgl_diffusion_accel.caching.checks import FrozenSettings, count, real
 from sgl_diffusion_accel.caching.polynomial import Polynomial
 from sgl_diffusion_accel.caching.window import Window
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
@@ -52,8 +52,17 @@ class TeaCacheCoefficients:
 
     def __post_init__(self) -> None:
         polynomial = Polynomial(self.coefficients, self.low, self.high)
-        object.__setattr__(self, "coefficients", polynomial.coefficients)
-        object.__setattr__(self, "thresholds", FrozenSettings(self.thresholds))
+        for name in ("coefficients", "low", "high"):
+            object.__setattr__(self, name, getattr(polynomial, name))
+        object.__setattr__(self, "thresholds", FrozenSettings(_checked_thresholds(self.thresholds)))
+        if self.r_squared is not None:
+            object.__setattr__(self, "r_squared", real("r_squared", self.r_squared))
+        if self.use_ret_steps is not None and not isinstance(self.use_ret_steps, bool):
+            raise ConfigTypeError(f"use_ret_steps={self.use_ret_steps!r}: allowed are True, False and None.")
+        if self.secondary is not None and not isinstance(self.secondary, TeaCacheCoefficients):
+            raise ConfigTypeError(
+                f"secondary is a {type(self.secondary).__name__}; allowed: TeaCacheCoefficients for transformer_2."
+            )
 
     @property
     def polynomial(self) -> Polynomial:
@@ -72,8 +81,8 @@ class TeaCacheCoefficients:
         Raises:
             ConfigError: No threshold is known for that.
         """
-        if isinstance(wanted, float):
-            return wanted, ""
+        if isinstance(wanted, (int, float)):
+            return float(wanted), ""
         known = ", ".join(f"'{speedup:g}x' ({threshold:g})" for speedup, threshold in self.thresholds.items())
         if not self.thresholds:
             raise ConfigError(
@@ -159,7 +168,11 @@ class TeaCacheConfig:
         for name in self.secondary:
             if name not in TEACACHE_KNOBS or name == "secondary":
                 raise unknown_name("setting", str(name), set(TEACACHE_KNOBS) - {"secondary"}, "secondary")
-        object.__setattr__(self, "secondary", FrozenSettings(self.secondary))
+        settings = dict(self.secondary)
+        given = settings.get("coefficients")
+        if given is not None and not isinstance(given, TeaCacheCoefficients):
+            settings["coefficients"] = TeaCacheCoefficients(given)
+        object.__setattr__(self, "secondary", FrozenSettings(settings))
         self.for_component("transformer_2")
 
     @property
@@ -169,8 +182,15 @@ class TeaCacheConfig:
 
     def window(self, use_ret_steps: bool) -> Window:
         """The steps that may be skipped."""
-        start = (RET_STEPS if use_ret_steps else 1) if self.start_skipping is None else self.start_skipping
-        return Window(start, -1 if self.end_skipping is None else self.end_skipping)
+        end: Any = -1 if self.end_skipping is None else self.end_skipping
+        if self.start_skipping is not None:
+            return Window(self.start_skipping, end)
+        if use_ret_steps and not isinstance(end, float) and end in range(RET_STEPS + 1):
+            raise ConfigError(
+                f"end_skipping={end} leaves no step to skip, since use_ret_steps=True computes the first {RET_STEPS} "
+                "steps. Give start_skipping as well, or a later end_skipping."
+            )
+        return Window(RET_STEPS if use_ret_steps else 1, end)
 
     def for_component(self, name: str) -> TeaCacheConfig:
         """Returns the settings for one transformer of a pipeline: `secondary` applies to `"transformer_2"`."""
@@ -187,6 +207,18 @@ class TeaCacheConfig:
 
 TEACACHE_KNOBS = tuple(each.name for each in dataclasses.fields(TeaCacheConfig))
 """Names of all settings."""
+
+
+def _checked_thresholds(given: Any) -> dict[float, float]:
+    if not isinstance(given, Mapping):
+        raise ConfigTypeError(
+            f"thresholds is a {type(given).__name__}; allowed: a dict of speed-up to threshold, such as {{2.0: 0.1}}."
+        )
+    found = {real("thresholds", speedup): real("thresholds", threshold) for speedup, threshold in given.items()}
+    for value in (*found, *found.values()):
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"thresholds has {value}; allowed: positive numbers, such as {{2.0: 0.1}}.")
+    return found
 
 
 def _speedup(wanted: str) -> float:
@@ -211,7 +243,7 @@ def _threshold(value: Any) -> float | str | None:
             f"teacache_thresh={value!r} is a {type(value).__name__}; allowed: a positive number, a speed-up such as "
             "'1.6x', or None."
         )
-    if not 0 < float(value) < float("inf"):
+    if not 0 < real("teacache_thresh", value) < float("inf"):
         raise ConfigError(
             f"teacache_thresh={value!r}; allowed: a positive number such as 0.1 (smaller is closer to uncached, larger "
             "is faster), or a speed-up such as '1.6x'. To skip nothing, do not apply the patch."

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.blocks import divide
@@ -20,10 +21,10 @@ from sgl_diffusion_accel.caching.policies import AccumulatingPolicy, Change, Dec
 from sgl_diffusion_accel.caching.polynomial import DEGREE
 from sgl_diffusion_accel.caching.predictors import Reuse
 from sgl_diffusion_accel.caching.signals import relative_l1
+from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.caching.teacache import check_signal, uses_ret_steps
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients, TeaCacheConfig
 from sgl_diffusion_accel.caching.teacache_models import family_of
-from sgl_diffusion_accel.caching.wiring import elements
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, UnsupportedModelError
 from sgl_diffusion_accel.patch import patches_of
 from sgl_diffusion_accel.targets import find_transformers, unwrap
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _SPEEDUPS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _CLOSE = 0.08  # a speed-up that no threshold comes this near to is left out
+_GRID = 160
 _POOR = 0.5  # R² below which the user is warned
 
 
@@ -61,7 +63,7 @@ class _Recorder:
 
     def __call__(self, run: int, branch: str, step: int, output: Any) -> None:
         """Sees what the transformer has returned."""
-        now = next(part for part in elements(_values(output)) if isinstance(part, Tensor)).detach()
+        now = _first_tensor(output).detach()
         key = (run, branch)
         before = self.outputs.get(key)
         if before is not None and before.shape == now.shape:
@@ -70,8 +72,16 @@ class _Recorder:
         self.outputs[key] = now.clone()
 
 
-def _values(output: Any) -> Any:
-    return tuple(output.values()) if isinstance(output, Mapping) else output
+def _first_tensor(output: Any) -> Tensor:
+    """The tensor that a transformer has predicted; several of one shape, one a sample, as one."""
+    parts = tuple(output.values()) if isinstance(output, Mapping) else output
+    if isinstance(parts, Tensor):
+        return parts
+    if isinstance(parts, (list, tuple)) and parts:
+        if isinstance(parts[0], Tensor) and isinstance(output, list):
+            return torch.cat([part.flatten() for part in parts])
+        return _first_tensor(parts[0])
+    raise UnsupportedModelError(f"the transformer returns a {type(output).__name__}, and no tensor in it.")
 
 
 def fit_teacache(
@@ -129,7 +139,7 @@ def fit_teacache(
                     f"{type(pipe).__name__} ran without a denoising loop that is known: nothing was recorded."
                 )
             for name, recorder in recorders.items():
-                traces[name] += _traces(patch.stats.runs[-1], name, recorder)
+                traces[name] += _traces(patch.stats.runs[-1], patch.stats.started, name, recorder)
                 recorder.outputs.clear()
                 recorder.changes.clear()
     fits = [
@@ -139,7 +149,19 @@ def fit_teacache(
     ]
     if not fits:
         raise ConfigError("the calls have too few denoising steps to fit anything. Give calls of 10 steps or more.")
-    return dataclasses.replace(fits[0], secondary=fits[1] if len(fits) > 1 else None)
+    return _joined(fits)
+
+
+def _joined(fits: Sequence[TeaCacheCoefficients]) -> TeaCacheCoefficients:
+    """The coefficients of one transformer or two, with thresholds for the speed-ups that both can have."""
+    if len(fits) == 1:
+        return fits[0]
+    shared = set(fits[0].thresholds) & set(fits[1].thresholds)
+    first, second = (
+        dataclasses.replace(fit, thresholds={key: value for key, value in fit.thresholds.items() if key in shared})
+        for fit in fits
+    )
+    return dataclasses.replace(first, secondary=second)
 
 
 def _checked(pipe: Any, calls: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -163,11 +185,11 @@ def _checked(pipe: Any, calls: Iterable[Mapping[str, Any]]) -> list[Mapping[str,
     return calls
 
 
-def _traces(run: Any, component: str, recorder: _Recorder) -> list[tuple[int, Trace]]:
-    """(steps of the run, trace) of each branch of the last run."""
+def _traces(run: RunStats, number: int, component: str, recorder: _Recorder) -> list[tuple[int, Trace]]:
+    """(steps of the run, trace) of each branch of a run."""
     found = []
     for branch, records in run.branches.items():
-        moved = next((each for (_, name), each in recorder.changes.items() if name == branch), {})
+        moved = recorder.changes.get((number, branch), {})
         trace = [
             (record.step, record.change, moved[record.step])
             for record in records.records
@@ -224,19 +246,27 @@ def _thresholds(fit: TeaCacheCoefficients, traces: Sequence[tuple[int, Trace]], 
     largest = sum(max(fit.polynomial(x), 0.0) for _, trace in traces for _, x, _ in trace) or 1.0
     found = {}
     for wanted in _SPEEDUPS:
-        threshold = _bisect(speedup, wanted, largest)
+        threshold = float(f"{_threshold_for(speedup, wanted, largest):.6g}")
         if abs(speedup(threshold) / wanted - 1) < _CLOSE:
-            found[wanted] = float(f"{threshold:.4g}")
+            found[wanted] = threshold
     return found
 
 
-def _bisect(speedup: Callable[[float], float], wanted: float, largest: float) -> float:
-    """The threshold at which a speed-up that grows with the threshold comes nearest to what is wanted."""
+def _threshold_for(speedup: Callable[[float], float], wanted: float, largest: float) -> float:
+    """A threshold that gives a speed-up as near as can be to what is wanted.
+
+    The speed-up climbs in jumps with the threshold, so that many thresholds give the same. The middle of them is taken:
+    it stands most firmly where the changes of another call differ a little.
+    """
     low, high = math.log(largest * 1e-6), math.log(largest)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if speedup(math.exp(middle)) < wanted else (low, middle)
-    return min(math.exp(low), math.exp(high), key=lambda each: abs(speedup(each) - wanted))
+    for _ in range(2):  # the whole range, then closely around what was found
+        grid = np.linspace(low, high, _GRID)
+        reached = [speedup(math.exp(each)) for each in grid]
+        best = min(reached, key=lambda each: abs(each - wanted))
+        first = reached.index(best)
+        last = next((i for i in range(first, _GRID) if reached[i] != best), _GRID) - 1
+        low, high = grid[max(first - 1, 0)], grid[min(last + 1, _GRID - 1)]
+    return math.exp((grid[first] + grid[last]) / 2)
 
 
 def replay(policy: Policy, total: int, trace: Trace) -> list[bool]:

@@ -152,18 +152,19 @@ def nearest_size(sizes: Sequence[int | None], latents: torch.Size) -> int:
     return min(range(len(sizes)), key=lambda i: abs(math.log(pixels / (sizes[i] or pixels))))
 
 
-def _wan_embeddings(transformer: Any, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    text = torch.zeros(1, 1, transformer.config.text_dim, dtype=dtype, device=timesteps.device)
-    temb, projection, *_ = transformer.condition_embedder(timesteps, text)
-    return temb, projection
+def _wan_temb(transformer: Any, timesteps: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
+    """In the precision of the embedder, which checkpoints keep in float32, as the coefficients were fitted."""
+    embedder = transformer.condition_embedder
+    waves: Tensor = embedder.timesteps_proj(timesteps)
+    own = next(embedder.time_embedder.parameters()).dtype
+    embedding: Tensor = embedder.time_embedder(waves.to(own) if own.is_floating_point else waves)
+    return embedding
 
 
-def _wan_temb(transformer: nn.Module, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-    return _wan_embeddings(transformer, timesteps, dtype)[0]
-
-
-def _wan_timestep_proj(transformer: nn.Module, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-    return _wan_embeddings(transformer, timesteps, dtype)[1]
+def _wan_timestep_proj(transformer: Any, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+    embedder = transformer.condition_embedder
+    projection: Tensor = embedder.time_proj(embedder.act_fn(_wan_temb(transformer, timesteps, dtype).to(dtype)))
+    return projection
 
 
 def _cogvideox_embedding(transformer: Any, timesteps: Tensor, dtype: torch.dtype) -> Tensor:

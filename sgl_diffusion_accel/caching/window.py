@@ -38,7 +38,10 @@ class Window:
         object.__setattr__(self, "end", _bound("end_skipping", self.end))
         same_kind = isinstance(self.start, int) == isinstance(self.end, int)
         same_side = same_kind and (self.start < 0) == (self.end < 0)
-        if (same_side and self.start >= self.end) or (self.end == 0):
+        is_integer = isinstance(self.start, int)
+        only_last = (is_integer and self.start == -1) or (not is_integer and self.start == 1)
+        only_first = self.end == 0 or (isinstance(self.end, int) and self.end == 1)
+        if (same_side and self.start >= self.end) or only_first or only_last:
             raise ConfigError(
                 f"start_skipping={self.start} and end_skipping={self.end} leave no step to skip. Allowed: a start "
                 "before the end, such as start_skipping=5, end_skipping=-1 or start_skipping=0.1, end_skipping=0.95."
