@@ -46,7 +46,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         path: PNG to write.
     """
     with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 5), layout="constrained", dpi=150)
+        figure = Figure(figsize=(8, 6), layout="constrained", dpi=150)
         axes = figure.add_subplot()
         for series, style in STYLES.items():
             rows = [row for row in result["rows"] if series_of(row) == series and row["psnr"] is not None]
@@ -63,7 +63,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         )
         axes.grid(color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.legend(frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
         figure.savefig(path)
 
 
