@@ -358,7 +358,8 @@ def test_window_counts_the_steps_of_the_run_across_both_experts():
 def test_too_short_a_run_is_remarked_on_with_what_to_type():
     policy = accumulating(window=(5, -1))
     assert policy.prepare(7) is None
-    for total in (1, 4, 6):
+    assert "a run of 2 steps has none" in policy.prepare(2)
+    for total in (3, 4, 6):
         remark = policy.prepare(total)
         assert f"a run of {total} steps" in remark
         assert "start_skipping=5, end_skipping=-1" in remark

@@ -61,3 +61,9 @@ def test_gpu_is_not_waited_for_when_copying_nor_for_later_work_when_reading():
         torch.cuda.synchronize()
     assert read == torch.tensor(VALUES).tolist()
     assert still_busy
+
+
+def test_copy_is_in_the_hosts_memory_whatever_the_default_device():
+    values = torch.ones(3)
+    with torch.device("meta"):
+        assert HostCopy(values)[0] == 1.0

@@ -494,8 +494,7 @@ def test_short_runs_compute_the_first_and_the_last_step(family: Family) -> None:
         assert torch.equal(output, unpatched[steps])
         ((component, remark),) = remarks
         assert component == "transformer"
-        assert remark.startswith(f"no step of a run of {steps} steps may be skipped: skipping starts at step 1")
-        assert remark.endswith("Give start_skipping and end_skipping for so few steps.")
+        assert remark.startswith(f"a run of {steps} steps has none that may be skipped")
         assert remark in str(patch)
 
 
@@ -599,3 +598,31 @@ def test_config_of_the_other_cache_is_refused() -> None:
         apply_teacache(pipe, config=CacheDiTConfig())
     with pytest.raises(ConfigTypeError):
         apply_cache_dit(pipe, TeaCacheConfig())
+
+
+def test_run_of_another_length_than_the_fitted_ones_is_remarked_on() -> None:
+    family = present("wan")
+    pipe = family.make()
+    fit = TeaCacheCoefficients((0, 0, 0, 1, 0), steps=12)
+    patch = apply_teacache(pipe, 0.1, coefficients=fit)
+    for steps, is_remarked in ((12, False), (11, False), (6, True)):
+        family.run(pipe, steps=steps)
+        remarks = [remark for _, remark in patch.stats.runs[-1].remarks]
+        assert any("fitted on runs of 12 steps, and this one has 6" in remark for remark in remarks) is is_remarked
+    assert "fitted on runs of 12 steps" in str(patch)
+
+
+def test_speedup_that_one_of_two_resolutions_lacks_is_taken_where_it_is_known(caplog) -> None:
+    pipe = present("wan").make(in_channels=36, out_channels=16)
+    with apply_teacache(pipe, "1.6x") as patch:
+        assert "wan2.1-i2v-480p, threshold 0.13 for 1.6x or wan2.1-i2v-720p, threshold 0.18 for 1.7x" in str(patch)
+    assert "no threshold is known for 1.6x: taken is that for 1.7x" in caplog.text
+    with pytest.raises(ConfigError, match=r"wan2.1-i2v-480p: .*wan2.1-i2v-720p: "):
+        apply_teacache(pipe, "9x")
+
+
+def test_single_settings_go_over_the_config_even_where_they_exclude_each_other() -> None:
+    pipe = present("flux").make()
+    config = TeaCacheConfig(0.3, coefficients=(0, 0, 0, 1, 0))
+    with apply_teacache(pipe, variant="flux.1-dev", config=config) as patch:
+        assert "flux.1-dev, threshold 0.3" in str(patch)

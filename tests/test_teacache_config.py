@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import pickle
 
@@ -434,3 +435,15 @@ def test_refusals_are_caught_as_the_built_in_errors():
         TeaCacheConfig(True)
     assert isinstance(value.value, AccelError)
     assert isinstance(kind.value, AccelError)
+
+
+def test_nearest_threshold_is_taken_and_of_two_the_more_careful():
+    fit = TeaCacheCoefficients(FIVE, {1.4: 0.1, 1.8: 0.2, 2.0: 0.3})
+    assert [fit.threshold(wanted)[0] for wanted in ("1.6x", "1.61x", "1.7x", "2x", np.float32(0.5), 1)] == [
+        0.1, 0.2, 0.2, 0.3, 0.5, 1.0,
+    ]  # fmt: skip
+
+
+def test_fit_can_be_kept_as_json():
+    fit = TeaCacheCoefficients(FIVE, {2.0: 0.1}, 0.0, 1.0, 0.9, True, TeaCacheCoefficients(FIVE, {2.5: 0.2}), 50)
+    assert TeaCacheCoefficients(**json.loads(json.dumps(dataclasses.asdict(fit)))) == fit

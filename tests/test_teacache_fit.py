@@ -149,12 +149,15 @@ def test_calls_may_come_one_by_one() -> None:
     assert fit_teacache(pipe, iter(two_calls(family, pipe))) == fit_teacache(pipe, two_calls(family, pipe))
 
 
+def other_call(call: dict[str, Any]) -> dict[str, Any]:
+    return {**call, "latents": call["latents"].flip(-1), "guidance_scale": 7.0}
+
+
 class Twice(diffusers.WanPipeline):
-    """Runs through its loop twice in one call: the one that counts is the last."""
+    """Runs through its loop twice in one call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        first = {**kwargs, "latents": kwargs["latents"].flip(-1), "guidance_scale": 7.0}
-        super().__call__(*args, **first)
+        super().__call__(*args, **other_call(kwargs))
         return super().__call__(*args, **kwargs)
 
 
@@ -167,7 +170,8 @@ def remade(pipe: Any, cls: type) -> Any:
 def test_call_with_two_loops_pairs_signal_and_output_of_the_same_loop() -> None:
     family = present("wan")
     pipe = family.make()
-    [points] = observed(family, pipe, [family.call(pipe, steps=STEPS)])
+    call = family.call(pipe, steps=STEPS)
+    [points] = observed(family, pipe, [other_call(call), call])
     twice = remade(pipe, Twice)
     check_fit(fit_teacache(twice, [family.call(pipe, steps=STEPS)]), points)
 
@@ -324,7 +328,7 @@ def test_calls_that_are_no_list_of_dicts_are_refused_before_any_runs(
 @pytest.mark.parametrize(
     ("steps", "match"),
     [
-        (1, "too few denoising steps to fit anything.*10 steps or more"),
+        (1, "0 different changes.*ran 1 steps at most.*10 denoising steps or more"),
         (5, "4 different changes of the signal of transformer.*10 denoising steps or more"),
     ],
 )
@@ -376,3 +380,30 @@ class Idle(diffusers.WanPipeline):
 def test_pipeline_without_a_known_loop_is_refused() -> None:
     pipe = remade(present("wan").make(), Idle)
     unchanged_refusal(pipe, UnsupportedModelError, "Idle ran without a denoising loop", [{}])
+
+
+def test_expert_that_hardly_runs_is_refused_by_name() -> None:
+    family = present("wan22")
+    pipe = family.make(boundary_ratio=0.99)
+    with pytest.raises(ConfigError, match=r"signal of transformer, which ran [12] steps at most"):
+        fit_teacache(pipe, [family.call(pipe, steps=12)])
+
+
+def test_cache_that_is_applied_within_a_call_is_noticed() -> None:
+    family = present("wan")
+    pipe = family.make()
+
+    def apply(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 6:
+            apply_teacache(pipe, 0.1)
+        return values
+
+    with pytest.raises(ConfigError, match="took the recording off"):
+        fit_teacache(pipe, [family.call(pipe, steps=STEPS, callback_on_step_end=apply)])
+
+
+def test_fit_knows_how_many_steps_its_calls_had() -> None:
+    family = present("wan")
+    pipe = family.make()
+    assert fit_teacache(pipe, [family.call(pipe, steps=12)]).steps == 12
+    assert fit_teacache(pipe, [family.call(pipe, steps=steps) for steps in (10, 12)]).steps is None

@@ -44,6 +44,7 @@ class Session:
                 run, new = self.runs.find(call)
                 if new:
                     run.data["stats"] = self.stats.start(run.total)
+                    run.data["number"] = self.stats.started
                 step, branch = run.advance(module, call)
                 if step < run.total:
                     return run, step, branch
@@ -115,7 +116,7 @@ class Controller(PatchHandler):
                 token.finish()
                 observe = self._model.parts.observe
                 if observe is not None:
-                    observe(self._session.stats.started, token.branch, token.step, output)
+                    observe(token.run.data["number"], token.branch, token.step, output)
             except BaseException:
                 self._drop(token)
                 raise

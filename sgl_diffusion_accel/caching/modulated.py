@@ -2,7 +2,7 @@
 
 The block's own `forward` runs on a view of the block, a second object that shares all of its parts but the attention,
 and stops where the attention is called. So the norms and modulations are the model's own, whatever the model; nothing
-on the block itself is touched, and a compiled block stays compiled.
+on the block itself is touched, and a compiled block stays compiled. Hooks on those parts run once more.
 """
 
 from __future__ import annotations

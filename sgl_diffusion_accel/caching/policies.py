@@ -12,6 +12,9 @@ from sgl_diffusion_accel.caching.masks import StepsMask
 from sgl_diffusion_accel.caching.polynomial import Polynomial
 from sgl_diffusion_accel.caching.window import Window
 
+_NEAR_ENOUGH = 0.2  # by which the number of steps may differ from that of the fit
+_SHORTEST = 2  # steps of a run that has nothing but a first and a last one
+
 Change = Callable[[], float]
 """Measures the relative change of the signal. Calling it synchronises with the device, unless the signal is known."""
 
@@ -208,11 +211,13 @@ class AccumulatingPolicy(Policy):
         threshold: Compute when the sum reaches it; positive.
         polynomial: Rescales the change.
         window: Steps that may be skipped; the others are computed.
+        fitted_steps: Denoising steps of the runs that the polynomial was fitted on, None if unknown.
     """
 
     threshold: float
     polynomial: Polynomial
     window: Window
+    fitted_steps: int | None = None
 
     @property
     def needs_signal(self) -> bool:
@@ -220,10 +225,18 @@ class AccumulatingPolicy(Policy):
         return True
 
     def prepare(self, total: int) -> str | None:
-        """Tells where no step of a run may be skipped."""
+        """Tells where no step of a run may be skipped, or where the polynomial was fitted on other runs."""
         start, stop = self.window.bounds(total)
         if start < stop:
-            return None
+            fitted = self.fitted_steps
+            if fitted is None or abs(total - fitted) <= _NEAR_ENOUGH * fitted:
+                return None
+            return (
+                f"the coefficients were fitted on runs of {fitted} steps, and this one has {total}: steps that change "
+                "more than any seen there are computed. Fit with calls of as many steps as you run."
+            )
+        if total <= _SHORTEST:
+            return f"a run of {total} steps has none that may be skipped: the first and the last are always computed."
         return (
             f"no step of a run of {total} steps may be skipped: skipping starts at step {start} and ends before step "
             f"{stop} ({self.window}). Give start_skipping and end_skipping for so few steps."

@@ -19,13 +19,13 @@ class HostCopy:
     def __init__(self, values: Tensor) -> None:
         self._done: torch.cuda.Event | None = None
         if values.is_cuda:
-            pinned = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
+            pinned = torch.empty(values.shape, dtype=torch.float32, device="cpu", pin_memory=True)
             self._host = pinned.numpy()
             pinned.copy_(values, non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
         else:
-            host = torch.empty(values.shape, dtype=torch.float32)
+            host = torch.empty(values.shape, dtype=torch.float32, device="cpu")
             self._host = host.numpy()
             host.copy_(values)
 

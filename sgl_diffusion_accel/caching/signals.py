@@ -15,7 +15,7 @@ Reduce = Callable[[Tensor], None]
 
 
 def relative_l1(now: Tensor, reference: Tensor, reduce: Reduce | None = None) -> float:
-    """Relative L1 distance, mean|now - reference| / mean|reference|, in float32.
+    """Relative L1 distance, mean|now - reference| / mean|reference|, averaged in float32.
 
     Asks the device for its value: one synchronisation.
 
@@ -43,7 +43,7 @@ def relative_l1(now: Tensor, reference: Tensor, reduce: Reduce | None = None) ->
 
 
 def relative_l1_steps(rows: Tensor) -> Tensor:
-    """Relative L1 distance of each row from the one before it, in float32. Asks the device for nothing.
+    """Relative L1 distance of each row from the one before it, averaged in float32. Asks the device for nothing.
 
     Args:
         rows: The signal of every step of a run, `[S, ...]`.

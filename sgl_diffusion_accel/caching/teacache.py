@@ -40,13 +40,14 @@ def apply_teacache(
     At each step the relative L1 change of a signal from the step before, x = mean|s - s_prev| / mean|s_prev|, is turned
     by a polynomial into an estimate of how much the model's output changes, max(p(x), 0). As long as the estimates
     since the last computed step sum up to less than `teacache_thresh`, all transformer blocks are skipped and what they
-    added at the last computed step is added again. The signal is the time embedding (Wan, CogVideoX, ConsisID,
-    HiDream), known for the whole run beforehand so that the device is never waited for, or the modulated input of the
-    first block (all others), which costs one synchronisation for each decision.
+    added at the last computed step is added again (refiners and other lists beside the stack run as always). The signal
+    is the time embedding (Wan, CogVideoX, ConsisID, HiDream), known for the whole run beforehand so that the device is
+    never waited for, or the modulated input of the first block (all others), which costs one synchronisation for each
+    decision.
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2), or the transformer itself.
-        teacache_thresh: The threshold, or a speed-up for which one is known, such as `"1.6x"`.
+        teacache_thresh: The threshold, or a speed-up such as `"1.6x"` for the one that is known for the nearest.
         coefficients: Of the polynomial: five numbers, highest degree first, or what `fit_teacache` has returned.
         start_skipping: First denoising step that may be skipped: index, negative from the end, or a share as a float.
         end_skipping: First step that is computed again at the end, in the same units.
@@ -120,9 +121,8 @@ def _plan(transformer: nn.Module, config: TeaCacheConfig) -> tuple[Parts, str]:
     window = config.window(retains)
     policies: list[Policy] = []
     words: list[str] = []
-    for name, fit in _fits(transformer, family, config, retains).items():
-        threshold, source = fit.threshold(config.teacache_thresh)
-        policies.append(AccumulatingPolicy(threshold, fit.polynomial, window))
+    for name, (fit, threshold, source) in _thresholds(_fits(transformer, family, config, retains), config).items():
+        policies.append(AccumulatingPolicy(threshold, fit.polynomial, window, fit.steps))
         words.append(f"{name}, threshold {threshold:g}{source}")
     sizes = [VARIANTS[name].pixels for name in _names(transformer, family, config)]
 
@@ -132,7 +132,7 @@ def _plan(transformer: nn.Module, config: TeaCacheConfig) -> tuple[Parts, str]:
 
     signal = family.retained if retains and family.retained is not None else family.signal
     check_signal(transformer, signal)
-    order = config.taylorseer_order
+    order = config.taylorseer_order or 0
     parts = Parts(
         layout=divide(transformer, 0, 0),
         policy=policies[0],
@@ -142,6 +142,28 @@ def _plan(transformer: nn.Module, config: TeaCacheConfig) -> tuple[Parts, str]:
     )
     predictor = f"TaylorSeer order {order}" if order else "reuse"
     return parts, ", ".join([" or ".join(words), describe(signal, retains), str(window), predictor])
+
+
+def _thresholds(
+    fits: dict[str, TeaCacheCoefficients], config: TeaCacheConfig
+) -> dict[str, tuple[TeaCacheCoefficients, float, str]]:
+    """Adds the threshold to each fit. Of several, among which the run decides, one has to know the speed-up wanted."""
+    found = {name: _threshold(fit, config) for name, fit in fits.items()}
+    refusals = [f"{name}: {each}" for name, each in found.items() if isinstance(each, ConfigError)]
+    if len(refusals) == len(fits):
+        raise ConfigError(" ".join(refusals))
+    wanted = config.teacache_thresh
+    return {
+        name: (fits[name], *(fits[name].threshold(wanted, is_strict=False) if isinstance(each, ConfigError) else each))
+        for name, each in found.items()
+    }
+
+
+def _threshold(fit: TeaCacheCoefficients, config: TeaCacheConfig) -> tuple[float, str] | ConfigError:
+    try:
+        return fit.threshold(config.teacache_thresh)
+    except ConfigError as error:
+        return error
 
 
 def _fits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import numbers
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from sgl_diffusion_accel.caching.checks import FrozenSettings, count, real
 from sgl_diffusion_accel.caching.polynomial import Polynomial
 from sgl_diffusion_accel.caching.window import Window
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
+
+logger = logging.getLogger(__name__)
 
 RET_STEPS = 5
 """Steps at the start that are computed with `use_ret_steps=True`."""
@@ -26,6 +29,7 @@ class TeaCacheCoefficients:
     """A fitted polynomial of TeaCache, and the thresholds that go with it.
 
     Wherever coefficients are taken, five plain numbers do as well; see `fit_teacache` for how to get them for a model.
+    To keep a fit, write `json.dumps(dataclasses.asdict(fit))`; `TeaCacheCoefficients(**json.loads(text))` reads it.
 
     Attributes:
         coefficients: c₀ … c₄ of c₀x⁴ + c₁x³ + c₂x² + c₃x + c₄, highest degree first, as `numpy.polyfit` gives them.
@@ -36,6 +40,7 @@ class TeaCacheCoefficients:
         r_squared: Share of the variance of the output's change that the fit explains, at most 1. None if unknown.
         use_ret_steps: For Wan: the signal that they were fitted on; None if unknown, or where there is one only.
         secondary: The same for `transformer_2`, for models with two experts.
+        steps: Denoising steps of the runs that they were fitted on; None if unknown.
 
     Raises:
         ConfigError: Not five finite numbers, or a range or threshold that cannot be.
@@ -49,6 +54,7 @@ class TeaCacheCoefficients:
     r_squared: float | None = None
     use_ret_steps: bool | None = None
     secondary: TeaCacheCoefficients | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         polynomial = Polynomial(self.coefficients, self.low, self.high)
@@ -59,9 +65,14 @@ class TeaCacheCoefficients:
             object.__setattr__(self, "r_squared", real("r_squared", self.r_squared))
         if self.use_ret_steps is not None and not isinstance(self.use_ret_steps, bool):
             raise ConfigTypeError(f"use_ret_steps={self.use_ret_steps!r}: allowed are True, False and None.")
-        if self.secondary is not None and not isinstance(self.secondary, TeaCacheCoefficients):
+        if self.steps is not None:
+            object.__setattr__(self, "steps", count("steps", self.steps, 1))
+        other: Any = self.secondary
+        if isinstance(other, Mapping):
+            object.__setattr__(self, "secondary", TeaCacheCoefficients(**other))
+        elif other is not None and not isinstance(other, TeaCacheCoefficients):
             raise ConfigTypeError(
-                f"secondary is a {type(self.secondary).__name__}; allowed: TeaCacheCoefficients for transformer_2."
+                f"secondary is a {type(other).__name__}; allowed: TeaCacheCoefficients for transformer_2."
             )
 
     @property
@@ -69,11 +80,13 @@ class TeaCacheCoefficients:
         """The polynomial with its range."""
         return Polynomial(self.coefficients, self.low, self.high)
 
-    def threshold(self, wanted: float | str | None) -> tuple[float, str]:
+    def threshold(self, wanted: float | str | None, is_strict: bool = True) -> tuple[float, str]:
         """Finds a threshold.
 
         Args:
-            wanted: The threshold itself, a speed-up such as `"2x"`, or None for the most careful one known.
+            wanted: The threshold itself; a speed-up such as `"2x"`, for the nearest one known, of two the more careful;
+                or None for the most careful one known.
+            is_strict: Whether a speed-up outside of those known is refused.
 
         Returns:
             The threshold, and a word on where it comes from.
@@ -81,8 +94,8 @@ class TeaCacheCoefficients:
         Raises:
             ConfigError: No threshold is known for that.
         """
-        if isinstance(wanted, (int, float)):
-            return float(wanted), ""
+        if wanted is not None and not isinstance(wanted, str):
+            return real("teacache_thresh", wanted), ""
         known = ", ".join(f"'{speedup:g}x' ({threshold:g})" for speedup, threshold in self.thresholds.items())
         if not self.thresholds:
             raise ConfigError(
@@ -92,9 +105,11 @@ class TeaCacheCoefficients:
             )
         speedups = sorted(self.thresholds)
         speedup = speedups[0] if wanted is None else _speedup(wanted)
-        if not speedups[0] / _SLACK <= speedup <= speedups[-1] * _SLACK:
+        if is_strict and not speedups[0] / _SLACK <= speedup <= speedups[-1] * _SLACK:
             raise ConfigError(f"teacache_thresh={wanted!r}: none is known for that. Known: {known}; or give a number.")
-        nearest = min(speedups, key=lambda each: abs(each - speedup))
+        nearest = min(speedups, key=lambda each: (round(abs(each - speedup), 9), each))
+        if not speedup / _SLACK <= nearest <= speedup * _SLACK:
+            logger.warning("no threshold is known for %gx: taken is that for %gx. Known: %s.", speedup, nearest, known)
         return self.thresholds[nearest], f" for {nearest:g}x"
 
     def __iter__(self) -> Any:
@@ -140,7 +155,7 @@ class TeaCacheConfig:
     end_skipping: int | float | None = None
     use_ret_steps: bool | None = None
     variant: str | None = None
-    taylorseer_order: int = 0
+    taylorseer_order: int | None = 0
     secondary: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -154,7 +169,8 @@ class TeaCacheConfig:
             raise ConfigTypeError(f"variant is a {type(self.variant).__name__}; allowed: the name of a model, or None.")
         if self.variant is not None and self.coefficients is not None:
             raise ConfigError(f"variant={self.variant!r} and coefficients exclude each other: give one of them.")
-        object.__setattr__(self, "taylorseer_order", count("taylorseer_order", self.taylorseer_order, 0))
+        order = 0 if self.taylorseer_order is None else self.taylorseer_order
+        object.__setattr__(self, "taylorseer_order", count("taylorseer_order", order, 0))
         self.window(bool(self.use_ret_steps))
         self._check_secondary()
 
@@ -214,11 +230,18 @@ def _checked_thresholds(given: Any) -> dict[float, float]:
         raise ConfigTypeError(
             f"thresholds is a {type(given).__name__}; allowed: a dict of speed-up to threshold, such as {{2.0: 0.1}}."
         )
-    found = {real("thresholds", speedup): real("thresholds", threshold) for speedup, threshold in given.items()}
+    found = {_key(speedup): real("thresholds", threshold) for speedup, threshold in given.items()}
     for value in (*found, *found.values()):
         if not 0 < value < float("inf"):
             raise ConfigError(f"thresholds has {value}; allowed: positive numbers, such as {{2.0: 0.1}}.")
     return found
+
+
+def _key(speedup: Any) -> float:
+    """A speed-up as a number; JSON has made a string of it."""
+    if isinstance(speedup, str) and re.fullmatch(r"\d+(\.\d+)?", speedup):
+        return float(speedup)
+    return real("thresholds", speedup)
 
 
 def _speedup(wanted: str) -> float:

@@ -68,7 +68,7 @@ class _Recorder:
         before = self.outputs.get(key)
         if before is not None and before.shape == now.shape:
             self.changes.setdefault(key, {})[step] = relative_l1(now, before)
-        self.outputs = {each: kept for each, kept in self.outputs.items() if each[0] == run}
+        self.outputs = {each: kept for each, kept in self.outputs.items() if each[0] >= run - 1}
         self.outputs[key] = now.clone()
 
 
@@ -134,21 +134,22 @@ def fit_teacache(
         for call in calls:
             started = patch.stats.started
             pipe(**call)
+            if not patch.active:
+                raise ConfigError("the call took the recording off, by removing it or by applying another cache.")
             if patch.stats.started == started:
                 raise UnsupportedModelError(
                     f"{type(pipe).__name__} ran without a denoising loop that is known: nothing was recorded."
                 )
             for name, recorder in recorders.items():
-                traces[name] += _traces(patch.stats.runs[-1], patch.stats.started, name, recorder)
+                runs = patch.stats.runs[started - patch.stats.started :]
+                for number, run in enumerate(runs, patch.stats.started - len(runs) + 1):
+                    traces[name] += _traces(run, number, name, recorder)
                 recorder.outputs.clear()
                 recorder.changes.clear()
     fits = [
         _fit(name, traces[name], retained[name], family_of(unwrap(module)).retained is not None)
         for name, module in transformers.items()
-        if traces[name]
     ]
-    if not fits:
-        raise ConfigError("the calls have too few denoising steps to fit anything. Give calls of 10 steps or more.")
     return _joined(fits)
 
 
@@ -207,8 +208,9 @@ def _fit(component: str, traces: Sequence[tuple[int, Trace]], retains: bool, has
     moved = np.array([point[2] for _, trace in traces for point in trace])
     if len(np.unique(changes)) <= DEGREE:
         raise ConfigError(
-            f"the calls give {len(np.unique(changes))} different changes of the signal of {component}; a polynomial of "
-            f"degree {DEGREE} needs more than {DEGREE}. Give calls of 10 denoising steps or more."
+            f"the calls give {len(np.unique(changes))} different changes of the signal of {component}, which ran "
+            f"{max((len(trace) + 1 for _, trace in traces), default=1)} steps at most; a polynomial of degree {DEGREE} "
+            f"needs more than {DEGREE} changes. Give calls of 10 denoising steps or more for each transformer."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", np.exceptions.RankWarning)
@@ -230,8 +232,16 @@ def _fit(component: str, traces: Sequence[tuple[int, Trace]], retains: bool, has
         high=float(changes.max()),
         r_squared=r_squared,
         use_ret_steps=retains if has_choice else None,
+        steps=totals.pop() if len(totals := {total for total, _ in traces}) == 1 else None,
     )
-    return dataclasses.replace(fit, thresholds=_thresholds(fit, traces, retains))
+    fit = dataclasses.replace(fit, thresholds=_thresholds(fit, traces, retains))
+    if not fit.thresholds:
+        logger.warning(
+            "%s: the calls are too short for a threshold by speed-up. Give calls of 10 denoising steps or more, or "
+            "teacache_thresh as a number.",
+            component,
+        )
+    return fit
 
 
 def _thresholds(fit: TeaCacheCoefficients, traces: Sequence[tuple[int, Trace]], retains: bool) -> dict[float, float]:

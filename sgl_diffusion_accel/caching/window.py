@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 
-_ROUNDING = 1e-9  # 0.29 of 100 steps are 29, though the product is a little less
+_ROUNDING = 1e-6  # 0.29 of 100 steps are 29, though the product is a little less
 
 
 @dataclass(frozen=True)
