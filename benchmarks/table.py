@@ -53,6 +53,8 @@ def main() -> None:
         parts += [f"## {result['pipeline']} miniature", chapter(result), picture]
     if (RESULTS / "overhead.json").exists():
         parts += ["## The library's own cost", overhead(json.loads((RESULTS / "overhead.json").read_text()))]
+    if (RESULTS / "attention.json").exists():
+        parts += ["## Attention", attention(json.loads((RESULTS / "attention.json").read_text()))]
     (ROOT / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
     readme = ROOT / "README.md"
     if readme.exists():
@@ -110,6 +112,28 @@ def overhead(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
+
+
+def attention(result: dict[str, Any]) -> str:
+    """What was measured by `benchmarks.attention`: the cost of redirecting, and the kernels if there was a GPU."""
+    host = result["environment"]
+    about = f"One call of one layer: {result['layer']}; {host['cpu']}, {host['date']}, {result['pairs']} pairs."
+    lines = [about, "", "| layer | | median (quartiles) |", "|---|---|--:|"]
+    for layer, rows in result["redirection"].items():
+        for name, row in rows.items():
+            spread = f"{row['median']:.0f} ({row['lower_quartile']:.0f} to {row['upper_quartile']:.0f})"
+            lines.append(f"| {layer} | {name} | {spread} |")
+    if "kernels" in result:
+        lines += ["", f"On {host['gpu']}, bfloat16, matrix product {result['peak_tflops']:.0f} TFLOP/s:", ""]
+        lines += ["| shape | backend | ms | TFLOP/s | of the peak | error |", "|---|---|--:|--:|--:|--:|"]
+        for shape, rows in result["kernels"].items():
+            lines += [_kernel_line(shape, row) for row in rows if "ms" in row]
+    return "\n".join(lines)
+
+
+def _kernel_line(shape: str, row: dict[str, Any]) -> str:
+    numbers = f"{row['ms']:.2f} | {row['tflops']:.0f} | {row['share_of_peak']:.0%} | {row['error']:.1e}"
+    return f"| {shape} | {row['backend']} | {numbers} |"
 
 
 def line(row: dict[str, Any], result: dict[str, Any]) -> str:

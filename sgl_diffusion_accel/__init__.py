@@ -1,6 +1,9 @@
 """Makes diffusers' diffusion transformer pipelines several times faster, with one line."""
 
 from sgl_diffusion_accel._version import __version__
+from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
+from sgl_diffusion_accel.attention.backends import register_attention_backend
+from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
 from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.config import CacheDiTConfig
@@ -19,6 +22,7 @@ from sgl_diffusion_accel.patch import Patch, remove
 
 __all__ = [
     "AccelError",
+    "AttentionPatch",
     "CacheDiTConfig",
     "CachePatch",
     "ConfigError",
@@ -32,6 +36,9 @@ __all__ = [
     "__version__",
     "apply_cache_dit",
     "apply_teacache",
+    "attention_backends",
     "fit_teacache",
+    "register_attention_backend",
     "remove",
+    "set_attention_backend",
 ]

@@ -1,0 +1,1 @@
+"""Attention backends: named, checked, or chosen by measuring."""
