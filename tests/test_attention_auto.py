@@ -234,7 +234,6 @@ def test_what_it_was_compared_with_is_part_of_the_memory(store: Path, monkeypatc
         assert was_timed()
     register_attention_backend("one more", slow)
     assert was_timed()
-    assert not was_timed()
 
 
 def test_quantised_choice_is_not_remembered_for_exact_runs(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +286,14 @@ def test_function_of_the_same_name_is_looked_at_again(store: Path, monkeypatch: 
     assert pick(MeasuredChoice(False, store), sides()) == "mine"
     register_attention_backend("mine", wrong)
     assert pick(MeasuredChoice(False, store), sides()) == "sdpa"
+
+
+def test_function_that_has_become_faster_is_timed_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "sdpa")
+    register_attention_backend("mine", slow)
+    assert pick(MeasuredChoice(False, store), sides()) == "sdpa"
+    register_attention_backend("mine", quick({}))
+    assert pick(MeasuredChoice(False, store), sides()) == "mine"
 
 
 # In a pipeline

@@ -262,6 +262,13 @@ def test_autocast_brings_the_sides_to_one_type(name: str) -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=0.03)
 
 
+def test_autocast_leaves_float64_as_it_is() -> None:
+    sides = tuple(part.double() for part in swapped(*tokens()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.scaled_dot_product_attention(*sides).dtype == torch.float64
+        assert redirect("math").sdpa(*sides).dtype == torch.float64
+
+
 # Verifying
 
 

@@ -19,7 +19,7 @@ from sgl_diffusion_accel.attention.requirements import Requirements
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
 
 _HALF = (torch.float16, torch.bfloat16)
-_AMPERE, _HOPPER, _BLACKWELL, _NEWEST = (8, 0), (9, 0), (10, 0), (12, 1)
+_AMPERE, _HOPPER = (8, 0), (9, 0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Backend:
         module: The Python module that it needs, None for PyTorch alone.
         package: The package that has the module.
         minimum: Lowest version of the package.
+        needs_distribution: Whether the module alone is not enough: another package brings a part of it along.
         install: How to get it.
         is_exact: Whether it computes in the precision of its inputs; quantised ones do not.
         requirements: What it can take.
@@ -44,6 +45,7 @@ class Backend:
     module: str | None = None
     package: str | None = None
     minimum: str | None = None
+    needs_distribution: bool = False
     install: str = ""
     is_exact: bool = True
     requirements: Requirements = field(default_factory=Requirements)
@@ -53,6 +55,8 @@ class Backend:
         if self.module is None:
             return None
         if not _is_importable(self.module):
+            return f"the package {self.package} is not installed ({self.install})"
+        if self.needs_distribution and self.package is not None and installed_version(self.package) is None:
             return f"the package {self.package} is not installed ({self.install})"
         if self.minimum is not None and self.package is not None:
             version = installed_version(self.package)
@@ -145,6 +149,7 @@ _TABLE = (
         ("fa4",),
         module="flash_attn.cute",
         package="flash-attn-4",
+        needs_distribution=True,
         install="pip install --pre flash-attn-4",
         requirements=Requirements(
             devices=("cuda",),
@@ -169,7 +174,7 @@ _TABLE = (
         requirements=Requirements(
             devices=("cuda",),
             is_hip=False,
-            min_capability=_AMPERE,
+            capabilities=((8, 0), (8, 6), (8, 9), (9, 0), (12, 0)),
             dtypes=_HALF,
             head_sizes=(64, 96, 128),
             masks=False,
@@ -187,8 +192,7 @@ _TABLE = (
         requirements=Requirements(
             devices=("cuda",),
             is_hip=False,
-            min_capability=_BLACKWELL,
-            max_capability=_NEWEST,
+            capabilities=((10, 0), (12, 0)),
             dtypes=_HALF,
             head_sizes=(64, 128),
             masks=False,
@@ -276,11 +280,16 @@ def fingerprint(backend: Backend) -> str:
     """What tells one release of a backend from another: the package's version, or the code of a registered function."""
     if backend.package is not None:
         return str(installed_version(backend.package))
-    try:
-        code = getattr(backend.load(), "__code__", None) if backend.name in _registered else None
-    except Exception:  # it is timed, and found not to work, where the error can be told
+    if backend.name not in _registered:
         return ""
-    return "" if code is None else f"{zlib.crc32(code.co_code + repr(code.co_names).encode()):08x}"
+    try:
+        function: Any = backend.load()
+        code = function.__code__
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    except Exception:  # it has no code to look at, or is found not to work where the error can be told
+        return ""
+    parts = (code.co_code, code.co_names, code.co_consts, function.__defaults__, function.__kwdefaults__, cells)
+    return f"{zlib.crc32(repr(parts).encode()):08x}"
 
 
 def find_backend(name: str) -> Backend:

@@ -88,7 +88,7 @@ def _added(mask: Tensor | None, query: Tensor, key: Tensor, align: int = 1) -> T
         return None
     mask = _numbers(mask, query.dtype)
     length = key.shape[-2]
-    if length % align and align > 1:
+    if align > 1 and (length % align or mask.stride(-1) != 1):
         mask = F.pad(mask.expand(*mask.shape[:-1], length), (0, -length % align))[..., :length]
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], length)
 
@@ -101,11 +101,17 @@ def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-def _same_size(*sides: Tensor) -> list[Tensor]:
-    """Query, key and value filled up with zeros to one head size, the last dimension contiguous."""
+def _same_size(*sides: Tensor, align: int = 1) -> list[Tensor]:
+    """Query, key and value, filled up with zeros to one head size, which is a multiple of `align`."""
     size = max(side.shape[-1] for side in sides)
+    size += -size % align
     filled = (F.pad(side, (0, size - side.shape[-1])) if side.shape[-1] < size else side for side in sides)
     return [side if side.stride(-1) == 1 else side.contiguous() for side in filled]
+
+
+def _trains(query: Tensor, key: Tensor) -> bool:
+    """Whether there may be a backward pass, for which a kernel has to keep its normalisation."""
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
 
 
 def efficient() -> Kernel:
@@ -125,17 +131,17 @@ def efficient() -> Kernel:
         if enable_gqa:
             key, value = _repeated(query, key, value)
         ops: Any = torch.ops.aten
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         if query.device.type == "cpu":
             added = _added(mask, query, key)
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
             output = ops._scaled_dot_product_flash_attention_for_cpu(
                 *_same_size(query, key, value), 0.0, is_causal, attn_mask=added, scale=scale
             )[0][..., : value.shape[-1]]
         else:
             added = _added(mask, query, key, align=16)
             output = ops._scaled_dot_product_efficient_attention(
-                query, key, value, added, False, 0.0, is_causal, scale=scale
-            )[0]
+                *_same_size(query, key, value, align=8), added, _trains(query, key), 0.0, is_causal, scale=scale
+            )[0][..., : value.shape[-1]]
         result: Tensor = output
         return result
 
@@ -160,7 +166,7 @@ def cudnn() -> Kernel:
             key, value = _repeated(query, key, value)
         added = _added(mask, query, key, align=16)
         output: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, added, False, 0.0, is_causal, False, scale=scale
+            query, key, value, added, _trains(query, key), 0.0, is_causal, False, scale=scale
         )[0]
         return output
 
@@ -199,7 +205,7 @@ def flex() -> Kernel:
 
     @functools.cache
     def compiled() -> Any:
-        return torch.compile(attend, dynamic=False)
+        return torch.compile(attend)
 
     def run(
         query: Tensor,
@@ -289,6 +295,9 @@ def sage() -> Kernel:
     """SageAttention: 8-bit scores. Version 1 is Triton; version 2 takes its best kernel for the device by itself."""
     from sageattention import sageattn
 
+    may_smooth = "smooth_k" in inspect.signature(sageattn).parameters
+    without_smoothing = {"smooth_k": False} if may_smooth else {}
+
     def run(
         query: Tensor,
         key: Tensor,
@@ -300,11 +309,11 @@ def sage() -> Kernel:
         scale: float | None,
         enable_gqa: bool,  # noqa: ARG001
     ) -> Tensor:
-        # Its own smoothing of the key writes over the key in version 1; this is the same, into a new tensor.
-        key = key - key.mean(dim=-2, keepdim=True)
+        if may_smooth:  # version 1 writes over the key then; this is the same, into a new tensor
+            key = key - key.mean(dim=-2, keepdim=True)
         query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
         output: Tensor = sageattn(
-            query, key, value, tensor_layout="HND", is_causal=is_causal, sm_scale=scale, smooth_k=False
+            query, key, value, tensor_layout="HND", is_causal=is_causal, sm_scale=scale, **without_smoothing
         )
         return output
 

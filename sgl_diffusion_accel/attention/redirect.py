@@ -181,7 +181,9 @@ class Redirect:
             layer = layer_in_call(self.component)
             mask, shapes = more["mask"], (sides[0].shape, sides[1].shape)
             verified = self._verified.setdefault(layer, [])
-            is_known = any(known == shapes and kept() is mask for known, kept in verified)
+            is_known = any(
+                known == shapes and kept() is mask and (kept is _no_mask) == (mask is None) for known, kept in verified
+            )
             if not is_known and len(verified) < _MOST_VERIFIED:
                 self._verify(layer, backend, output, sides, more)
                 verified.append((shapes, weakref.ref(mask) if mask is not None else _no_mask))
@@ -225,7 +227,8 @@ def _autocast(sides: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Ten
     if not torch.is_autocast_enabled(kind):
         return sides
     dtype = torch.get_autocast_dtype(kind)
-    return sides[0].to(dtype), sides[1].to(dtype), sides[2].to(dtype)
+    query, key, value = (side if side.dtype == torch.float64 else side.to(dtype) for side in sides)
+    return query, key, value
 
 
 def _broadcast(sides: tuple[Tensor, Tensor, Tensor], enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

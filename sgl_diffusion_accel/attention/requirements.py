@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgl_diffusion_accel.caching.checks import count
 from sgl_diffusion_accel.errors import ConfigTypeError
 
 
@@ -48,6 +49,7 @@ class Requirements:
         devices: Kinds of devices, such as `("cuda",)`.
         min_capability: Lowest CUDA compute capability.
         max_capability: Highest one.
+        capabilities: The only ones, for kernels that are made for single architectures.
         is_hip: True for AMD alone, False for NVIDIA alone.
         dtypes: Types of query, key and value.
         head_sizes: Allowed head sizes.
@@ -64,6 +66,7 @@ class Requirements:
     devices: tuple[str, ...] = ()
     min_capability: tuple[int, int] | None = None
     max_capability: tuple[int, int] | None = None
+    capabilities: tuple[tuple[int, int], ...] = ()
     is_hip: bool | None = None
     dtypes: tuple[torch.dtype, ...] = ()
     head_sizes: tuple[int, ...] = ()
@@ -82,6 +85,12 @@ class Requirements:
         for name in ("min_capability", "max_capability"):
             if getattr(self, name) is not None:
                 _check_tuple(name, getattr(self, name), int)
+                if len(getattr(self, name)) != len(_AS_PAIR):
+                    raise ConfigTypeError(f"{name}={getattr(self, name)!r}; allowed: two numbers, such as {_AS_PAIR}.")
+        for name in ("masks", "causal", "causal_square", "mask_and_causal", "gqa", "dropout"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigTypeError(f"{name}={getattr(self, name)!r}; allowed: True and False.")
+        object.__setattr__(self, "head_multiple", count("head_multiple", self.head_multiple, 1))
 
     def refuses(self, facts: AttentionFacts) -> str | None:
         """Why a call cannot be taken, None if it can be as far as is known."""
@@ -98,6 +107,9 @@ class Requirements:
             have = ".".join(map(str, facts.capability))
             if self.min_capability is not None and facts.capability < self.min_capability:
                 return f"it needs compute capability {_dotted(self.min_capability)} or higher, and the GPU has {have}"
+            if self.capabilities and facts.capability not in self.capabilities:
+                allowed = ", ".join(map(_dotted, self.capabilities))
+                return f"it is made for compute capabilities {allowed}, and the GPU has {have}"
             if self.max_capability is not None and facts.capability > self.max_capability:
                 return f"it runs up to compute capability {_dotted(self.max_capability)}, and the GPU has {have}"
         return None
@@ -164,6 +176,9 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 def _capability(index: int | None) -> tuple[int, int]:
     major, minor = torch.cuda.get_device_capability(index)
     return major, minor
+
+
+_AS_PAIR = (8, 0)
 
 
 def _check_tuple(name: str, value: Any, kind: type) -> None:

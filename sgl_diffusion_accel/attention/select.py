@@ -111,7 +111,17 @@ def _resolve(name: str, pipe: object, module: nn.Module, sites: Sequence[Site]) 
     found = find_backend(name)
     if name != "fa":
         return found
-    return next((each for each in flash_family() if _why_not(each, pipe, module, sites) is None), found)
+    fitting = (each for each in flash_family() if _why_not(each, pipe, module, sites) is None)
+    return next((each for each in fitting if _can_load(each)), found)
+
+
+def _can_load(backend: Backend) -> bool:
+    try:
+        backend.load()
+    except Exception:  # made for another CUDA, or half installed: the next one is tried
+        logger.info("attention backend %s cannot be loaded", backend.name, exc_info=True)
+        return False
+    return True
 
 
 def _loaded(backend: Backend, component: str, on_unsupported: OnUnsupported, check: Any) -> Redirect:

@@ -46,9 +46,9 @@ def relative_error(output: Tensor, sides: tuple[Tensor, ...], more: dict[str, An
             mask = causal
         else:
             mask = mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, float("-inf"))
-    reference = F.scaled_dot_product_attention(
-        query[:, :, index].float(), key.float(), value.float(), mask, scale=more["scale"], enable_gqa=more["enable_gqa"]
-    )
+    sides = (query[:, :, index].float(), key.float(), value.float())
+    with torch.autocast(query.device.type, enabled=False):
+        reference = F.scaled_dot_product_attention(*sides, mask, scale=more["scale"], enable_gqa=more["enable_gqa"])
     part = output[:, :, index].float()
     if not bool(torch.isfinite(part).all()):
         return float("nan")
