@@ -180,10 +180,7 @@ def test_processor_that_somebody_else_has_set_meanwhile_stays() -> None:
     assert torch.equal(family.run(pipe, steps=1), expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["wan", pytest.param("cogvideox", marks=pytest.mark.xfail(strict=True, reason="said to be set, and is not"))],
-)
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_processors_that_were_taken_from_a_patch_are_processors_like_others(name: str) -> None:
     """As `attn_processors` and `set_attn_processor` of diffusers are used."""
     family = present(name)

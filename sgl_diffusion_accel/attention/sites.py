@@ -83,6 +83,8 @@ def find_scopes(module: nn.Module) -> list[nn.Module]:
     return found or ([module] if uses == _TRANSFORMERS_SDPA else [])
 
 
+_BASE = "_sgl_diffusion_accel_base"  # name under which a class of ours knows the processor's own
+
 _TRANSFORMERS_SDPA = "sdpa"  # its models say which attention they were made with
 
 
@@ -102,7 +104,7 @@ def redirected(site: Site, redirect: Redirect, classes: dict[type, type]) -> Any
         classes: The classes that have been made for this redirect, by original class; a new one is added. All layers
             with the same class of processor share one, so that compiled blocks are compiled once.
     """
-    base = type(site.processor)
+    base: Any = vars(type(site.processor)).get(_BASE, type(site.processor))  # one of a removed patch may have come back
     if base not in classes:
         method = (
             "forward" if isinstance(site.processor, nn.Module) and base.__call__ is nn.Module.__call__ else "__call__"
@@ -110,6 +112,7 @@ def redirected(site: Site, redirect: Redirect, classes: dict[type, type]) -> Any
         namespace = {
             method: _with_exchanged_names(getattr(base, method), redirect),
             "__reduce_ex__": _as_the_original(base),
+            _BASE: base,
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
