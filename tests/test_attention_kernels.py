@@ -259,10 +259,16 @@ def test_flash_package_with_other_parameters_is_refused(
         load(name)
 
 
-def sage_like(seen: list[Any], smooths_in_place: bool) -> Any:
-    """SageAttention: 1.0.6 subtracts the key's mean in place, newer ones pass over what they do not know."""
+def sage_like(seen: list[Any], version: int) -> Any:
+    """SageAttention: 1.0.6 can be asked not to write its centred key over the given one; 2 has a key of its own."""
 
-    def sageattn(
+    def attend(q: Tensor, k: Tensor, v: Tensor, tensor_layout: str, is_causal: bool, sm_scale: Any) -> Tensor:
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "Last dim of qkv must be contiguous."
+        seen.append({"tensor_layout": tensor_layout, "mean": float(k.mean(dim=2).abs().max())})
+        parts = (q, k, v) if tensor_layout == "HND" else [part.transpose(1, 2) for part in (q, k, v)]
+        return F.scaled_dot_product_attention(*parts, is_causal=is_causal, scale=sm_scale, enable_gqa=True)
+
+    def first(
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -273,23 +279,31 @@ def sage_like(seen: list[Any], smooths_in_place: bool) -> Any:
         **kwargs: Any,
     ) -> Tensor:
         assert not kwargs
-        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "Last dim of qkv must be contiguous."
-        seen.append({"tensor_layout": tensor_layout, "smooth_k": smooth_k, "key": k})
-        mean = k.mean(dim=2, keepdim=True)
-        if smooth_k and smooths_in_place:
-            k -= mean
-        parts = (q, k, v) if tensor_layout == "HND" else [part.transpose(1, 2) for part in (q, k, v)]
-        return F.scaled_dot_product_attention(*parts, is_causal=is_causal, scale=sm_scale, enable_gqa=True)
+        if smooth_k:
+            k -= k.mean(dim=2, keepdim=True)
+        return attend(q, k, v, tensor_layout, is_causal, sm_scale)
 
-    return sageattn
+    def second(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tensor_layout: str = "HND",
+        is_causal: bool = False,
+        sm_scale: Any = None,
+        return_lse: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        assert not kwargs, "they are passed over in silence there"
+        assert not return_lse
+        return attend(q, k, v, tensor_layout, is_causal, sm_scale)
+
+    return first if version == 1 else second
 
 
-@pytest.mark.parametrize("smooths_in_place", [True, False])
-def test_sage_gets_heads_before_tokens_and_a_key_of_its_own(
-    smooths_in_place: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_sage_gets_heads_before_tokens_and_writes_over_nothing(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    put_module(monkeypatch, "sageattention", sageattn=sage_like(seen, smooths_in_place))
+    put_module(monkeypatch, "sageattention", sageattn=sage_like(seen, version))
     kernel = load("sage")
     for parts, given in (
         (sides(), {}),
@@ -297,17 +311,12 @@ def test_sage_gets_heads_before_tokens_and_a_key_of_its_own(
         (sides(heads=2), {"enable_gqa": True}),
         (sides(keys=Q), {"is_causal": True}),
         (tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in sides()), {}),
+        (tuple(part.mT.contiguous().mT for part in sides()), {}),
     ):
         check(kernel, parts, **given)
-    for call in seen:
-        assert call["tensor_layout"] == "HND"
-        assert call["smooth_k"] is False
-        assert float(call["key"].mean(dim=2).abs().max()) < 1e-6, "8 bits are too few for a key that is not centred"
-
-
-def test_sage_gets_its_last_dimension_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_module(monkeypatch, "sageattention", sageattn=sage_like([], True))
-    check(load("sage"), tuple(part.mT.contiguous().mT for part in sides()))
+    assert {call["tensor_layout"] for call in seen} == {"HND"}
+    if version == 1:
+        assert max(call["mean"] for call in seen) < 1e-6, "8 bits are too few for a key that is not centred"
 
 
 def sage3_like(seen: list[Any], centres_in_place: bool) -> Any:
