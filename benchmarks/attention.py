@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion_accel.attention.auto import _median_ms
+from sgl_diffusion_accel.attention.auto import median_ms
 from sgl_diffusion_accel.attention.backends import all_backends, find_backend
 from sgl_diffusion_accel.attention.redirect import Redirect
 from sgl_diffusion_accel.attention.requirements import facts_of
@@ -139,7 +139,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 def matmul_peak() -> float:
     """TFLOP/s of a large bfloat16 matrix product."""
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / _median_ms(lambda: left @ right, left.device) / 1e9
+    return 2 * 8192**3 / median_ms(lambda: left @ right, left.device) / 1e9
 
 
 def kernels(shape: tuple[int, int, int, int], peak: float) -> list[dict[str, Any]]:
@@ -158,7 +158,7 @@ def kernels(shape: tuple[int, int, int, int], peak: float) -> list[dict[str, Any
             try:
                 kernel = backend.load()
                 error = relative_error(kernel(*sides, **more), sides, more)
-                milliseconds = _median_ms(partial(kernel, *sides, **more), sides[0].device)
+                milliseconds = median_ms(partial(kernel, *sides, **more), sides[0].device)
                 tflops = flops / milliseconds / 1e9
                 row |= {"ms": milliseconds, "tflops": tflops, "share_of_peak": tflops / peak, "error": error}
             except Exception as failure:  # what fails is a result as well

@@ -153,7 +153,7 @@ def test_quantised_ones_take_part_where_they_are_allowed(monkeypatch: pytest.Mon
     only(monkeypatch, "sdpa")
     answers: dict[Any, Tensor] = {}
     register_attention_backend("few bits", lambda *parts, **more: quick(answers)(*parts, **more) * 1.03, is_exact=False)
-    monkeypatch.setattr(auto, "_median_ms", lambda run, device: 0.0 if answers else 1.0)
+    monkeypatch.setattr(auto, "median_ms", lambda run, device: 0.0 if answers else 1.0)
     exact = MeasuredChoice(False, None)
     assert pick(exact, sides()) == "sdpa"
     assert [timing.backend for timing in next(iter(exact.timings.values()))] == ["sdpa"]

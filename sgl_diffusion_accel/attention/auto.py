@@ -123,13 +123,14 @@ class MeasuredChoice:
             if not error <= tolerance(backend, sides[0].dtype):
                 return Timing(backend.name, None, error, f"error {error:.2g}")
             del output
-            return Timing(backend.name, _median_ms(lambda: kernel(*sides, **more), sides[0].device), error)
+            return Timing(backend.name, median_ms(lambda: kernel(*sides, **more), sides[0].device), error)
         except Exception as failure:  # a kernel that cannot run here is out, whatever it raises
             logger.debug("attention backend %s failed", backend.name, exc_info=True)
             return Timing(backend.name, None, None, f"{type(failure).__name__}: {str(failure)[:80]}")
 
 
-def _median_ms(run: Callable[[], Tensor], device: torch.device) -> float:
+def median_ms(run: Callable[[], Tensor], device: torch.device) -> float:
+    """Median time of a call in milliseconds, measured on the device where it runs; after one call to warm up."""
     run()
     taken: list[float] = []
     begun = time.perf_counter()

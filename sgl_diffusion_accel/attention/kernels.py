@@ -176,19 +176,8 @@ def cudnn() -> Kernel:
 def sdpa_flash() -> Kernel:
     """FlashAttention 2 as it comes with PyTorch."""
 
-    def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        /,
-        *,
-        mask: Tensor | None,  # noqa: ARG001
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-    ) -> Tensor:
-        if enable_gqa:
-            key, value = _repeated(query, key, value)
+    def run(query: Tensor, key: Tensor, value: Tensor, /, *, is_causal: bool, scale: float | None, **_: Any) -> Tensor:
+        key, value = _repeated(query, key, value)
         output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, False, scale=scale
         )[0]
@@ -242,17 +231,7 @@ def _flash(function: Any) -> Kernel:
     """Any of the FlashAttention packages: `[B, S, H, D]`, grouped heads as they are."""
     names = inspect.signature(function).parameters
 
-    def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        /,
-        *,
-        mask: Tensor | None,  # noqa: ARG001
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,  # noqa: ARG001
-    ) -> Tensor:
+    def run(query: Tensor, key: Tensor, value: Tensor, /, *, is_causal: bool, scale: float | None, **_: Any) -> Tensor:
         sides = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         output = function(*sides, softmax_scale=scale, causal=is_causal)
         first: Tensor = output[0] if isinstance(output, tuple) else output  # some releases add the log-sum-exp
@@ -298,17 +277,7 @@ def sage() -> Kernel:
     may_smooth = "smooth_k" in inspect.signature(sageattn).parameters
     without_smoothing = {"smooth_k": False} if may_smooth else {}
 
-    def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        /,
-        *,
-        mask: Tensor | None,  # noqa: ARG001
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,  # noqa: ARG001
-    ) -> Tensor:
+    def run(query: Tensor, key: Tensor, value: Tensor, /, *, is_causal: bool, scale: float | None, **_: Any) -> Tensor:
         if may_smooth:  # version 1 writes over the key then; this is the same, into a new tensor
             key = key - key.mean(dim=-2, keepdim=True)
         query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
@@ -324,17 +293,7 @@ def sage3() -> Kernel:
     """SageAttention 3: 4-bit, for Blackwell."""
     from sageattn3 import sageattn3_blackwell  # type: ignore[import-not-found, unused-ignore]
 
-    def run(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        /,
-        *,
-        mask: Tensor | None,  # noqa: ARG001
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,  # noqa: ARG001
-    ) -> Tensor:
+    def run(query: Tensor, key: Tensor, value: Tensor, /, *, is_causal: bool, scale: float | None, **_: Any) -> Tensor:
         if scale is not None:  # it scales by 1 / √D
             query = query * (scale * query.shape[-1] ** 0.5)
         output: Tensor = sageattn3_blackwell(query, key.clone(), value, is_causal=is_causal)  # it centres it in place

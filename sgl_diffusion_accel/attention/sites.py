@@ -3,7 +3,7 @@
 The attention layers of diffusers hand their work to a processor, an object whose `__call__` ends in diffusers'
 dispatcher or in PyTorch's `scaled_dot_product_attention`. A redirected processor is a copy of the processor whose class
 overrides `__call__` with the same code, in which that one name means something else. So nothing is copied from
-diffusers, nothing outside of the layer is touched, it costs nothing, and `torch.compile` sees plain functions. Modules
+diffusers, nothing outside of the layer is touched, and `torch.compile` sees plain functions. Modules
 without processors (text encoders of transformers, VAEs) are redirected by a `TorchFunctionMode` around their call.
 """
 
