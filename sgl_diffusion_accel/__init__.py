@@ -4,6 +4,7 @@ from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
 from sgl_diffusion_accel.attention.backends import register_attention_backend
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
+from sgl_diffusion_accel.caching.adaptive import apply_adaptive_cache
 from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.config import CacheDiTConfig
@@ -11,6 +12,9 @@ from sgl_diffusion_accel.caching.masks import StepsMask
 from sgl_diffusion_accel.caching.teacache import apply_teacache
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients, TeaCacheConfig
 from sgl_diffusion_accel.caching.teacache_fit import fit_teacache
+from sgl_diffusion_accel.calibration.apply import apply_cache_plan
+from sgl_diffusion_accel.calibration.calibrate import calibrate
+from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.errors import (
     AccelError,
     ConfigError,
@@ -25,6 +29,7 @@ __all__ = [
     "AttentionPatch",
     "CacheDiTConfig",
     "CachePatch",
+    "CachePlan",
     "ConfigError",
     "ConfigTypeError",
     "MissingPackageError",
@@ -34,9 +39,12 @@ __all__ = [
     "TeaCacheConfig",
     "UnsupportedModelError",
     "__version__",
+    "apply_adaptive_cache",
     "apply_cache_dit",
+    "apply_cache_plan",
     "apply_teacache",
     "attention_backends",
+    "calibrate",
     "fit_teacache",
     "register_attention_backend",
     "remove",

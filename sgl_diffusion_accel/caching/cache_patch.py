@@ -12,6 +12,7 @@ from sgl_diffusion_accel.caching.blocks import find_block_lists
 from sgl_diffusion_accel.caching.cached_model import CachedModel, Parts
 from sgl_diffusion_accel.caching.engine import BlockHandler, Controller, Session
 from sgl_diffusion_accel.caching.foreign import has_foreign_cache
+from sgl_diffusion_accel.caching.output_cache import MakePace, OutputController
 from sgl_diffusion_accel.caching.stats import Stats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.patch import Patch, patches_of
@@ -60,6 +61,14 @@ class CachePatch(Patch):
             for index, block in enumerate(blocks):
                 self.intercept(block, BlockHandler(controller, list_index, index))
 
+    def attach_whole(self, name: str, transformer: nn.Module, pace: MakePace) -> None:
+        """Puts the cache around one transformer, whose calls it answers as a whole."""
+        self.components.append(name)
+        controller = OutputController(self, name, unwrap(transformer), self._session, pace)
+        self.intercept(unwrap(transformer), controller)
+        if unwrap(transformer) is not transformer:
+            self.intercept(transformer, controller)
+
     def _on_removed(self) -> None:
         self._session.runs.clear()
 
@@ -83,13 +92,7 @@ def apply_cache(title: str, transformers: Mapping[str, nn.Module], parts: Mappin
         transformers: Component name to transformer.
         parts: The same names to what the cache is made of; a component without parts is left alone.
     """
-    for transformer in transformers.values():
-        for old in [patch for patch in patches_of(unwrap(transformer)) if patch.kind == KIND]:
-            if isinstance(old, CachePatch) and len(old.components) > len(transformers):
-                logger.warning(
-                    "the cache that is replaced was also on %s: it is gone there.", " and ".join(old.components)
-                )
-            old.remove()
+    _replace(transformers)
     patch = CachePatch(title)
     try:
         for name, transformer in transformers.items():
@@ -99,6 +102,36 @@ def apply_cache(title: str, transformers: Mapping[str, nn.Module], parts: Mappin
         patch.remove()
         raise
     return patch
+
+
+def apply_output_cache(title: str, transformers: Mapping[str, nn.Module], pace: MakePace) -> CachePatch:
+    """Puts a cache of whole calls on transformers; a cache that is there already is taken off first.
+
+    Args:
+        title: What the cache is, in a line.
+        transformers: Component name to transformer.
+        pace: Makes what decides the steps of a run.
+    """
+    _replace(transformers)
+    patch = CachePatch(title)
+    try:
+        for name, transformer in transformers.items():
+            patch.attach_whole(name, transformer, pace)
+    except BaseException:
+        patch.remove()
+        raise
+    return patch
+
+
+def _replace(transformers: Mapping[str, nn.Module]) -> None:
+    """Takes off the caches that are on transformers."""
+    for transformer in transformers.values():
+        for old in [patch for patch in patches_of(unwrap(transformer)) if patch.kind == KIND]:
+            if isinstance(old, CachePatch) and len(old.components) > len(transformers):
+                logger.warning(
+                    "the cache that is replaced was also on %s: it is gone there.", " and ".join(old.components)
+                )
+            old.remove()
 
 
 def refuse_foreign_cache(transformers: Mapping[str, nn.Module]) -> None:

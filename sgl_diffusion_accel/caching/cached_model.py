@@ -16,7 +16,7 @@ from sgl_diffusion_accel.caching.entry import Entry
 from sgl_diffusion_accel.caching.history import History
 from sgl_diffusion_accel.caching.policies import Decision, Policy, Tally
 from sgl_diffusion_accel.caching.predictors import Predictor
-from sgl_diffusion_accel.caching.runs import Run
+from sgl_diffusion_accel.caching.runs import Kept, Run
 from sgl_diffusion_accel.caching.signals import Signal, TimeEmbedding
 from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.caching.wiring import Wiring
@@ -51,7 +51,7 @@ class Parts:
 
 
 @dataclass
-class Branch:
+class Branch(Kept):
     """What is kept of one branch while its run lasts.
 
     Attributes:

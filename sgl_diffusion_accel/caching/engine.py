@@ -15,7 +15,7 @@ from sgl_diffusion_accel.caching.foreign import has_foreign_cache
 from sgl_diffusion_accel.caching.loop import locate
 from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
 from sgl_diffusion_accel.caching.policies import Decision
-from sgl_diffusion_accel.caching.runs import Run, Runs
+from sgl_diffusion_accel.caching.runs import Kept, Run, Runs
 from sgl_diffusion_accel.caching.stats import Stats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.patch import Patch, PatchHandler
@@ -34,7 +34,7 @@ class Session:
 
     def nbytes(self) -> int:
         """Bytes of the tensors that are kept for all runs under way."""
-        return sum(part.nbytes() for run in self.runs for part in run.data.values() if isinstance(part, Branch))
+        return sum(part.nbytes() for run in self.runs for part in run.data.values() if isinstance(part, Kept))
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, int, str] | None:
         """Tells the run, step and branch of a transformer call, None outside of any loop."""
@@ -90,11 +90,8 @@ class Controller(PatchHandler):
         where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:
             return None
-        if where[1] == 0 and has_foreign_cache(module):
-            raise UnsupportedModelError(
-                "one of diffusers' own caches was put on this transformer after the cache of sgl_diffusion_accel, and "
-                "two caches cannot share a model. Take one of them off: sgl_diffusion_accel.remove(pipe)"
-            )
+        if where[1] == 0:
+            refuse_late_cache(module)
         if any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS):
             self._model.log(*where, Decision(True, "arguments forbid skipping"))
         else:
@@ -155,6 +152,15 @@ class BlockHandler(PatchHandler):
 
     def fail(self, _: nn.Module, token: TransformerCall | None) -> None:
         """Nothing: the transformer's own handler drops the run."""
+
+
+def refuse_late_cache(module: nn.Module) -> None:
+    """Raises UnsupportedModelError where one of diffusers' own caches has come onto a transformer that has ours."""
+    if has_foreign_cache(module):
+        raise UnsupportedModelError(
+            "one of diffusers' own caches was put on this transformer after the cache of sgl_diffusion_accel, and "
+            "two caches cannot share a model. Take one of them off: sgl_diffusion_accel.remove(pipe)"
+        )
 
 
 def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:

@@ -23,6 +23,8 @@ from sgl_diffusion_accel.intercept import cache_context_of
 _PROGRESS_BARS = ("progress_bar", "pbar")
 _CALLBACKS = ("callback_on_step_end", "callback")
 _NEGATIVE = re.compile(r"(^|_)(neg|negative|uncond)", re.IGNORECASE)
+_GUIDANCE = ("true_cfg_scale", "current_guidance_scale", "guidance_scale")
+_GUIDANCE_OF = ("_guidance_scale", "guidance_scale")
 _GUIDER_NAME = "__guidance_identifier__"  # under which a guider of diffusers names the branches, "pred_cond", …
 _CONDITIONING = re.compile(r"prompt|embed|text|cond", re.IGNORECASE)
 
@@ -40,6 +42,7 @@ class LoopCall:
         branch: `"cond"`, `"uncond"`, or whatever name the pipeline has set.
         passed: The tensors that are passed, where the name is not the pipeline's word: the conditioning among them is
             the same at every step, and tells branches apart.
+        guidance: The scale with which the pipeline combines its branches, None where it does not tell.
     """
 
     scheduler: Any
@@ -49,6 +52,7 @@ class LoopCall:
     timestep: Any
     branch: str
     passed: tuple[Tensor, ...] = ()
+    guidance: float | None = None
 
 
 def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LoopCall | None:
@@ -161,12 +165,22 @@ def _read(
         step = local["i"] if type(local.get("i")) is int else _index_in(timesteps, *local.values())
     if step is None and owner is None:
         return None  # neither where in the loop it is, nor when the loop ends
+    guidance = _guidance(pipeline, local)
     name = context[0] if context else getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
     if name:
-        return LoopCall(scheduler, timesteps, owner, step, timestep, name.removeprefix("pred_"))
+        return LoopCall(scheduler, timesteps, owner, step, timestep, name.removeprefix("pred_"), (), guidance)
     values = (one for value in (*args, *kwargs.values()) for one in (value if isinstance(value, list) else [value]))
     passed = tuple(value for value in values if isinstance(value, Tensor))
-    return LoopCall(scheduler, timesteps, owner, step, timestep, _branch_by_name(local, args, kwargs), passed)
+    branch = _branch_by_name(local, args, kwargs)
+    return LoopCall(scheduler, timesteps, owner, step, timestep, branch, passed, guidance)
+
+
+def _guidance(pipeline: Any, local: Mapping[str, Any]) -> float | None:
+    """The scale of classifier-free guidance, by the names that pipelines use; 1 where it is off."""
+    if local.get("do_classifier_free_guidance", local.get("do_true_cfg")) is False:
+        return 1.0
+    values = [local.get(name) for name in _GUIDANCE] + [getattr(pipeline, name, None) for name in _GUIDANCE_OF]
+    return next((float(value) for value in values if isinstance(value, (int, float))), None)
 
 
 def _is_timesteps(candidate: object) -> TypeGuard[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,17 +13,27 @@ from torch import Tensor, nn
 from sgl_diffusion_accel.caching.loop import LoopCall
 
 
+class Kept(ABC):
+    """Tensors that are kept for a run."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are kept."""
+
+
 class Run:
     """One pass through a denoising loop.
 
     Attributes:
         total: Number of denoising steps, the length of the run's timesteps.
         data: What others keep for as long as the run lasts.
+        guidance: The scale with which the pipeline combines the branches at the present step, None where unknown.
     """
 
     def __init__(self, call: LoopCall) -> None:
         self.total = len(call.timesteps)
         self.data: dict[Any, Any] = {}
+        self.guidance: float | None = None
         self._timesteps = weakref.ref(call.timesteps)
         self._scheduler = weakref.ref(call.scheduler) if call.scheduler is not None else lambda: None
         self._owner = weakref.ref(call.owner) if _has_weakrefs(call.owner) else None
@@ -56,6 +67,7 @@ class Run:
             The step index, and the branch: a further one of the same name within a step is `"name#2"`, ….
         """
         step = self._step_of(call)
+        self.guidance = call.guidance
         if step != self._step:
             self._step = step
             self._called.clear()

@@ -12,7 +12,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.blocks import divide
 from sgl_diffusion_accel.caching.cache_patch import KIND, apply_cache, refuse_foreign_cache
@@ -114,43 +114,93 @@ def fit_teacache(
         >>> patch = apply_teacache(pipe, "2x", coefficients=coefficients)
         >>> patch.remove()
     """
-    calls = _checked(pipe, calls)
+    calls = check_calls(pipe, calls, "fit_teacache")
     transformers = find_transformers(pipe)
     refuse_foreign_cache(transformers)
     for module in transformers.values():
         if any(patch.kind == KIND for patch in patches_of(unwrap(module))):
             raise ConfigError("a cache is on this pipeline, and a fit needs uncached runs. Type: remove(pipe)")
-    recorders = {name: _Recorder() for name in transformers}
-    parts, retained = {}, {}
-    for name, module in transformers.items():
-        family = family_of(unwrap(module))
-        retained[name] = retains = uses_ret_steps(unwrap(module), use_ret_steps)
-        signal = family.retained if retains and family.retained is not None else family.signal
-        check_signal(unwrap(module), signal)
-        layout = divide(unwrap(module), 0, 0)
-        parts[name] = Parts(layout, _Recording(), Reuse(), signal, observe=recorders[name])
-    traces: dict[str, list[tuple[int, Trace]]] = {name: [] for name in transformers}
-    with apply_cache("TeaCache, recording", transformers, parts) as patch:
+    with TeaCacheRecording(pipe, use_ret_steps) as recording:
         for call in calls:
-            started = patch.stats.started
-            pipe(**call)
-            if not patch.active:
-                raise ConfigError("the call took the recording off, by removing it or by applying another cache.")
-            if patch.stats.started == started:
-                raise UnsupportedModelError(
-                    f"{type(pipe).__name__} ran without a denoising loop that is known: nothing was recorded."
-                )
-            for name, recorder in recorders.items():
-                runs = patch.stats.runs[started - patch.stats.started :]
-                for number, run in enumerate(runs, patch.stats.started - len(runs) + 1):
-                    traces[name] += _traces(run, number, name, recorder)
-                recorder.outputs.clear()
-                recorder.changes.clear()
-    fits = [
-        _fit(name, traces[name], retained[name], family_of(unwrap(module)).retained is not None)
-        for name, module in transformers.items()
-    ]
-    return _joined(fits)
+            recording.run(call)
+    return recording.fit()
+
+
+class TeaCacheRecording:
+    """Records the changes of signal and output of a pipeline's runs, for a fit; a context manager.
+
+    Args:
+        pipe: The pipeline, with no cache on it.
+        use_ret_steps: See `fit_teacache`.
+    """
+
+    def __init__(self, pipe: Any, use_ret_steps: bool | None = None) -> None:
+        self._pipe = pipe
+        self._transformers = find_transformers(pipe)
+        self._recorders = {name: _Recorder() for name in self._transformers}
+        self._traces: dict[str, list[tuple[int, Trace]]] = {name: [] for name in self._transformers}
+        self._retained: dict[str, bool] = {}
+        parts = {}
+        for name, module in self._transformers.items():
+            family = family_of(unwrap(module))
+            self._retained[name] = retains = uses_ret_steps(unwrap(module), use_ret_steps)
+            signal = family.retained if retains and family.retained is not None else family.signal
+            check_signal(unwrap(module), signal)
+            layout = divide(unwrap(module), 0, 0)
+            parts[name] = Parts(layout, _Recording(), Reuse(), signal, observe=self._recorders[name])
+        self._patch = apply_cache("TeaCache, recording", self._transformers, parts)
+
+    @staticmethod
+    def is_possible(transformers: Mapping[str, nn.Module]) -> bool:
+        """Whether the models have blocks and a signal."""
+        try:
+            for module in transformers.values():
+                divide(unwrap(module), 0, 0)
+                check_signal(unwrap(module), family_of(unwrap(module)).signal)
+        except UnsupportedModelError:
+            return False
+        return True
+
+    def __enter__(self) -> TeaCacheRecording:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.remove()
+
+    def run(self, call: Mapping[str, Any]) -> None:
+        """Runs one call, uncached.
+
+        Raises:
+            ConfigError: The call took the recording off.
+            UnsupportedModelError: The pipeline ran without a loop that is known.
+        """
+        patch, started = self._patch, self._patch.stats.started
+        self._pipe(**call)
+        if not patch.active:
+            raise ConfigError("the call took the recording off, by removing it or by applying another cache.")
+        if patch.stats.started == started:
+            raise UnsupportedModelError(
+                f"{type(self._pipe).__name__} ran without a denoising loop that is known: nothing was recorded."
+            )
+        for name, recorder in self._recorders.items():
+            runs = patch.stats.runs[started - patch.stats.started :]
+            for number, run in enumerate(runs, patch.stats.started - len(runs) + 1):
+                self._traces[name] += _traces(run, number, name, recorder)
+            recorder.outputs.clear()
+            recorder.changes.clear()
+
+    def fit(self) -> TeaCacheCoefficients:
+        """The coefficients that the runs so far give.
+
+        Raises:
+            ConfigError: Too few steps.
+        """
+        return _joined(
+            [
+                _fit(name, self._traces[name], self._retained[name], family_of(unwrap(module)).retained is not None)
+                for name, module in self._transformers.items()
+            ]
+        )
 
 
 def _joined(fits: Sequence[TeaCacheCoefficients]) -> TeaCacheCoefficients:
@@ -165,10 +215,21 @@ def _joined(fits: Sequence[TeaCacheCoefficients]) -> TeaCacheCoefficients:
     return dataclasses.replace(first, secondary=second)
 
 
-def _checked(pipe: Any, calls: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def check_calls(pipe: Any, calls: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """The calls as a list.
+
+    Args:
+        pipe: A pipeline that can be called.
+        calls: Keyword arguments of `pipe(...)`, one dict for each run.
+        name: Of the function that was given them.
+
+    Raises:
+        ConfigError: There are none.
+        ConfigTypeError: Something has a wrong type.
+    """
     if not callable(pipe) or not isinstance(getattr(pipe, "components", None), dict):
         raise ConfigTypeError(
-            f"fit_teacache needs a pipeline that it can call, and got {type(pipe).__name__}. Type: fit_teacache(pipe, "
+            f"{name} needs a pipeline that it can call, and got {type(pipe).__name__}. Type: {name}(pipe, "
             "calls=[dict(prompt=..., num_inference_steps=50), ...])"
         )
     if isinstance(calls, (Mapping, str)) or not isinstance(calls, Iterable):

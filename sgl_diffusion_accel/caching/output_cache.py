@@ -1,0 +1,130 @@
+"""Stands in front of a whole transformer and answers for it at the steps that are skipped.
+
+Nothing inside the transformer is touched: no block, no processor. So it works for every model that is called once a
+step and branch, whatever it is made of, and the model may be compiled as a whole.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sgl_diffusion_accel.caching.blocks import find_block_lists
+from sgl_diffusion_accel.caching.engine import Session, refuse_late_cache
+from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
+from sgl_diffusion_accel.caching.output_run import OutputRun
+from sgl_diffusion_accel.caching.pacing import Pace
+from sgl_diffusion_accel.caching.policies import Decision
+from sgl_diffusion_accel.caching.runs import Run
+from sgl_diffusion_accel.caching.stats import RunStats
+from sgl_diffusion_accel.errors import UnsupportedModelError
+from sgl_diffusion_accel.intercept import Instead
+from sgl_diffusion_accel.patch import Patch, PatchHandler
+from sgl_diffusion_accel.targets import unwrap
+
+MakePace = Callable[[Run], Pace]
+"""Makes what decides the steps of a run, at its start."""
+
+_KEY = "outputs"
+
+
+class _Call:
+    """A transformer call that is being computed."""
+
+    __slots__ = ("branch", "guidance", "kept", "run")
+
+    def __init__(self, run: Run, kept: OutputRun, branch: str, guidance: float | None) -> None:
+        self.run = run
+        self.kept = kept
+        self.branch = branch
+        self.guidance = guidance
+
+
+class OutputController(PatchHandler):
+    """Caches the calls of one transformer.
+
+    Args:
+        patch: The patch that it belongs to.
+        name: The component's name.
+        module: The transformer.
+        session: Shared by the transformers of the patch.
+        pace: Makes what decides the steps of a run.
+    """
+
+    forbids_enable_cache = (
+        "this transformer has a cache of sgl_diffusion_accel on it, and two caches cannot share a model. Type: "
+        "sgl_diffusion_accel.remove(pipe)"
+    )
+
+    def __init__(self, patch: Patch, name: str, module: nn.Module, session: Session, pace: MakePace) -> None:
+        self.patch = patch
+        self._name = name
+        self._session = session
+        self._pace = pace
+        self._threads = threading.local()
+        self._blocks = count_blocks(module)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begins a transformer call, or answers for it."""
+        if getattr(self._threads, "busy", False):  # the wrapper of `torch.compile` has entered this call already
+            return None
+        where = self._session.enter(unwrap(module), args, kwargs)
+        if where is None:
+            return None
+        run, step, branch = where
+        if step == 0:
+            refuse_late_cache(module)
+        if any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS):
+            self._log(run, step, branch, Decision(True, "arguments forbid skipping"))
+            return None
+        kept = run.data.get(_KEY)
+        if not isinstance(kept, OutputRun):
+            kept = run.data[_KEY] = OutputRun(self._pace(run))
+        decision = kept.decide(step, self._name, branch, _signature(args, kwargs))
+        self._log(run, step, branch, decision)
+        if not decision.compute:
+            return Instead(kept.skip(branch))
+        self._threads.busy = True
+        return _Call(run, kept, branch, run.guidance)
+
+    def leave(self, _: nn.Module, token: _Call | None, output: Any) -> Any:
+        """Ends a computed call: keeps its output."""
+        if token is None:
+            return output
+        self._threads.busy = False
+        try:
+            return token.kept.computed(token.branch, output, token.guidance)
+        except BaseException:
+            self._session.runs.discard(token.run)
+            raise
+
+    def fail(self, _: nn.Module, token: _Call | None) -> None:
+        """Ends a call that raised, and with it the run's memory."""
+        if token is not None:
+            self._threads.busy = False
+            self._session.runs.discard(token.run)
+
+    def _log(self, run: Run, step: int, branch: str, decision: Decision) -> None:
+        stats: RunStats | None = run.data.get("stats")
+        if stats is not None:
+            stats.add(branch, step, self._name, decision, self._blocks if decision.compute else 0, self._blocks)
+
+
+def count_blocks(module: nn.Module) -> int:
+    """Blocks in a transformer's lists; 1 where it has no lists that are known."""
+    try:
+        return sum(len(blocks) for blocks in find_block_lists(module).values()) or 1
+    except UnsupportedModelError:
+        return 1
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Shape, dtype and device of the first tensor of a call: the latents."""
+    for value in (*args, *kwargs.values()):
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(first, Tensor):
+            return first.shape, first.dtype, first.device
+    return ()

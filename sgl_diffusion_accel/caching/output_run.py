@@ -1,0 +1,178 @@
+"""One run under a cache of whole transformer calls: its computed outputs, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgl_diffusion_accel.caching.multistep import Weights
+from sgl_diffusion_accel.caching.outputs import Tensors, combine, take_apart
+from sgl_diffusion_accel.caching.pacing import DEPTH, Pace
+from sgl_diffusion_accel.caching.policies import Decision
+from sgl_diffusion_accel.caching.runs import Kept
+
+_GUIDED = ("cond", "uncond")
+
+
+@dataclass
+class _Branch:
+    """The computed outputs of one branch, by step, and how an output is put together."""
+
+    outputs: dict[int, Tensors] = field(default_factory=dict)
+    form: Callable[[Sequence[Tensor]], Any] | None = None
+
+    def has(self, nodes: Sequence[int]) -> bool:
+        return self.form is not None and all(node in self.outputs for node in nodes)
+
+
+class OutputRun(Kept):
+    """What is kept of a run while it lasts: the last outputs of each branch, which are as large as the latents.
+
+    Args:
+        pace: Decides its steps.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+        self._branches: dict[str, _Branch] = {}
+        self._nodes: list[int] = []
+        self._step = -1
+        self._component = ""
+        self._signature: tuple[Any, ...] = ()
+        self._decision = Decision(True, "first step")
+        self._weights: Weights | None = None
+        self._error = _Error()
+
+    def nbytes(self) -> int:
+        """Bytes of the outputs that are kept."""
+        kept = [tensor for branch in self._branches.values() for each in branch.outputs.values() for tensor in each]
+        return self._error.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def decide(self, step: int, component: str, branch: str, signature: tuple[Any, ...]) -> Decision:
+        """Decides a transformer call; all branches of a step share one decision.
+
+        Args:
+            step: The denoising step.
+            component: Which transformer is called.
+            branch: The branch.
+            signature: Shapes, dtypes and devices of what it is called with.
+        """
+        if step != self._step:
+            self._begin(step, component, signature)
+        if self._decision.compute:
+            return self._decision
+        if not self._branches.setdefault(branch, _Branch()).has(list(self._weights or ())):
+            return Decision(True, "nothing to predict from")
+        return self._decision
+
+    def _begin(self, step: int, component: str, signature: tuple[Any, ...]) -> None:
+        error = self._error.take()
+        if error is not None:
+            self.pace.observe(self._step, error)
+        is_new = signature != self._signature or (component != self._component and not self.pace.spans_models)
+        self._decision = self.pace.decide(step)
+        if is_new or not self._nodes:
+            if self._nodes:
+                self.pace.restart(step)
+            if not self._decision.compute or self._nodes:
+                self._decision = Decision(True, "another model or shape" if self._nodes else "first step")
+            self._nodes.clear()
+            self._branches.clear()
+        self._step, self._component, self._signature = step, component, signature
+        if self._decision.compute:
+            self._nodes = [step, *self._nodes][:DEPTH]
+        self._weights = self.pace.weights(step, self._nodes)
+        self._expected = self.pace.predicted(step, self._nodes) if self._decision.compute else None
+
+    def skip(self, branch: str) -> Any:
+        """What a skipped call returns."""
+        kept = self._branches[branch]
+        assert kept.form is not None
+        return kept.form(combine([(weight, kept.outputs[node]) for node, weight in (self._weights or {}).items()]))
+
+    def computed(self, branch: str, output: Any, guidance: float | None) -> Any:
+        """Keeps what a computed call has returned, and corrects it by what was skipped before.
+
+        Args:
+            branch: The branch.
+            output: What the transformer returned.
+            guidance: The scale with which the pipeline will combine the branches, where it is known.
+
+        Returns:
+            What the caller gets: `output` itself if nothing was skipped before.
+        """
+        tensors, form = take_apart(output)
+        if not self.pace.needs_later(self._step) and self._weights == {self._step: 1.0}:
+            self._branches.pop(branch, None)
+            return output
+        kept = self._branches.setdefault(branch, _Branch())
+        own = tuple(tensor.detach().clone() for tensor in tensors)  # the caller may write into what it gets
+        kept.outputs[self._step] = own
+        kept.form = form
+        if self._expected is not None and self.pace.needs_error and kept.has(list(self._expected)):
+            guess = combine([(weight, kept.outputs[node]) for node, weight in self._expected.items()])
+            self._error.add(branch, guess, own, guidance)
+        weights = self._weights or {}
+        if self._decision.compute and len(weights) > 1 and kept.has(list(weights)):
+            output = form(combine([(weight, kept.outputs[node]) for node, weight in weights.items()]))
+        keeps = self.pace.needs_later(self._step)
+        kept.outputs = {node: each for node, each in kept.outputs.items() if keeps and node in self._nodes}
+        return output
+
+
+class _Error:
+    """How far predictions were from what was computed, over the branches of a step as guidance combines them.
+
+    With guidance g the pipeline goes along u + g(c - u), so that is what is compared where both are known. Sums stay on
+    the device until they are asked for.
+    """
+
+    def __init__(self) -> None:
+        self._mixed: list[tuple[Tensor, Tensor]] | None = None
+        self._sums: list[Tensor] = []
+
+    def nbytes(self) -> int:
+        return sum(2 * one.numel() * one.element_size() for one, _ in self._mixed or ())
+
+    def add(self, branch: str, guess: Tensors, output: Tensors, guidance: float | None) -> None:
+        pairs = [(one.float() - other.float(), other.float()) for one, other in zip(guess, output, strict=True)]
+        if guidance is None or guidance <= 1:
+            self._sum(pairs)
+        elif branch in _GUIDED:
+            factor = guidance if branch == "cond" else 1 - guidance
+            pairs = [(error * factor, value * factor) for error, value in pairs]
+            if self._mixed is None:
+                self._mixed = pairs
+            else:
+                self._sum([(a + c, b + d) for (a, b), (c, d) in zip(self._mixed, pairs, strict=True)])
+                self._mixed = None
+        else:  # both in one batch, the unconditional half first
+            halves = [(error.chunk(2), value.chunk(2)) for error, value in pairs]
+            is_even = all(len(error) == 2 and error[0].shape == error[1].shape for error, _ in halves)
+            self._sum([(_mix(error, guidance), _mix(value, guidance)) for error, value in halves] if is_even else pairs)
+
+    def _sum(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        for pair in pairs:
+            self._sums.append(torch.stack([part.square().sum() for part in pair]))
+
+    def take(self) -> float | None:
+        """The relative error ‖guess - output‖ / ‖output‖ of the step that is over; None if none was measured.
+
+        Waits for the device.
+        """
+        if self._mixed is not None:  # the other branch did not come
+            self._sum(self._mixed)
+            self._mixed = None
+        if not self._sums:
+            return None
+        error, size = torch.stack([each.to(self._sums[0].device) for each in self._sums]).sum(0).tolist()
+        self._sums.clear()
+        return float("inf") if size == 0 else (error / size) ** 0.5
+
+
+def _mix(halves: Sequence[Tensor], guidance: float) -> Tensor:
+    return torch.lerp(halves[0], halves[1], guidance)

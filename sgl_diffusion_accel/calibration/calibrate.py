@@ -1,0 +1,152 @@
+"""`calibrate`: learns from a few uncached runs what the best plan for a pipeline is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from sgl_diffusion_accel.caching.cache_patch import KIND, refuse_foreign_cache
+from sgl_diffusion_accel.caching.response import response_of
+from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
+from sgl_diffusion_accel.caching.teacache_fit import TeaCacheRecording, check_calls
+from sgl_diffusion_accel.calibration.plan import CachePlan
+from sgl_diffusion_accel.calibration.record import Recording, recording
+from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
+from sgl_diffusion_accel.patch import patches_of
+from sgl_diffusion_accel.targets import find_transformers, unwrap
+
+logger = logging.getLogger(__name__)
+
+_GUIDANCE = ("true_cfg_scale", "guidance_scale")
+
+
+def calibrate(
+    pipe: Any,
+    calls: Iterable[Mapping[str, Any]],
+    path: str | Path | None = None,
+    *,
+    teacache: bool = True,
+    progress: bool = True,
+) -> CachePlan:
+    """Learns from a few uncached runs how a pipeline moves, for plans at every speed-up.
+
+    Each call is run as it is, and what the scheduler is given at each step, guidance and all, is kept as a sketch (at
+    most 1 MiB a step on the host, one run at a time; nothing on the device). Only the products between steps remain:
+    a plan has some tens of kilobytes whatever the model.
+
+    Args:
+        pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2, planned together), with no cache on it.
+        calls: Keyword arguments of `pipe(...)`, one dict for each run, all with the same steps, guidance and size. Two
+            to six different prompts do.
+        path: Where to save the plan after each call; calls that are in the file already are not run again, so that an
+            interrupted calibration goes on where it was.
+        teacache: Also fit the coefficients of TeaCache on the same runs, where the model has a signal for them.
+        progress: Log each call as it is done.
+
+    Returns:
+        The plan, for `apply_cache_plan`.
+
+    Raises:
+        ConfigError: No calls, calls that differ in their steps, or a cache is on the pipeline.
+        ConfigTypeError: `pipe` cannot be called, or a call is no dict.
+        UnsupportedModelError: The scheduler adds noise of its own, or the pipeline has no diffusion transformer.
+
+    Example:
+        >>> plan = calibrate(pipe, calls=[call])
+        >>> patch = apply_cache_plan(pipe, plan, speedup=2.0)
+        >>> patch.remove()
+    """
+    calls = check_calls(pipe, calls, "calibrate")
+    transformers = find_transformers(pipe)
+    refuse_foreign_cache(transformers)
+    for module in transformers.values():
+        if any(patch.kind == KIND for patch in patches_of(unwrap(module))):
+            raise ConfigError("a cache is on this pipeline, and calibration needs uncached runs. Type: remove(pipe)")
+    plan = CachePlan.load(path) if path is not None and Path(path).exists() else None
+    done = 0 if plan is None else plan.calls
+    if plan is not None and done < len(calls):
+        logger.info("%s holds %d calls: going on with the others", path, done)
+    tea = TeaCacheRecording(pipe) if teacache and TeaCacheRecording.is_possible(transformers) else None
+    with recording(pipe) as runs, tea or nullcontext():
+        for number, call in enumerate(calls[done:], done + 1):
+            runs.clear()
+            if tea is None:
+                pipe(**call)
+            else:
+                tea.run(call)
+            found = _plan(pipe, transformers, call, runs)
+            plan = found if plan is None else plan.merge(found)
+            if path is not None:
+                plan.save(path)
+            logger.log(logging.INFO if progress else logging.DEBUG, "calibrated: call %d of %d", number, len(calls))
+    assert plan is not None
+    fit = _fit(tea) if tea is not None and done < len(calls) else None
+    if fit is not None:
+        plan = replace(plan, teacache=fit)
+        if path is not None:
+            plan.save(path)
+    return plan
+
+
+def _fit(tea: TeaCacheRecording) -> TeaCacheCoefficients | None:
+    try:
+        return tea.fit()
+    except ConfigError as error:  # too few steps, for example: the plan does not need it
+        logger.info("no TeaCache coefficients: %s", error)
+        return None
+
+
+def _plan(
+    pipe: Any, transformers: Mapping[str, nn.Module], call: Mapping[str, Any], runs: list[Recording]
+) -> CachePlan:
+    if not runs or not runs[0].timesteps:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} ran without a step of its scheduler: nothing was recorded. Use "
+            "apply_adaptive_cache(pipe), which needs no calibration."
+        )
+    if len(runs) > 1:
+        raise ConfigError(f"one call made {len(runs)} denoising runs; give calls that make one each.")
+    run = runs[0]
+    steps = len(run.timesteps)
+    response = response_of(pipe.scheduler, steps)
+    if response is None:
+        raise UnsupportedModelError(
+            f"{type(pipe.scheduler).__name__} adds noise of its own, or is not linear in what it is given: no plan can "
+            "be made for it. Use a deterministic scheduler, or apply_adaptive_cache(pipe)."
+        )
+    return CachePlan(
+        pipeline=type(pipe).__name__,
+        transformers=tuple(type(unwrap(module)).__name__ for module in transformers.values()),
+        config=digest(transformers),
+        scheduler=type(pipe.scheduler).__name__,
+        timesteps=tuple(run.timesteps),
+        guidance=guidance_of(pipe, call),
+        latents=run.shape,
+        calls=1,
+        gram=tuple(map(float, run.gram()[np.triu_indices(steps)])),
+        response=tuple(map(float, response[1:][np.tril_indices(steps)])),
+    )
+
+
+def digest(transformers: Mapping[str, nn.Module]) -> str:
+    """A short digest of the transformers' configs, but for names and versions that change from file to file."""
+    configs = []
+    for module in transformers.values():
+        config = getattr(unwrap(module), "config", None) or {}
+        configs.append({key: value for key, value in dict(config).items() if not key.startswith("_")})
+    return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def guidance_of(pipe: Any, call: Mapping[str, Any]) -> float | None:
+    """The guidance scale of a call, None where it is not given and the pipeline does not tell."""
+    values = [call.get(name) for name in _GUIDANCE] + [getattr(pipe, f"_{name}", None) for name in _GUIDANCE]
+    return next((float(value) for value in values if isinstance(value, (int, float))), None)

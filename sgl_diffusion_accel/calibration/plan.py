@@ -1,0 +1,226 @@
+"""`CachePlan`: what calibration has learned, as a small file that can be read by anybody."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sgl_diffusion_accel._version import __version__
+from sgl_diffusion_accel.caching.checks import count, real
+from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
+from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
+from sgl_diffusion_accel.calibration.plan_file import read, refuse, triangle, whole
+from sgl_diffusion_accel.calibration.search import best_design
+from sgl_diffusion_accel.errors import ConfigError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What `calibrate` has learned of a pipeline: how its runs move, and how its scheduler follows.
+
+    Attributes:
+        pipeline: Class of the pipeline.
+        transformers: Classes of its transformers.
+        config: Digest of their configs.
+        scheduler: Class of the scheduler.
+        timesteps: Timesteps of the runs, one for each denoising step.
+        guidance: Guidance scale of the runs, None where it is unknown or differs.
+        latents: Shape of the latents, `[B, …]`.
+        calls: How many runs were recorded.
+        gram: Mean products ⟨v_s, v_t⟩ / elements of what the scheduler was given at each step, upper triangle by rows.
+        response: Weight of the output at each step in the latents after each step, lower triangle by rows.
+        teacache: Coefficients for `apply_teacache` from the same runs, None if they were not recorded.
+        library: Version of this library that made it.
+    """
+
+    pipeline: str
+    transformers: tuple[str, ...]
+    config: str
+    scheduler: str
+    timesteps: tuple[float, ...]
+    guidance: float | None
+    latents: tuple[int, ...]
+    calls: int
+    gram: tuple[float, ...]
+    response: tuple[float, ...]
+    teacache: TeaCacheCoefficients | None = None
+    library: str = __version__
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the runs."""
+        return len(self.timesteps)
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """What designs are made from."""
+        steps = self.steps
+        response = np.zeros((steps + 1, steps))
+        response[1:][np.tril_indices(steps)] = self.response
+        return Moments(self.gram_matrix, response)
+
+    @property
+    def gram_matrix(self) -> Matrix:
+        """The products as a matrix, `[S, S]`."""
+        upper = np.zeros((self.steps, self.steps))
+        upper[np.triu_indices(self.steps)] = self.gram
+        return upper + np.triu(upper, 1).T
+
+    @property
+    def teacache_coefficients(self) -> TeaCacheCoefficients:
+        """Coefficients for `apply_teacache`, with the range and R² of the fit.
+
+        Raises:
+            ConfigError: They were not recorded.
+        """
+        if self.teacache is None:
+            raise ConfigError(
+                "this plan has no TeaCache coefficients: the model has no signal for them, or calibrate was told "
+                "teacache=False. Type: plan = calibrate(pipe, calls, teacache=True)"
+            )
+        return self.teacache
+
+    def design(self, computed_steps: int) -> Design:
+        """The steps to compute and the weights, for runs like those recorded.
+
+        Args:
+            computed_steps: How many steps are computed, from 1 to `steps`.
+
+        Raises:
+            ConfigError: More steps than there are, or none.
+            ConfigTypeError: Not a whole number.
+        """
+        computed = count("computed_steps", computed_steps, 1)
+        if computed > self.steps:
+            raise ConfigError(f"computed_steps={computed}; allowed: a whole number from 1 to {self.steps}.")
+        return _designed(self, computed)
+
+    def steps_for(self, max_error: float) -> int:
+        """The fewest computed steps whose expected error is within `max_error`.
+
+        Args:
+            max_error: Relative root-mean-square error of the final latents, as `Design.error` estimates it.
+
+        Raises:
+            ConfigError: Not positive.
+            ConfigTypeError: Not a number.
+        """
+        wanted = real("max_error", max_error)
+        if not wanted > 0:
+            raise ConfigError(f"max_error={max_error}; allowed: a positive number, such as 0.02.")
+        low, high = 1, self.steps  # the error falls with the steps, but for small bumps
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.design(middle).error <= wanted else (middle + 1, high)
+        return low
+
+    def merge(self, *others: CachePlan) -> CachePlan:
+        """Joins recordings of the same setting from several processes or machines.
+
+        Raises:
+            ConfigError: They are of different pipelines, models, schedules or guidance.
+        """
+        for other in others:
+            for name in ("pipeline", "transformers", "config", "scheduler", "timesteps", "guidance", "latents"):
+                if getattr(self, name) != getattr(other, name):
+                    raise ConfigError(
+                        f"these plans cannot be merged: {name} is {_short(getattr(self, name))} in one and "
+                        f"{_short(getattr(other, name))} in the other. Calibrate with calls alike."
+                    )
+        plans = (self, *others)
+        calls = sum(plan.calls for plan in plans)
+        products = np.sum([np.asarray(plan.gram) * (plan.calls / calls) for plan in plans], axis=0)
+        teacache = max(plans, key=lambda plan: plan.calls if plan.teacache else 0).teacache
+        return replace(self, calls=calls, gram=tuple(products.tolist()), teacache=teacache)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON, of some tens of kilobytes."""
+        teacache = None if self.teacache is None else _teacache_fields(self.teacache)
+        fields = {**{key: value for key, value in asdict(self).items() if key != "teacache"}, "teacache": teacache}
+        Path(path).write_text(json.dumps({"format": FORMAT, **fields}, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CachePlan:
+        """Reads a plan.
+
+        Raises:
+            ConfigError: The file is damaged, of another format, or no plan.
+            FileNotFoundError: There is no such file.
+
+        Example:
+            >>> plan = CachePlan.load("plan.json")  # doctest: +SKIP
+        """
+        fields = read(path, FORMAT, set(cls.__dataclass_fields__))
+        steps = len(fields["timesteps"])
+        try:
+            return cls(
+                pipeline=str(fields["pipeline"]),
+                transformers=tuple(map(str, fields["transformers"])),
+                config=str(fields["config"]),
+                scheduler=str(fields["scheduler"]),
+                timesteps=_falling(path, fields["timesteps"]),
+                guidance=None if fields["guidance"] is None else float(fields["guidance"]),
+                latents=tuple(whole(path, "latents", each) for each in fields["latents"]),
+                calls=whole(path, "calls", fields["calls"]),
+                gram=triangle(path, "gram", fields["gram"], steps),
+                response=triangle(path, "response", fields["response"], steps),
+                teacache=_teacache(fields["teacache"]),
+                library=str(fields["library"]),
+            )
+        except (TypeError, ValueError, KeyError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise refuse(path, f"a field is damaged ({error})") from error
+
+    def __str__(self) -> str:
+        budgets = sorted({max(1, round(self.steps / ratio)) for ratio in (1.5, 2, 3, 4, 5)}, reverse=True)
+        rows = [
+            f"  {self.steps / n:4.1f}x  {n:3d} steps computed  expected error {self.design(n).error:.2%}"
+            for n in budgets
+        ]
+        guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
+        head = f"plan for {self.pipeline}, {self.scheduler}, {self.steps} steps{guidance}, from {self.calls} calls"
+        return "\n".join([head, *rows])
+
+
+@functools.lru_cache(maxsize=256)
+def _designed(plan: CachePlan, computed: int) -> Design:
+    return best_design(computed, plan.moments)
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)} values from {value[0]:g}" if isinstance(value, tuple) and len(value) > 4 else repr(value)
+
+
+def _falling(path: str | Path, values: Sequence[float]) -> tuple[float, ...]:
+    times = tuple(float(value) for value in values)
+    if not all(math.isfinite(time) for time in times) or any(a <= b for a, b in pairwise(times)):
+        raise refuse(path, "its timesteps do not fall")
+    return times
+
+
+def _teacache_fields(fit: TeaCacheCoefficients) -> dict[str, Any]:
+    fields = {name: getattr(fit, name) for name in fit.__dataclass_fields__}
+    secondary = fields.pop("secondary")
+    fields["thresholds"] = sorted(map(list, fit.thresholds.items()))
+    return {**fields, "secondary": None if secondary is None else _teacache_fields(secondary)}
+
+
+def _teacache(fields: dict[str, Any] | None) -> TeaCacheCoefficients | None:
+    if fields is None:
+        return None
+    known = dict(fields)
+    known["thresholds"] = {float(speedup): float(value) for speedup, value in known["thresholds"]}
+    known["coefficients"] = tuple(map(float, known["coefficients"]))
+    known["secondary"] = _teacache(known["secondary"])
+    return TeaCacheCoefficients(**known)

@@ -1,0 +1,60 @@
+"""Finds the best steps to compute, by exchanging one computed step for another while the expected error falls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments, design
+
+_ROUNDS = 3
+_NEAR, _FAR = 3, 4  # exchanges tried for each computed step: with its neighbours, and with some drawn at random
+_BETTER = 0.999
+
+
+def best_design(computed: int, moments: Moments, settings: DesignSettings | None = None) -> Design:
+    """Finds a good design with a given number of computed steps.
+
+    The first step is always computed. The search begins with evenly spaced steps, and takes seconds at most; it is a
+    descent, so that what it finds is good and not proven to be best. The same input gives the same design.
+
+    Args:
+        computed: How many steps are computed, from 1 to the steps of the run.
+        moments: Of the runs.
+        settings: See `DesignSettings`.
+    """
+    settings = settings or DesignSettings()
+    steps = moments.steps
+    start = np.zeros(steps, dtype=bool)
+    start[np.round(np.linspace(0, steps - 1, computed)).astype(int)] = True
+
+    def cost(mask: tuple[bool, ...]) -> float:
+        return design(mask, moments, settings).error
+
+    return design(_descend(tuple(map(bool, start)), cost), moments, settings)
+
+
+def _descend(mask: tuple[bool, ...], cost: Callable[[tuple[bool, ...]], float]) -> tuple[bool, ...]:
+    random = np.random.default_rng(0)
+    best = cost(mask)
+    for _ in range(_ROUNDS):
+        improved = False
+        for step in random.permutation([step for step, computed in enumerate(mask) if computed and step]):
+            free = [other for other, computed in enumerate(mask) if not computed]
+            near = [other for other in free if abs(other - step) <= _NEAR]
+            far = [other for other in free if abs(other - step) > _NEAR]
+            drawn = random.choice(far, min(_FAR, len(far)), replace=False).tolist() if far else []
+            tried = {exchanged: cost(exchanged) for exchanged in (_exchange(mask, step, o) for o in near + drawn)}
+            if tried and min(tried.values()) < _BETTER * best:
+                mask = min(tried, key=tried.__getitem__)
+                best, improved = tried[mask], True
+        if not improved:
+            break
+    return mask
+
+
+def _exchange(mask: tuple[bool, ...], off: int, on: int) -> tuple[bool, ...]:
+    changed = list(mask)
+    changed[off], changed[on] = False, True
+    return tuple(changed)
