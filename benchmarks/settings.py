@@ -102,6 +102,13 @@ def teacache_settings(model: str) -> list[TeaCacheSetting]:
     return [TeaCacheSetting(wanted, order, ret) for ret in signals for order in (0, 1) for wanted in TEACACHE_SPEEDUPS]
 
 
+TOLERANCES = (0.0003, 0.0006, 0.001, 0.002, 0.004, 0.008)
+"""Tolerances of the adaptive cache, the default among them."""
+
+PLANNED = (1.5, 2.0, 2.4, 2.8, 3.3, 3.8, 5.0, 6.25)
+"""Speed-ups that are asked of a calibrated plan."""
+
+
 def headline_settings() -> list[Setting]:
     """The few that the README shows."""
     return [
