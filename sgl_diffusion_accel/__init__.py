@@ -11,12 +11,15 @@ from sgl_diffusion_accel.caching.masks import StepsMask
 from sgl_diffusion_accel.caching.teacache import apply_teacache
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients, TeaCacheConfig
 from sgl_diffusion_accel.caching.teacache_fit import fit_teacache
+from sgl_diffusion_accel.comparing.compare import compare
+from sgl_diffusion_accel.comparing.report import ComparisonReport
 from sgl_diffusion_accel.errors import (
     AccelError,
     ConfigError,
     ConfigTypeError,
     MissingPackageError,
     UnsupportedModelError,
+    VariantError,
 )
 from sgl_diffusion_accel.patch import Patch, remove
 
@@ -25,6 +28,7 @@ __all__ = [
     "AttentionPatch",
     "CacheDiTConfig",
     "CachePatch",
+    "ComparisonReport",
     "ConfigError",
     "ConfigTypeError",
     "MissingPackageError",
@@ -33,10 +37,12 @@ __all__ = [
     "TeaCacheCoefficients",
     "TeaCacheConfig",
     "UnsupportedModelError",
+    "VariantError",
     "__version__",
     "apply_cache_dit",
     "apply_teacache",
     "attention_backends",
+    "compare",
     "fit_teacache",
     "register_attention_backend",
     "remove",

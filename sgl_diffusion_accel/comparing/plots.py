@@ -88,7 +88,7 @@ def pareto(report: ComparisonReport, path: str | Path | None, x: str | None) -> 
         _ratio_axis(axes, [place for row in report.rows if (place := _place(row, axis))])
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel("PSNR against the unpatched run (dB)")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="y", integer=True)
         axes.set_title(_title(report), loc="left", fontsize=11, pad=22 if len(report.calls) > 1 else 8)
         if len(report.calls) > 1:
             told = "Means over the calls; the lines below reach down to the worst call."
