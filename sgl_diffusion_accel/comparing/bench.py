@@ -25,7 +25,7 @@ from sgl_diffusion_accel.comparing.contenders import Variant
 from sgl_diffusion_accel.comparing.report import ComparisonReport
 
 MODELS = ("wan", "qwen", "flux")
-_CAPTION_SEED, _NOISE_SEED = 77, 1000  # those of benchmarks/, so that the figures can be found there
+_CAPTION_SEED, _NOISE_SEED, _CAPTIONS = 77, 1000, 6  # those of benchmarks/, whose figures can be found again so
 _LATE: Mapping[str, Any] = {"fn_compute_blocks": 0, "steps_policy": "static", "taylorseer_order": 2}
 VARIANTS: Mapping[str, Variant] = {
     "SGLang's defaults": apply_cache_dit,
@@ -37,8 +37,8 @@ VARIANTS: Mapping[str, Variant] = {
 """What is compared."""
 
 _MISSING = (
-    "bench runs on the miniatures, which are in a clone of the repository and not in the installed package. In the root "
-    "of a clone, type: python -m sgl_diffusion_accel.comparing.bench"
+    "bench runs on the miniatures, which are in a clone of the repository and not in the installed package. In the "
+    "root of a clone, type: python -m sgl_diffusion_accel.comparing.bench"
 )
 
 
@@ -101,7 +101,7 @@ def compare_miniature(
         variants: What is compared.
         **more: Arguments of `compare`.
     """
-    words = miniatures.captions(model, captions, _CAPTION_SEED)
+    words = miniatures.captions(model, max(captions, _CAPTIONS), _CAPTION_SEED)[:captions]
     calls = [
         miniatures.call_kwargs(model, caption, seed=_NOISE_SEED + index, steps=steps)
         for index, caption in enumerate(words)

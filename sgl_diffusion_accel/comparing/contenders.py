@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from sgl_diffusion_accel.patch import remove
 from sgl_diffusion_accel.targets import find_transformers, unwrap
 
 UNPATCHED = "unpatched"
+_TAKEN = re.compile(rf"{UNPATCHED}|\d+ steps?|\d+% of the steps")
 
 Variant = Callable[[Any], Any]
 
@@ -46,8 +48,11 @@ def read_variants(variants: Any) -> list[Contender]:
             'such as {"cache": lambda pipe: apply_cache_dit(pipe)}.'
         )
     for name, apply in variants.items():
-        if not isinstance(name, str) or not name.strip() or name == UNPATCHED:
-            raise ConfigError(f"variants has the name {name!r}; allowed: any text but {UNPATCHED!r}.")
+        if not isinstance(name, str) or not name.strip() or _TAKEN.fullmatch(name):
+            raise ConfigError(
+                f"variants has the name {name!r}; allowed: any text but {UNPATCHED!r} and, for rows with fewer steps, "
+                "'25 steps' and the like."
+            )
         if not callable(apply):
             raise ConfigTypeError(
                 f"variant {name!r} is a {type(apply).__name__}; allowed: a function that takes the pipeline and "

@@ -70,7 +70,7 @@ def magnification(gallery: Gallery) -> int:
     """The largest of 1, 2, 5, 10, … that leaves nearly all differences within the scale, one for all pictures."""
     shots = [shot for shots in gallery.shots.values() for name, shot in shots.items() if name != UNPATCHED]
     largest = max((float(shot.difference.nan_to_num(nan=1.0).flatten().quantile(_MOST)) for shot in shots), default=0.0)
-    fitting = [factor for factor in _MAGNIFICATIONS if factor * largest <= 1]
+    fitting = [factor for factor in _MAGNIFICATIONS if factor * largest <= 1.05]
     return fitting[-1] if fitting and largest else 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -77,9 +76,8 @@ def pareto(report: ComparisonReport, path: str | Path | None, x: str | None) -> 
         top = (max(finite) + 0.12 * max(max(finite) - min(finite), 10)) if finite else 100.0
         fewer = [row for row in report.rows if row.is_fewer_steps and _place(row, axis)]
         _draw_fewer_steps(axes, fewer, axis)
-        styles = itertools.cycle(zip(COLOURS, MARKERS, strict=True))
-        for row, (colour, marker) in zip((row for row in report.rows if not row.is_fewer_steps), styles, strict=False):
-            _draw_row(axes, row, axis, top, {"color": colour, "marker": marker})
+        for index, row in enumerate(row for row in report.rows if not row.is_fewer_steps):
+            _draw_row(axes, row, axis, top, look_of(index))
         if any(row.psnr == math.inf for row in report.rows):
             axes.axhline(top, color=FAINT, linewidth=0.8, linestyle=(0, (4, 4)), zorder=0)
             axes.annotate(
@@ -101,6 +99,12 @@ def pareto(report: ComparisonReport, path: str | Path | None, x: str | None) -> 
         if path is not None:
             figure.savefig(path)
     return figure
+
+
+def look_of(index: int) -> dict[str, Any]:
+    """Colour and marker of a variant: no two of the first 49 are the same."""
+    count = len(COLOURS)
+    return {"color": COLOURS[index % count], "marker": MARKERS[(index + index // count) % len(MARKERS)]}
 
 
 def _telling_axis(rows: Sequence[Row]) -> str:
@@ -132,10 +136,9 @@ def _draw_fewer_steps(axes: Axes, rows: Sequence[Row], axis: str) -> None:
 def _draw_row(axes: Axes, row: Row, axis: str, top: float, look: dict[str, Any]) -> None:
     """A point with its worst call as a whisker; equal outputs stand on a line of their own at the top."""
     place = _place(row, axis)
-    if place is None or math.isnan(row.psnr):
-        axes.plot(
-            [], [], linestyle="none", label=f"{row.name} (not shown: {'NaN' if place else 'cost unknown'})", **look
-        )
+    reason = "cost unknown" if place is None else f"{row.psnr} dB"
+    if place is None or math.isnan(row.psnr) or row.psnr == -math.inf:
+        axes.plot([], [], linestyle="none", label=f"{row.name} (not shown: {reason})", **look)
         return
     height = top if row.psnr == math.inf else row.psnr
     axes.plot(
