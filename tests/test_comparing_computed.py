@@ -52,8 +52,12 @@ def test_nothing_is_counted_where_it_was_not_asked_for_or_would_compile_anew():
     assert not is_compiled(pipe.transformer)
     pipe.transformer.blocks[1].compile()
     assert is_compiled(pipe.transformer)
-    with Computed(pipe, count=True) as told:
+    with Computed(pipe, count=True):
         assert not pipe.transformer._forward_pre_hooks
+    pipe = family.make()
+    plain, pipe.transformer = pipe.transformer, torch.compile(pipe.transformer)
+    with Computed(pipe, count=True):
+        assert not plain._forward_pre_hooks
 
 
 def test_a_cache_on_one_of_two_experts_is_counted_on_both():

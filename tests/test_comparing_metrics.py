@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sgl_diffusion_accel.comparing import metrics
+from sgl_diffusion_accel.comparing import metrics, perceptual
 from sgl_diffusion_accel.comparing.outputs import Media
 from sgl_diffusion_accel.comparing.perceptual import Lpips
 from sgl_diffusion_accel.comparing.quality import Judge
@@ -176,6 +176,29 @@ def test_lpips_says_why_it_is_missing():
     assert "64 pixels" in lpips.why_not(Media(torch.rand(1, 1, 3, 32, 32), "pixels"))
     assert "RGB" in lpips.why_not(Media(torch.rand(1, 1, 3, 128, 128), "latents"))
     assert "RGB" in lpips.why_not(Media(torch.rand(1, 1, 1, 128, 128), "pixels"))
+
+
+def test_lpips_names_what_is_not_installed_and_downloads_nothing(monkeypatch, tmp_path):
+    lpips, large = Lpips(torch.device("cpu")), Media(torch.rand(1, 1, 3, 64, 64), "pixels")
+    monkeypatch.setattr(perceptual, "find_spec", lambda name: None if name == "torchvision" else name)
+    assert "pip install torchvision" in lpips.why_not(large)
+    monkeypatch.setattr(perceptual, "find_spec", lambda name: name)
+    monkeypatch.setattr(perceptual, "weights_path", lambda: tmp_path / "alexnet.pth")
+    assert str(tmp_path / "alexnet.pth") in lpips.why_not(large)
+    (tmp_path / "alexnet.pth").touch()
+    assert lpips.why_not(large) is None
+    monkeypatch.setattr(perceptual, "weights_path", lambda: 1 // 0)
+    assert "ZeroDivisionError" in lpips.why_not(large)
+
+
+def test_lpips_ranks_growing_damage_where_it_can_be_had():
+    lpips, reference = Lpips(torch.device("cpu")), Media(clip(side=64), "pixels")
+    reason = lpips.why_not(reference)
+    if reason:
+        pytest.skip(reason)
+    found = [lpips(noise(reference.values, strength), reference.values) for strength in (0.0, *STRENGTHS)]
+    assert found[0] == pytest.approx(0, abs=1e-6)
+    assert falls([-value for value in found])
 
 
 def test_other_shapes_are_refused():

@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         miniatures = importlib.import_module("miniatures")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "miniatures":
+            raise
         sys.stderr.write(_MISSING + "\n")
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -81,6 +81,7 @@ def compare(
     evaluation = Evaluation(pipe, read, [one.name for one in contenders], runner.device)
     for number, taken in enumerate(runner.rounds(contenders, fewer_steps, repeats, warmup)):
         evaluation.add(taken, is_warmup=number < warmup)
+        del taken  # a round's outputs may be large, and the next ones are coming
     return evaluation.report(repeats, warmup)
 
 

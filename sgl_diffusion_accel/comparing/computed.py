@@ -38,17 +38,15 @@ class Computed:
     """
 
     def __init__(self, pipe: Any, count: bool) -> None:
-        transformers = {name: unwrap(part) for name, part in find_transformers(pipe).items()}
+        transformers = list(find_transformers(pipe).values())
         caches = {id(patch): patch for patch in patches_on(pipe) if isinstance(patch, CachePatch)}
         self._caches = [(cache, cache.stats.started) for cache in caches.values()]
-        covered = all(
-            any(isinstance(patch, CachePatch) for patch in patches_on(part)) for part in transformers.values()
-        )
+        covered = all(any(isinstance(patch, CachePatch) for patch in patches_on(part)) for part in transformers)
         self.counts_itself = covered
         self.share: float | None = None
         self.maps: Maps = {}
-        counted = [] if covered or not count else list(transformers.values())
-        self._work = [BlockWork(part) for part in counted if not any(map(is_compiled, counted))]
+        hooks = count and not covered and not any(map(is_compiled, transformers))
+        self._work = [BlockWork(unwrap(part)) for part in transformers] if hooks else []
 
     def __enter__(self) -> Computed:
         for work in self._work:

@@ -38,7 +38,10 @@ class Lpips:
         lacking = [name for name in ("torchmetrics", "torchvision") if find_spec(name) is None]
         if lacking:
             return f"no LPIPS: it needs {' and '.join(lacking)}. Type: pip install {' '.join(lacking)}"
-        path = weights_path()
+        try:
+            path = weights_path()
+        except Exception as error:  # one that does not fit the installed torch raises all kinds
+            return f"no LPIPS: torchvision cannot be imported ({type(error).__name__}: {str(error)[:80]})"
         if not path.exists():
             return (
                 f"no LPIPS: AlexNet's weights are not in {path}. To fetch them once, type: "

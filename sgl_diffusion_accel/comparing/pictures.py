@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.comparing.contenders import UNPATCHED
-from sgl_diffusion_accel.comparing.plots import FAINT, new_figure, style
+from sgl_diffusion_accel.comparing.plots import FAINT, new_figure, shortened, style
 from sgl_diffusion_accel.comparing.shots import Gallery, Shot
 from sgl_diffusion_accel.comparing.tables import decibel
 from sgl_diffusion_accel.errors import ConfigError
@@ -56,7 +56,7 @@ def side_by_side(report: ComparisonReport, path: str | Path | None) -> Figure:
                 if name == UNPATCHED:
                     label = report.calls[list(gallery.shots)[number]]
                     figure.text(
-                        left / width, (down + 0.1) / height, _short(label), fontsize=8.5, color=FAINT, va="center"
+                        left / width, (down + 0.1) / height, shortened(label), fontsize=8.5, color=FAINT, va="center"
                     )
                 else:
                     _draw_difference(_axes(figure, left, down - sheet - _GAP / 2, sheet), shots[name], magnified)
@@ -85,7 +85,7 @@ def _head(figure: Figure, left: float, top: float, report: ComparisonReport, nam
             "equal" if row.psnr == float("inf") else f"{decibel(row.psnr)} dB"
         )
     weight = "bold" if name != UNPATCHED and report[name].beats_fewer_steps else "normal"
-    figure.text(left / width, (top - 0.12) / height, _short(title, 34), fontsize=10, weight="bold", va="center")
+    figure.text(left / width, (top - 0.12) / height, shortened(title, 26), fontsize=10, weight="bold", va="center")
     figure.text(left / width, (top - 0.36) / height, numbers, fontsize=9, color=FAINT, weight=weight, va="center")
 
 
@@ -116,7 +116,3 @@ def _row(frames: Sequence[Tensor]) -> Tensor:
 def _note(gallery: Gallery, magnified: int) -> str:
     latents = "Latents, first three channels. " if gallery.kind == "latents" else ""
     return f"{latents}Below each: how much it differs from the unpatched output, magnified {magnified:,} times."
-
-
-def _short(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -64,6 +64,11 @@ def style() -> AbstractContextManager[None]:
     return context
 
 
+def shortened(text: str, most: int = 40) -> str:
+    """The text, cut to so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def pareto(report: ComparisonReport, path: str | Path | None, x: str | None) -> Figure:
     """Draws PSNR over the cost; see `ComparisonReport.plot`."""
     if x is not None and x not in AXES:
@@ -187,7 +192,8 @@ def step_maps(report: ComparisonReport, path: str | Path | None) -> Figure:
                 -0.02, y + 0.5, branch, transform=_left_of(axes), ha="right", va="center", color=FAINT, fontsize=9
             )
             if is_first:
-                axes.text(-0.12, y + 0.5, name, transform=_left_of(axes), ha="right", va="center", fontsize=9)
+                left = {"transform": _left_of(axes), "ha": "right", "va": "center", "fontsize": 9}
+                axes.text(-0.12, y + 0.5, shortened(name, 30), **left)
             told = f"{sum(computed)} of {len(computed)}"
             axes.text(1.02, y + 0.5, told, transform=_left_of(axes), va="center", color=COMPUTED, fontsize=9)
         axes.set_xlim(0, max(len(computed) for *_, computed in lines))
@@ -195,7 +201,9 @@ def step_maps(report: ComparisonReport, path: str | Path | None) -> Figure:
         axes.set_yticks([])
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(axis="x", length=0, labelsize=8, labelcolor=FAINT)
-        axes.set_xlabel(f"denoising step of “{report.calls[0]}”: dark computed, pale skipped", fontsize=9, color=FAINT)
+        axes.locator_params(axis="x", integer=True)
+        about = f"denoising step of “{shortened(report.calls[0])}”: dark computed, pale skipped"
+        axes.set_xlabel(about, fontsize=9, color=FAINT)
         figure.text(0.02, 1 - 0.3 / height, f"Steps computed, {_title(report)}", fontsize=11, va="center")
         if path is not None:
             figure.savefig(path)

@@ -89,6 +89,7 @@ class Runner:
                 fewer = fewer_steps_contenders(fewer_steps, self._calls, shares)
                 runs |= {one.name: self.run(one, index) for one in fewer if not warmup}
             yield Round(index, runs)
+            del runs  # before the next round's outputs come
 
     def run(self, contender: Contender, index: int) -> Run:
         """One run, timed; the pipeline is unpatched before and after.
@@ -117,8 +118,10 @@ class Runner:
         on_cuda = self.device.type == "cuda"
         devices = [self.device] if on_cuda else []
         with torch.random.fork_rng(devices), torch.no_grad():  # some pipelines and schedulers draw from these
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             if on_cuda:
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(seed)
                 torch.cuda.reset_peak_memory_stats(self.device)
             self._synchronise()
             begin = time.perf_counter()
