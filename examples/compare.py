@@ -22,8 +22,8 @@ from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
 from sgl_diffusion_accel import ComparisonReport, apply_cache_dit, compare
 
 VARIANTS = {
-    "Cache-DiT, SGLang's defaults": apply_cache_dit,
-    "Cache-DiT, second order": lambda pipe: apply_cache_dit(pipe, taylorseer_order=2),
+    "SGLang's defaults": apply_cache_dit,
+    "the same, second order": lambda pipe: apply_cache_dit(pipe, taylorseer_order=2),
     "step mask late-fast": lambda pipe: apply_cache_dit(
         pipe, steps_mask="late-fast", steps_policy="static", fn_compute_blocks=0, taylorseer_order=2
     ),
@@ -53,18 +53,19 @@ def main() -> None:
     print(f"\nEverything on one page: {OUT / 'compare.html'}")
 
 
-def compare_settings(model: str = "qwen", count: int = 3, steps: int = 50) -> ComparisonReport:
+def compare_settings(model: str = "qwen", count: int = 3, steps: int = 50, repeats: int = 1) -> ComparisonReport:
     """Compares the variants on a miniature.
 
     Args:
         model: Name of the miniature.
         count: Captions, each with its own noise.
         steps: Denoising steps.
+        repeats: Runs of each on each caption; more make the times steadier.
     """
     words = captions(model, count, seed=5)
     calls = [call_kwargs(model, caption, seed=index, steps=steps) for index, caption in enumerate(words)]
     # A miniature has no VAE, so that somebody has to say how its latents become pictures.
-    report = compare(load_miniature(model), VARIANTS, calls, decode=partial(to_frames, model))
+    report = compare(load_miniature(model), VARIANTS, calls, decode=partial(to_frames, model), repeats=repeats)
     return dataclasses.replace(report, calls=tuple(words))
 
 

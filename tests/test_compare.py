@@ -26,6 +26,12 @@ from sgl_diffusion_accel.patch import patches_on
 STEPS = caches.STEPS
 NEVER = caches.NEVER_SKIPPING["threshold 0"]
 STATIC = caches.static
+
+
+def static_of_two(pipe):
+    return apply_cache_dit(pipe, fn_compute_blocks=0, steps_mask=[1, 0], steps_policy="static")
+
+
 FAST = {"fewer_steps": False, "warmup": 0}
 
 
@@ -198,7 +204,7 @@ def test_nan_is_reported():
 
     report = compare(pipe, {"broken": broken}, calls, **FAST)
     assert math.isnan(report.rows[0].psnr)
-    assert any("broken: up to 100.00%" in remark for remark in report.remarks)
+    assert any("100.00% of the values of an output of broken" in remark for remark in report.remarks)
 
 
 def test_return_dict_false_is_understood():
@@ -360,3 +366,38 @@ def test_a_name_of_a_fewer_steps_row_is_not_taken_by_a_variant():
     pipe, calls = some("wan")
     with pytest.raises(ConfigError, match="'3 steps'"):
         compare(pipe, {"3 steps": STATIC}, calls)
+
+
+def test_the_compilers_time_is_not_a_variants():
+    pipe, calls = some("wan", steps=2)
+    pipe.transformer.blocks[0].compile(backend="eager")
+    made = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: made.append(None))
+    variants = {"static": static_of_two, "attention": lambda p: set_attention_backend(p, "sdpa")}
+    report = compare(pipe, variants, calls, **FAST)
+    assert len(made) == 2 * 2 * (1 + 1 + 2)  # steps, branches, runs: one unpatched, one cached, two redirected
+    assert report["static"].compute_ratio == pytest.approx(2.0)
+    assert report["attention"].compute_ratio is None
+    assert report["attention"].psnr == math.inf
+    assert any("no compute ratio for attention" in remark for remark in report.remarks)
+
+
+@pytest.mark.gpu
+def test_peak_memory_and_seconds_are_the_devices():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: torch.cuda is not available")
+    pipe, calls = some("wan")
+    pipe.to("cuda")
+    report = compare(pipe, {"static": STATIC, "never": NEVER}, calls)
+    assert report.unpatched.peak_memory_mib > 0
+    assert report["static"].peak_memory_mib >= report["static"].samples[0].peak_memory_mib > 0
+    assert report["never"].psnr == math.inf
+    assert "peak memory" in report.to_markdown()
+
+
+def test_without_a_gpu_there_is_no_made_up_memory():
+    pipe, calls = some("wan")
+    report = compare(pipe, {"static": STATIC}, calls, **FAST)
+    assert report.unpatched.peak_memory_mib is None
+    assert report.rows[0].peak_memory_mib is None
+    assert "memory" not in report.to_markdown()

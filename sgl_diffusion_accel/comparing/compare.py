@@ -31,7 +31,8 @@ def compare(
 
     Every variant runs beside an unpatched run of the same call; speed-ups are medians of these pairs, and the order
     changes from round to round. Each variant is applied before and undone after each of its runs, also on an error. At
-    the end the pipeline is as it was. A round's outputs are held on the CPU until it ends.
+    the end the pipeline is as it was. A round's outputs are held on the CPU until it ends. Where the model is compiled
+    and a variant is not a cache of this library, an unmeasured run comes before each of its runs, for the compiler.
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer, with no patch on it.

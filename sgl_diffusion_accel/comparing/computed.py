@@ -27,6 +27,8 @@ class Computed:
         count: Whether to count where no cache of this library does.
 
     Attributes:
+        counts_itself: Whether caches of this library, on all transformers, tell what was computed.
+        compiles: Whether compiled code is likely to be compiled anew, being patched by something else.
         share: After the run: share of the blocks that were computed; None if it was not counted.
         maps: After the run: which steps were computed, where a cache of this library was on.
 
@@ -45,7 +47,8 @@ class Computed:
         self.counts_itself = covered
         self.share: float | None = None
         self.maps: Maps = {}
-        hooks = count and not covered and not any(map(is_compiled, transformers))
+        self.compiles = not covered and any(map(is_compiled, transformers))
+        hooks = count and not covered and not self.compiles
         self._work = [BlockWork(unwrap(part)) for part in transformers] if hooks else []
 
     def __enter__(self) -> Computed:

@@ -114,12 +114,11 @@ class Evaluation:
         for row in rows:
             worst = max(sample.non_finite for sample in row.samples)
             if worst:
-                found.append(f"{row.name}: up to {worst:.2%} of the values of an output are NaN or infinite.")
+                found.append(f"NaN or infinite: up to {worst:.2%} of the values of an output of {row.name}.")
         unknown = [row.name for row in rows if row.compute_ratio is None]
         if unknown:
             found.append(
-                f"{', '.join(unknown)}: no compute ratio, since in compiled models only this library's caches "
-                "can be counted."
+                f"no compute ratio for {', '.join(unknown)}: in compiled models only this library's caches count."
             )
         return found
 

@@ -101,7 +101,10 @@ class Runner:
         steps = contender.steps[index] if contender.steps else None
         logger.info("%s, call %d of %d", contender.name, index + 1, len(self._calls))
         with applied(self._pipe, contender):
-            computed = Computed(self._pipe, count=contender.apply is not None and contender.name not in self._counted)
+            is_patched = contender.apply is not None
+            computed = Computed(self._pipe, count=is_patched and contender.name not in self._counted)
+            if computed.compiles and is_patched:
+                self._timed(call.fresh(steps), call.seed)  # the compiler's time is not the variant's
             with computed:
                 output, seconds, peak = self._timed(call.fresh(steps), call.seed)
         if contender.apply is None:
