@@ -207,6 +207,16 @@ def test_nan_is_reported():
     assert any("100.00% of the values of an output of broken" in remark for remark in report.remarks)
 
 
+def test_nan_of_the_pipeline_itself_is_reported_too():
+    pipe, calls = some("wan")
+    calls[0]["latents"][:] = math.nan
+    report = compare(pipe, {"static": STATIC}, calls)
+    assert math.isnan(report.rows[0].psnr)
+    assert any("100.00% of the values of an unpatched output" in remark for remark in report.remarks)
+    assert report.plot() is not None
+    assert "nan" in report.to_markdown()
+
+
 def test_return_dict_false_is_understood():
     pipe, calls = some("wan")
     report = compare(pipe, {"static": STATIC}, [{**calls[0], "return_dict": False}], **FAST)

@@ -45,6 +45,7 @@ class Evaluation:
         self._again: float | None = None
         self._order: list[tuple[str, ...]] = []
         self._gallery = Gallery()
+        self._broken = 0.0
 
     def add(self, taken: Round, is_warmup: bool) -> None:
         """Measures the runs of one round against its unpatched one.
@@ -57,6 +58,7 @@ class Evaluation:
         if is_warmup:
             return
         self._order.append(tuple(taken.runs))
+        self._broken = max(self._broken, metrics.non_finite(reference.media.values))
         self._references.append(_without_media(reference))
         self._gallery.add(taken.call, UNPATCHED, reference.media, reference.media)
         for name, run in taken.runs.items():
@@ -79,7 +81,8 @@ class Evaluation:
         """The report of all rounds so far."""
         fewer = [name for name in self._samples if name not in self._variants]
         plain = {name: _row(name, self._samples[name], True) for name in fewer}
-        curve = sorted((1 / row.compute_ratio, row.psnr) for row in plain.values() if row.compute_ratio)
+        finite = [row for row in plain.values() if math.isfinite(row.psnr)]
+        curve = sorted((1 / row.compute_ratio, row.psnr) for row in finite if row.compute_ratio)
         rows = [_row(name, self._samples[name], False, curve) for name in self._variants]
         rows += sorted(plain.values(), key=lambda row: row.compute_ratio or 1.0)
         peaks = [run.peak_memory for run in self._references if run.peak_memory is not None]
@@ -106,9 +109,14 @@ class Evaluation:
 
     def _remarks(self, rows: Sequence[Row]) -> list[str]:
         found = list(self._judge.reasons)
-        if self._again is not None and self._again != math.inf:
+        if self._broken:
             found.append(
-                f"The unpatched pipeline does not repeat itself: two runs on the same seed have a PSNR of "
+                f"NaN or infinite: up to {self._broken:.2%} of the values of an unpatched output. Nothing can be "
+                "compared with those."
+            )
+        if self._again is not None and math.isfinite(self._again):
+            found.append(
+                "The unpatched pipeline does not repeat itself: two runs on the same seed have a PSNR of "
                 f"{self._again:.1f} dB. No row can be expected to be nearer than that."
             )
         for row in rows:
