@@ -166,6 +166,22 @@ def test_a_generator_is_the_same_for_everybody_and_stays_where_it_was():
     assert torch.equal(generator.get_state(), state)
 
 
+def test_a_seed_decides_the_noise_of_every_run():
+    pipe, calls = some("wan")
+    del calls[0]["latents"]
+    seen = {}
+
+    def keep(output):
+        seen.setdefault(len(seen), output.frames.clone())
+        return output.frames.sigmoid()
+
+    seeded = [{**calls[0], "seed": 30}, {**calls[0], "seed": 40}, calls[0], calls[0]]
+    report = compare(pipe, {"never": NEVER}, seeded, decode=keep, fewer_steps=False, warmup=0)
+    assert report.rows[0].psnr == math.inf
+    one_of_each = [seen[index] for index in range(0, 8, 2)]
+    assert not any(torch.equal(one, other) for i, one in enumerate(one_of_each) for other in one_of_each[:i])
+
+
 def test_inputs_that_a_pipeline_writes_into_stay_as_they_were():
     pipe, calls = some("wan")
     original = pipe.scheduler.step

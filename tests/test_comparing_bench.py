@@ -80,3 +80,11 @@ def test_bench_says_what_to_do_without_the_miniatures(monkeypatch, capsys):
 
 def test_models_are_those_that_there_are():
     assert bench.MODELS == miniatures.NAMES
+
+
+def test_the_example_compares_its_variants():
+    from examples import compare as example
+
+    report = example.compare_settings("qwen", count=1, steps=4)
+    assert [row.name for row in report.rows if not row.is_fewer_steps] == list(example.VARIANTS)
+    assert report.calls == tuple(miniatures.captions("qwen", 1, 5))
