@@ -56,7 +56,7 @@ def shifted(values, strength):
 
 def measured(damage):
     reference = Media(clip(), "pixels")
-    judge = Judge(torch.device("cpu"))
+    judge = Judge()
     return [judge(Media(damage(reference.values, strength), "pixels"), reference) for strength in STRENGTHS]
 
 
@@ -116,7 +116,7 @@ def test_nan_is_told_and_not_hidden():
     reference = Media(clip(), "pixels")
     broken = reference.values.clone()
     broken[0, 0, 0, 0, :12] = math.nan
-    found = Judge(torch.device("cpu"))(Media(broken, "latents"), reference)
+    found = Judge()(Media(broken, "latents"), reference)
     assert math.isnan(found.psnr)
     assert math.isnan(found.ssim)
     assert math.isnan(found.sharpness)
@@ -142,7 +142,7 @@ def test_frames_one_by_one_have_the_mean_of_all_at_once():
 def test_latents_are_measured_on_the_references_range():
     reference = Media(10 * clip() - 5, "latents")
     pixels = Media(clip(), "pixels")
-    judge = Judge(torch.device("cpu"))
+    judge = Judge()
     found = judge(Media(10 * noise(clip(), 0.3) - 5, "latents"), reference)
     plain = judge(Media(noise(clip(), 0.3), "pixels"), pixels)
     spread = float(clip().max() - clip().min())
@@ -151,35 +151,35 @@ def test_latents_are_measured_on_the_references_range():
 
 def test_too_small_frames_have_no_ssim_and_a_reason():
     tiny = Media(torch.rand(1, 1, 3, 5, 9), "pixels")
-    judge = Judge(torch.device("cpu"))
+    judge = Judge()
     assert judge(tiny, tiny).ssim is None
     assert any("5×9" in reason for reason in judge.reasons)
 
 
 def test_packed_latents_of_unknown_layout_have_psnr_alone():
     rows = Media(torch.randn(1, 1, 1, 20, 20), "rows")
-    found = Judge(torch.device("cpu"))(Media(rows.values + 0.1, "rows"), rows)
+    found = Judge()(Media(rows.values + 0.1, "rows"), rows)
     assert math.isfinite(found.psnr)
     assert (found.ssim, found.sharpness, found.lpips) == (None, None, None)
 
 
 def test_without_torchmetrics_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
-    judge = Judge(torch.device("cpu"))
+    judge = Judge()
     media = Media(clip(), "pixels")
     assert judge(media, media).ssim is None
     assert "sgl-diffusion-accel[compare]" in next(iter(judge.reasons))
 
 
 def test_lpips_says_why_it_is_missing():
-    lpips = Lpips(torch.device("cpu"))
+    lpips = Lpips()
     assert "64 pixels" in lpips.why_not(Media(torch.rand(1, 1, 3, 32, 32), "pixels"))
     assert "RGB" in lpips.why_not(Media(torch.rand(1, 1, 3, 128, 128), "latents"))
     assert "RGB" in lpips.why_not(Media(torch.rand(1, 1, 1, 128, 128), "pixels"))
 
 
 def test_lpips_names_what_is_not_installed_and_downloads_nothing(monkeypatch, tmp_path):
-    lpips, large = Lpips(torch.device("cpu")), Media(torch.rand(1, 1, 3, 64, 64), "pixels")
+    lpips, large = Lpips(), Media(torch.rand(1, 1, 3, 64, 64), "pixels")
     monkeypatch.setattr(perceptual, "find_spec", lambda name: None if name == "torchvision" else name)
     assert "pip install torchvision" in lpips.why_not(large)
     monkeypatch.setattr(perceptual, "find_spec", lambda name: name)
@@ -192,7 +192,7 @@ def test_lpips_names_what_is_not_installed_and_downloads_nothing(monkeypatch, tm
 
 
 def test_lpips_ranks_growing_damage_where_it_can_be_had():
-    lpips, reference = Lpips(torch.device("cpu")), Media(clip(side=64), "pixels")
+    lpips, reference = Lpips(), Media(clip(side=64), "pixels")
     reason = lpips.why_not(reference)
     if reason:
         pytest.skip(reason)
@@ -203,7 +203,7 @@ def test_lpips_ranks_growing_damage_where_it_can_be_had():
 
 def test_other_shapes_are_refused():
     with pytest.raises(ConfigError, match="cannot be compared"):
-        Judge(torch.device("cpu"))(Media(clip(frames=5), "pixels"), Media(clip(frames=6), "pixels"))
+        Judge()(Media(clip(frames=5), "pixels"), Media(clip(frames=6), "pixels"))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Evaluation:
         self._calls = calls
         self._variants = variants
         self._device = device
-        self._judge = Judge(device)
+        self._judge = Judge()
         self._references: list[Run] = []
         self._samples: dict[str, list[Sample]] = {}
         self._first: Media | None = None

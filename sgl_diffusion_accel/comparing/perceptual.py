@@ -20,13 +20,9 @@ class Lpips:
     """Learned perceptual distance with AlexNet's features, 0 for equal pictures; the mean over all frames.
 
     Source: Zhang et al., https://arxiv.org/abs/1801.03924.
-
-    Args:
-        device: Where it runs.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._network: Any = None
 
     def why_not(self, reference: Media) -> str | None:
@@ -54,13 +50,10 @@ class Lpips:
         if self._network is None:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-            network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-            self._network = network.to(self._device)
+            self._network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
         pairs = zip(frames_of(values, torch.float32), frames_of(reference, torch.float32), strict=True)
         with torch.no_grad():
-            found = [
-                float(self._network(*(frame.clamp(0, 1)[None].to(self._device) for frame in pair))) for pair in pairs
-            ]
+            found = [float(self._network(*(frame.clamp(0, 1)[None] for frame in pair))) for pair in pairs]
         return sum(found) / len(found)
 
 

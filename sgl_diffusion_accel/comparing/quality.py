@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from sgl_diffusion_accel.comparing import metrics
 from sgl_diffusion_accel.comparing.outputs import Media
 from sgl_diffusion_accel.comparing.perceptual import Lpips
@@ -36,14 +34,12 @@ class Quality:
 class Judge:
     """Measures outputs, and keeps the reasons why a metric is missing, each once.
 
-    Args:
-        device: Where the metrics run: a CUDA device, else the CPU.
+    On the CPU, frame by frame: the device may be full of the model.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device if device.type == "cuda" else torch.device("cpu")  # others may lack float64
+    def __init__(self) -> None:
         self.reasons: dict[str, None] = {}
-        self._lpips = Lpips(self.device)
+        self._lpips = Lpips()
 
     def __call__(self, media: Media, reference: Media) -> Quality:
         """Measures one output.
@@ -56,7 +52,7 @@ class Judge:
                 f"the output has shape {tuple(media.values.shape)} and the unpatched one "
                 f"{tuple(reference.values.shape)} [batch, frames, channels, height, width]: they cannot be compared."
             )
-        values, other = (part.values.to(self.device) for part in (media, reference))
+        values, other = media.values, reference.values
         peak, in_space = reference.peak, reference.kind != "rows"
         no_ssim = metrics.why_no_ssim(other) if in_space else "no SSIM and sharpness: packed latents of unknown layout"
         no_lpips = self._lpips.why_not(reference)
