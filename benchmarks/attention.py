@@ -28,8 +28,7 @@ from sgl_diffusion_accel.attention.redirect import Redirect
 from sgl_diffusion_accel.attention.requirements import facts_of
 from sgl_diffusion_accel.attention.sites import Scope, find_sites, redirected
 from sgl_diffusion_accel.attention.verify import relative_error
-
-from . import environment
+from sgl_diffusion_accel.comparing import environment
 
 RESULT = Path(__file__).parent / "results" / "attention.json"
 HIDDEN, HEADS, TOKENS = 64, 1, 8

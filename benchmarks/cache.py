@@ -23,11 +23,13 @@ import torch
 from rich.progress import Progress
 
 from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
+from sgl_diffusion_accel.comparing import environment
+from sgl_diffusion_accel.comparing.metrics import mean_psnr
+from sgl_diffusion_accel.comparing.work import BlockWork
 
-from . import environment, pareto
+from . import pareto
 from .contenders import UNPATCHED, Contender, contenders, teacache_fits
-from .metrics import Frames, psnr, ssim
-from .work import BlockWork, computed_steps
+from .metrics import Frames, computed_steps, psnr, ssim
 
 RESULTS = Path(__file__).parent / "results"
 _CAPTION_SEED = 77
@@ -184,7 +186,7 @@ def row(contender: Contender, samples: list[Sample]) -> dict[str, Any]:
         "share": share,
         "compute_ratio": 1 / share,
         "computed_steps": statistics.fmean(sample.computed for sample in samples),
-        "psnr": None if exact else statistics.fmean(min(sample.psnr, 100.0) for sample in samples),
+        "psnr": None if exact else mean_psnr([sample.psnr for sample in samples]),
         "ssim": statistics.fmean(sample.ssim for sample in samples),
         "speedup": statistics.median(sample.speedup for sample in samples),
         "cpu_speedup": statistics.median(sample.cpu_speedup for sample in samples),

@@ -1,33 +1,39 @@
-"""How near a picture or clip is to the one of the unpatched run."""
+"""How near the frames of a miniature are to those of the unpatched run, and how many steps were computed."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torch import Tensor
+
+from sgl_diffusion_accel.comparing import metrics
 
 Frames = npt.NDArray[np.float32]
 """Pixels `[B, F, H, W, 3]` in [0, 1]."""
 
 
 def psnr(frames: Frames, reference: Frames) -> float:
-    """Peak signal-to-noise ratio in dB, `10 log10(1 / MSE)`, over all pixels and frames; infinite for equal ones.
-
-    Example:
-        >>> psnr(np.zeros((1, 1, 16, 16, 3)), np.full((1, 1, 16, 16, 3), 0.1))
-        20.0
-    """
-    error = float(np.mean(np.square(frames.astype(np.float64) - reference.astype(np.float64))))
-    return math.inf if error == 0 else -10 * math.log10(error)
+    """Peak signal-to-noise ratio in dB, over all pixels and frames; infinite for equal ones."""
+    return metrics.psnr(_tensor(frames), _tensor(reference))
 
 
 def ssim(frames: Frames, reference: Frames) -> float:
     """Structural similarity in [-1, 1], the mean over all frames; 1 for equal ones."""
-    one, other = (torch.from_numpy(part).flatten(0, 1).movedim(-1, 1) for part in (frames, reference))
-    value = structural_similarity_index_measure(one, other, data_range=1.0)
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"torchmetrics returned {type(value).__name__} where a tensor was expected")
-    return float(value)
+    return metrics.ssim(_tensor(frames), _tensor(reference))
+
+
+def _tensor(frames: Frames) -> Tensor:
+    return torch.from_numpy(frames).movedim(-1, 2)
+
+
+def computed_steps(calls: list[int], reference: list[int], steps: int) -> float:
+    """Denoising steps at which (nearly) all of the blocks' work was done, a mean over the branches.
+
+    Args:
+        calls: Work of each transformer call.
+        reference: The same of the unpatched run.
+        steps: Denoising steps of the unpatched run.
+    """
+    branches = len(reference) / steps
+    return sum(call > 0.95 * max(reference) for call in calls) / branches

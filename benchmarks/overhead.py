@@ -38,8 +38,7 @@ from sgl_diffusion_accel.caching.predictors import Reuse
 from sgl_diffusion_accel.caching.signals import ModulatedInput
 from sgl_diffusion_accel.caching.teacache_models import family_of
 from sgl_diffusion_accel.caching.window import Window
-
-from . import environment
+from sgl_diffusion_accel.comparing import environment
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
 HIDDEN = 1536

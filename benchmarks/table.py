@@ -6,9 +6,10 @@ python -m benchmarks.table
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from sgl_diffusion_accel.comparing.metrics import psnr_at
 
 from . import pareto
 from .settings import headline_settings, headline_teacache_settings
@@ -157,10 +158,7 @@ def line(row: dict[str, Any], result: dict[str, Any]) -> str:
 def fewer_steps_psnr(result: dict[str, Any], share: float) -> float | None:
     """PSNR of an unpatched run with fewer steps at `share` of the cost, between the two measured next to it."""
     rows = sorted((row["share"], row["psnr"]) for row in result["rows"] if row["family"] == "fewer steps")
-    for (low, worse), (high, better) in pairwise(rows):
-        if low <= share <= high:
-            return float(worse + (better - worse) * (share - low) / (high - low))
-    return None
+    return psnr_at(rows, share)
 
 
 def _fit_line(fit: dict[str, Any]) -> str:

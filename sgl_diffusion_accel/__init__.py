@@ -15,12 +15,15 @@ from sgl_diffusion_accel.caching.teacache_fit import fit_teacache
 from sgl_diffusion_accel.calibration.apply import apply_cache_plan
 from sgl_diffusion_accel.calibration.calibrate import calibrate
 from sgl_diffusion_accel.calibration.plan import CachePlan
+from sgl_diffusion_accel.comparing.compare import compare
+from sgl_diffusion_accel.comparing.report import ComparisonReport
 from sgl_diffusion_accel.errors import (
     AccelError,
     ConfigError,
     ConfigTypeError,
     MissingPackageError,
     UnsupportedModelError,
+    VariantError,
 )
 from sgl_diffusion_accel.patch import Patch, remove
 
@@ -30,6 +33,7 @@ __all__ = [
     "CacheDiTConfig",
     "CachePatch",
     "CachePlan",
+    "ComparisonReport",
     "ConfigError",
     "ConfigTypeError",
     "MissingPackageError",
@@ -38,6 +42,7 @@ __all__ = [
     "TeaCacheCoefficients",
     "TeaCacheConfig",
     "UnsupportedModelError",
+    "VariantError",
     "__version__",
     "apply_adaptive_cache",
     "apply_cache_dit",
@@ -45,6 +50,7 @@ __all__ = [
     "apply_teacache",
     "attention_backends",
     "calibrate",
+    "compare",
     "fit_teacache",
     "register_attention_backend",
     "remove",

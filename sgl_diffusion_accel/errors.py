@@ -22,6 +22,10 @@ class UnsupportedModelError(AccelError, ValueError):
     """The model cannot be patched in the way that was asked for."""
 
 
+class VariantError(AccelError, RuntimeError):
+    """A variant that was to be compared failed; the cause is the error that it raised."""
+
+
 class MissingPackageError(AccelError, ImportError):
     """An optional package is needed and not installed."""
 

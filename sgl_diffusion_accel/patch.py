@@ -79,6 +79,18 @@ def patches_of(module: nn.Module) -> Iterator[Patch]:
             yield handler.patch
 
 
+def patches_on(pipe: object) -> list[Patch]:
+    """The patches of this library on a pipeline or a module, each once, newest of each component first.
+
+    Args:
+        pipe: A diffusers pipeline, or a module that was patched by itself.
+
+    Raises:
+        ConfigTypeError: `pipe` is neither.
+    """
+    return list(dict.fromkeys(patch for module in _modules(pipe) for patch in patches_of(module)))
+
+
 def remove(pipe: object) -> None:
     """Undoes everything that this library did to a pipeline or a transformer, newest first.
 
@@ -103,5 +115,5 @@ def _modules(pipe: object) -> list[nn.Module]:
         return [unwrap(pipe)]
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
-        raise ConfigTypeError(f"remove() takes a diffusers pipeline or a module, not {type(pipe).__name__}.")
+        raise ConfigTypeError(f"expected a diffusers pipeline or a module, got {type(pipe).__name__}.")
     return [unwrap(part) for part in components.values() if isinstance(part, nn.Module)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.metrics import psnr, ssim
+from benchmarks.metrics import computed_steps, psnr, ssim
 from benchmarks.settings import (
     Setting,
     dbcache_settings,
@@ -19,7 +19,7 @@ from benchmarks.settings import (
     sigma_settings,
 )
 from benchmarks.table import BEGIN, END, chapter, fewer_steps_psnr, insert
-from benchmarks.work import BlockWork, computed_steps
+from sgl_diffusion_accel.comparing.work import BlockWork
 
 
 def frames(value: float) -> np.ndarray:

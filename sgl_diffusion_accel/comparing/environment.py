@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for its JSON file."""
+"""What a measurement ran on, for its report."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ import torch
 _PACKAGES = ("sgl-diffusion-accel", "torch", "diffusers", "transformers", "accelerate", "cache-dit", "numpy")
 
 
-def describe() -> dict[str, Any]:
-    """Versions, hardware, threads and date."""
+def describe(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions, hardware, threads and date.
+
+    Args:
+        device: Where it ran; with a CUDA device its name is told, without any that of the current one.
+    """
+    has_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "python": platform.python_version(),
@@ -23,7 +28,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if has_gpu else None,
     }
 
 

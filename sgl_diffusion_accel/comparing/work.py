@@ -1,8 +1,8 @@
-"""Counts what a transformer's blocks really do, in the same way for every cache.
+"""Counts what a transformer's blocks really do, in the same way for every cache, whoever made it.
 
 Caches skip in different places: some never call a skipped block, some call it and return at once, some skip only its
 attention. So what is counted is the work of the linear layers within the blocks, by a forward hook on each of them:
-multiply-accumulates executed, step by step, against those of the unpatched run.
+multiply-accumulates executed, transformer call by transformer call.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+Signature = tuple[tuple[int, ...], ...]
+
 
 class BlockWork:
     """Multiply-accumulates of the linear layers within a transformer's blocks, one entry a transformer call.
+
+    Args:
+        transformer: The model; several can be counted, each on its own.
 
     Attributes:
         calls: Work of each call so far.
 
     Example:
         >>> with BlockWork(pipe.transformer) as work:
-        ...     pipe(**call)
-        >>> share = work.total / unpatched.total
+        ...     output = pipe(**call)
+        >>> share = work.total / unpatched.total  # doctest: +SKIP
     """
 
     def __init__(self, transformer: nn.Module) -> None:
         self.calls: list[int] = []
+        self._shapes: list[Signature] = []
         self._transformer = transformer
         self._handles: list[RemovableHandle] = []
 
@@ -37,8 +43,19 @@ class BlockWork:
         """Work of all calls."""
         return sum(self.calls)
 
+    @property
+    def full(self) -> int:
+        """Work of all calls if each had done as much as the largest one on tensors of the same shapes.
+
+        A cache computes its first step in full, so this is what the unpatched model would have done.
+        """
+        most: dict[Signature, int] = {}
+        for shapes, work in zip(self._shapes, self.calls, strict=True):
+            most[shapes] = max(work, most.get(shapes, 0))
+        return sum(most[shapes] for shapes in self._shapes)
+
     def __enter__(self) -> BlockWork:
-        self._handles.append(self._transformer.register_forward_pre_hook(self._begin_call))
+        self._handles.append(self._transformer.register_forward_pre_hook(self._begin_call, with_kwargs=True))
         for block in blocks_of(self._transformer):
             for layer in block.modules():
                 if isinstance(layer, nn.Linear):
@@ -51,8 +68,11 @@ class BlockWork:
         while self._handles:
             self._handles.pop().remove()
 
-    def _begin_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        del module, args
+    def _begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        given = (*args, *kwargs.values())
+        values = (one for value in given for one in (value if isinstance(value, (list, tuple)) else [value]))
+        self._shapes.append(tuple(tuple(value.shape) for value in values if isinstance(value, torch.Tensor)))
         self.calls.append(0)
 
     def _count(self, layer: nn.Linear, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -66,13 +86,8 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     return [block for blocks in lists for block in blocks]
 
 
-def computed_steps(calls: list[int], reference: list[int], steps: int) -> float:
-    """Denoising steps at which (nearly) all of the blocks' work was done, a mean over the branches.
-
-    Args:
-        calls: Work of each transformer call.
-        reference: The same of the unpatched run.
-        steps: Denoising steps of the unpatched run.
-    """
-    branches = len(reference) / steps
-    return sum(call > 0.95 * max(reference) for call in calls) / branches
+def is_compiled(transformer: nn.Module) -> bool:
+    """Whether the transformer or a part of it is compiled: hooks would compile it anew."""
+    return hasattr(transformer, "_orig_mod") or any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in transformer.modules()
+    )

@@ -1,0 +1,90 @@
+"""The command `bench`, and the committed benchmark found again by `compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+import miniatures
+from sgl_diffusion_accel import ComparisonReport, apply_cache_dit
+from sgl_diffusion_accel.comparing import bench
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers())
+    return parser.parse_args(["bench", *arguments])
+
+
+VARIANTS = {
+    "F1 W4 MC3 R.24, reuse": apply_cache_dit,
+    "SCM late-fast static, TS2": partial(
+        apply_cache_dit, fn_compute_blocks=0, steps_mask="late-fast", steps_policy="static", taylorseer_order=2
+    ),
+}
+
+
+@pytest.mark.parametrize("model", ["wan", "qwen", "flux"])
+def test_compare_finds_the_figures_of_the_committed_benchmark(model):
+    committed = json.loads((RESULTS / f"{model}.json").read_text())
+    if committed["environment"]["packages"]["diffusers"] != diffusers.__version__:
+        pytest.skip("the committed benchmark is of another diffusers")
+    report = bench.compare_miniature(miniatures, model, 50, 1, VARIANTS, fewer_steps=[20], warmup=0)
+    assert list(report.calls) == committed["captions"][:1]
+    rows = {row["name"]: row["samples"][0] for row in committed["rows"] if row["family"] != "cache-dit"}
+    for row in report.rows:
+        theirs = rows[row.name]
+        assert row.psnr == pytest.approx(theirs["psnr"], abs=0.05), row.name
+        assert row.ssim == pytest.approx(theirs["ssim"], abs=1e-4), row.name
+        # The benchmark weighs blocks by their work; on FLUX those of the two lists differ a little.
+        assert row.compute_ratio == pytest.approx(1 / theirs["share"], rel=0.02 if model == "flux" else 1e-9), row.name
+    assert report[next(iter(VARIANTS))].sharpness == pytest.approx(1.0, abs=0.1)
+
+
+def test_bench_prints_a_table_and_writes_numbers_and_pictures(tmp_path, capsys):
+    numbers, folder = tmp_path / "deep" / "qwen.json", tmp_path / "pictures"
+    args = parse("--model", "qwen", "--steps", "8", "--captions", "1", "--json", str(numbers), "--plot", str(folder))
+    assert args.run(args) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("QwenImagePipeline, 8 steps, 1 call")
+    assert all(name in printed for name in bench.VARIANTS)
+    report = ComparisonReport.load(numbers)
+    assert [row.name for row in report.rows if not row.is_fewer_steps] == list(bench.VARIANTS)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "qwen_pareto.png", "qwen_pictures.png", "qwen_steps.png",
+    ]  # fmt: skip
+
+
+def test_bench_says_what_to_do_without_the_miniatures(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "miniatures", None)
+    assert bench.run(parse()) == 2
+    assert "In the root of a clone, type:" in capsys.readouterr().err
+
+
+def test_models_are_those_that_there_are():
+    assert bench.MODELS == miniatures.NAMES
+
+
+def test_the_example_compares_its_variants():
+    from examples import compare as example
+
+    report = example.compare_settings("qwen", count=1, steps=4)
+    assert [row.name for row in report.rows if not row.is_fewer_steps] == list(example.VARIANTS)
+    assert report.calls == tuple(miniatures.captions("qwen", 1, 5))
