@@ -23,10 +23,10 @@ class _Branch:
     """The computed outputs of one branch, by step, and how an output is put together."""
 
     outputs: dict[int, Tensors] = field(default_factory=dict)
-    form: Callable[[Sequence[Tensor]], Any] | None = None
+    form: Callable[[Sequence[Tensor]], Any] = tuple
 
     def has(self, nodes: Sequence[int]) -> bool:
-        return self.form is not None and all(node in self.outputs for node in nodes)
+        return all(node in self.outputs for node in nodes)
 
 
 class OutputRun(Kept):
@@ -91,7 +91,6 @@ class OutputRun(Kept):
     def skip(self, branch: str) -> Any:
         """What a skipped call returns."""
         kept = self._branches[branch]
-        assert kept.form is not None
         return kept.form(combine([(weight, kept.outputs[node]) for node, weight in (self._weights or {}).items()]))
 
     def computed(self, branch: str, output: Any, guidance: float | None) -> Any:

@@ -71,29 +71,31 @@ def calibrate(
     for module in transformers.values():
         if any(patch.kind == KIND for patch in patches_of(unwrap(module))):
             raise ConfigError("a cache is on this pipeline, and calibration needs uncached runs. Type: remove(pipe)")
-    plan = CachePlan.load(path) if path is not None and Path(path).exists() else None
-    done = 0 if plan is None else plan.calls
-    if plan is not None and done < len(calls):
+    known = CachePlan.load(path) if path is not None and Path(path).exists() else None
+    done = 0 if known is None else known.calls
+    if known is not None and done >= len(calls):
+        return known
+    if done:
         logger.info("%s holds %d calls: going on with the others", path, done)
     tea = TeaCacheRecording(pipe) if teacache and TeaCacheRecording.is_possible(transformers) else None
-    with recording(pipe) as runs, tea or nullcontext():
+    plans = [known] if known is not None else []
+    with tea or nullcontext(), recording(pipe) as runs:
         for number, call in enumerate(calls[done:], done + 1):
             runs.clear()
             if tea is None:
                 pipe(**call)
             else:
                 tea.run(call)
-            found = _plan(pipe, transformers, call, runs)
-            plan = found if plan is None else plan.merge(found)
+            plans.append(_plan(pipe, transformers, call, runs))
             if path is not None:
-                plan.save(path)
+                plans[0].merge(*plans[1:]).save(path)
             logger.log(logging.INFO if progress else logging.DEBUG, "calibrated: call %d of %d", number, len(calls))
-    assert plan is not None
-    fit = _fit(tea) if tea is not None and done < len(calls) else None
+    plan = plans[0].merge(*plans[1:])
+    fit = None if tea is None else _fit(tea)
     if fit is not None:
         plan = replace(plan, teacache=fit)
-        if path is not None:
-            plan.save(path)
+    if path is not None:
+        plan.save(path)
     return plan
 
 
