@@ -19,6 +19,9 @@ from sgl_diffusion_accel.errors import (
     UnsupportedModelError,
 )
 from sgl_diffusion_accel.patch import Patch, remove
+from sgl_diffusion_accel.profiling.nsys import nsys_command
+from sgl_diffusion_accel.profiling.profile import Profile, profile
+from sgl_diffusion_accel.profiling.report import ProfileReport
 
 __all__ = [
     "AccelError",
@@ -29,6 +32,8 @@ __all__ = [
     "ConfigTypeError",
     "MissingPackageError",
     "Patch",
+    "Profile",
+    "ProfileReport",
     "StepsMask",
     "TeaCacheCoefficients",
     "TeaCacheConfig",
@@ -38,6 +43,8 @@ __all__ = [
     "apply_teacache",
     "attention_backends",
     "fit_teacache",
+    "nsys_command",
+    "profile",
     "register_attention_backend",
     "remove",
     "set_attention_backend",

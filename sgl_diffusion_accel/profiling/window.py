@@ -23,7 +23,7 @@ class Emitter(Protocol):
         """Turns it on; `label` tells what is recorded."""
 
     def stop(self) -> None:
-        """Turns it off."""
+        """Turns it off, also if it has only been prepared."""
 
     def push(self, name: str) -> None:
         """Opens a range."""
@@ -41,6 +41,10 @@ class Window:
         emitter: Marks the ranges.
         steps: Denoising steps to record after one step of warm-up; -1 for all, without warm-up.
         all_stages: Whether to record whole pipeline calls instead.
+
+    Attributes:
+        is_on: Whether it is recording.
+        failure: What the profiler raised, None if it did not.
     """
 
     def __init__(self, emitter: Emitter, steps: int, all_stages: bool) -> None:
@@ -50,6 +54,7 @@ class Window:
         self._steps = steps
         self._all_stages = all_stages
         self._open: list[str] = []
+        self._is_prepared = False
 
     def bounds(self, total: int) -> tuple[int, int]:
         """First recorded step of a loop of `total` steps, and the one behind the last."""
@@ -59,8 +64,8 @@ class Window:
 
     @property
     def is_loop_open(self) -> bool:
-        """Whether it is on, and ends with its denoising loop at the latest."""
-        return self.is_on and not self._all_stages
+        """Whether something is under way that ends with its denoising loop at the latest."""
+        return (self.is_on or self._is_prepared) and not self._all_stages
 
     def begin_call(self, pipeline: str) -> None:
         """A pipeline call begins."""
@@ -84,7 +89,7 @@ class Window:
         elif step == first:
             self._start(f"{pipeline}-{behind - first}_steps")
         elif step < first:
-            self._attempt(self._emitter.prepare)
+            self._is_prepared = self._attempt(self._emitter.prepare)
 
     def leave_loop(self) -> None:
         """A denoising loop has ended, however it did."""
@@ -107,16 +112,16 @@ class Window:
     def _start(self, label: str) -> None:
         if self.is_on or not self._attempt(lambda: self._emitter.start(label)):
             return
-        self.is_on = True
+        self.is_on, self._is_prepared = True, False
         for name in self._open:
             self._emitter.push(name)
 
     def _stop(self) -> None:
-        if not self.is_on:
+        if not (self.is_on or self._is_prepared):
             return
-        for _ in self._open:
+        for _ in self._open if self.is_on else ():
             self._emitter.pop()
-        self.is_on = False
+        self.is_on = self._is_prepared = False
         self._attempt(self._emitter.stop)
 
     def _attempt(self, action: Callable[[], None]) -> bool:
