@@ -29,15 +29,16 @@ def build(call: Call, remarks: Sequence[str] = ()) -> CallReport:
     ranges = [each for each in call.ranges if each.end is not None]
     loops = [each for each in ranges if each.kind == "loop"]
     steps = tuple(_step(each, ranges, within) for each in ranges if each.kind == "step")
+    profiler_ms = sum(_length(within(each)) for each in ranges if each.kind == "profiler")
     expected = sum(loop.facts["steps"] for loop in loops)
     return CallReport(
         pipeline=call.pipeline,
         device=str(call.device),
         clock=call.clock.name,
-        total_ms=call.clock.milliseconds(call.begin, call.end),
+        total_ms=call.clock.milliseconds(call.begin, call.end) - profiler_ms,
         stages=_stages(ranges, within),
         steps=steps,
-        profiler_ms=sum(_length(within(each)) for each in ranges if each.kind == "profiler"),
+        profiler_ms=profiler_ms,
         memory=tuple(call.memory),
         is_whole=call.is_whole,
         is_complete=call.error is None and len(steps) == expected,
@@ -60,7 +61,9 @@ def _stages(ranges: list[Range], within: Within) -> tuple[StageTiming, ...]:
             spans.setdefault(name, []).append(within(each))
             inside = (inner for inner in ranges if inner.kind == "profiler" and inner.parent is each)
             spent[name] = spent.get(name, 0.0) + sum(_length(within(inner)) for inner in inside)
-    return tuple(StageTiming(name, sum(map(_length, found)) - spent[name], tuple(found)) for name, found in spans.items())
+    return tuple(
+        StageTiming(name, sum(map(_length, found)) - spent[name], tuple(found)) for name, found in spans.items()
+    )
 
 
 def _step(step: Range, ranges: list[Range], within: Within) -> StepTiming:

@@ -1,8 +1,8 @@
 """Clocks: on a GPU, events in its queue that are read at the end of a run; elsewhere the host's clock.
 
 An event is a mark that the device passes when everything queued before it is done. So the time between two events is
-the device's own, and nothing waits for it while the pipeline runs. Where the device has nothing to do an event is passed
-as soon as it is queued, so that times in which only the host works are counted as well.
+the device's own, and nothing waits for it while the pipeline runs. Where the device has nothing to do an event is
+passed as soon as it is queued, so that times in which only the host works are counted as well.
 """
 
 from __future__ import annotations

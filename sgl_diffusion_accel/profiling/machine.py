@@ -35,7 +35,10 @@ def describe() -> str:
         ("Versions", _table(("package", "version"), package_versions((*PACKAGES, *_KERNELS, *_backend_packages())))),
         ("Machine", _table(("what", "value"), dict(_machine()))),
         ("Attention backends", "\n".join(_backend_lines())),
-        ("Environment", _table(("variable", "value"), dict(_environment(os.environ))) or "Nothing that matters is set."),
+        (
+            "Environment",
+            _table(("variable", "value"), dict(_environment(os.environ))) or "Nothing that matters is set.",
+        ),
     ]
     return "\n\n".join(f"### {title}\n\n{body}" for title, body in chapters)
 

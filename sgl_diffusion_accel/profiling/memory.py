@@ -40,9 +40,19 @@ def take_checkpoint(name: str, device: torch.device, host_peak_mb: float) -> Mem
         host_peak_mb: The most anonymous host memory so far.
     """
     module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    names = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
-    found = [float(read(device)) / 2**20 if (read := getattr(module, each, None)) else 0.0 for each in names]
-    return MemoryCheckpoint(name, *found, max(host_peak_mb, host_anonymous_mb()))
+
+    def read(counter: str) -> float:
+        found = getattr(module, counter, None)
+        return 0.0 if found is None else float(found(device)) / 2**20
+
+    return MemoryCheckpoint(
+        name,
+        allocated_mb=read("memory_allocated"),
+        reserved_mb=read("memory_reserved"),
+        peak_allocated_mb=read("max_memory_allocated"),
+        peak_reserved_mb=read("max_memory_reserved"),
+        peak_host_anon_mb=max(host_peak_mb, host_anonymous_mb()),
+    )
 
 
 def reset_peak(device: torch.device) -> None:

@@ -19,7 +19,7 @@ def nsys_command(command: str | Sequence[str] | None = None, *, output: str = "p
     Args:
         command: The script with its arguments: a line, or a list such as `["run.py", "--steps", "50"]`. What does not
             begin with a program is run by this Python. None for the command that is running now.
-        output: The report's name; `%p` becomes the process id and `%n` a running number, so that nothing is overwritten.
+        output: The report's name; `%p` becomes the process id and `%n` a running number, so nothing is overwritten.
         calls: Pipeline calls that are profiled, each of which becomes a report of its own.
 
     Returns:

@@ -25,7 +25,7 @@ class NvtxEmitter:
 
     def push(self, name: str) -> None:
         """Opens a range."""
-        torch.cuda.nvtx.range_push(name)
+        torch.cuda.nvtx.range_push(name)  # type: ignore[no-untyped-call]
 
     def pop(self) -> None:
         """Closes the last one."""

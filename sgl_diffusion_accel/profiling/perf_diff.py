@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sgl_diffusion_accel.profiling.perf_json import Perf, read_perf
@@ -61,16 +61,16 @@ def _rows(before: Perf, after: Perf) -> Iterator[Row]:
     counts = len(before.denoise_steps_ms), len(after.denoise_steps_ms)
     if any(counts):
         yield "denoising steps", float(counts[0]), float(counts[1])
-        for label, take in (("mean", statistics.fmean), ("median", statistics.median)):
-            yield f"{label} step, ms", *(_of(take, each.denoise_steps_ms) for each in (before, after))  # type: ignore[misc]
+        yield "mean step, ms", _of(statistics.fmean, before), _of(statistics.fmean, after)
+        yield "median step, ms", _of(statistics.median, before), _of(statistics.median, after)
     for name, label in _MEMORY.items():
         peaks = before.peak(name), after.peak(name)
         if any(peaks):
             yield label, *peaks
 
 
-def _of(take: object, values: tuple[float, ...]) -> float | None:
-    return take(values) if values else None  # type: ignore[operator,no-any-return]
+def _of(take: Callable[[tuple[float, ...]], float], perf: Perf) -> float | None:
+    return take(perf.denoise_steps_ms) if perf.denoise_steps_ms else None
 
 
 def _line(row: Row) -> str:

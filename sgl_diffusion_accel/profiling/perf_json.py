@@ -60,7 +60,6 @@ def write_perf(report: ProfileReport, call: CallReport, path: Path, tag: str) ->
 def perf_fields(report: ProfileReport, call: CallReport, tag: str) -> dict[str, Any]:
     """The fields of the file. What belongs to no stage is the stage "Other", so that the stages sum up to the total."""
     stages = [(sglang_name(stage.name), stage.duration_ms) for stage in call.stages]
-    stages += [("Profiler", call.profiler_ms)] if call.profiler_ms else []
     stages.append(("Other", call.other_ms))
     memory = {each.name: {key: round(value, 2) for key, value in _counts(each)} for each in call.memory}
     return {
@@ -79,6 +78,7 @@ def perf_fields(report: ProfileReport, call: CallReport, tag: str) -> dict[str, 
             "device": call.device,
             "clock": call.clock,
             "is_complete": call.is_complete,
+            "profiler_ms": call.profiler_ms,
             "versions": dict(report.versions),
             "remarks": [*report.remarks, *call.remarks],
             "denoise_steps": [_step(step) for step in call.steps],
@@ -157,4 +157,6 @@ def read_perf(path: str | Path) -> Perf:
 
 
 def _memory(checkpoints: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    return {str(name): {str(key): float(value) for key, value in counts.items()} for name, counts in checkpoints.items()}
+    return {
+        str(name): {str(key): float(value) for key, value in counts.items()} for name, counts in checkpoints.items()
+    }

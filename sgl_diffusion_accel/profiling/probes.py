@@ -66,7 +66,7 @@ class PipelineProbe(Probe):
             self._recorder.end_call(None if error is None else f"{type(error).__name__}: {error}"[:200])
 
     def leave(self, module: Any, token: Any, output: Any) -> Any:  # noqa: ARG002
-        """Ends it. (An error that the caller is handling meanwhile is not the call's.)"""
+        """Ends it; an error that its caller is handling meanwhile is not the call's."""
         if token:
             self._recorder.end_call()
         return output

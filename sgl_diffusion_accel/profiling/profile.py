@@ -52,8 +52,8 @@ def profile(
 ) -> Profile:
     """Measures the pipeline calls inside a `with` block: timings of all stages and steps, and a trace of some.
 
-    The timings are the device's own: on a GPU they are events in its queue, read at the end, so that nothing waits while
-    the pipeline runs. The trace is what the torch profiler records of `steps` denoising steps, after one step of
+    The timings are the device's own: on a GPU they are events in its queue, read at the end, so that nothing waits
+    while the pipeline runs. The trace is what the torch profiler records of `steps` denoising steps, after one step of
     warm-up; it slows these steps down, which the report says. Outputs stay bitwise the same, and at the end of the
     block nothing is left on the pipeline, also on an error.
 
@@ -87,9 +87,7 @@ def profile(
         >>> prof.save_perf("perf.json")
         >>> prof.trace_path
     """
-    settings = ProfileSettings(
-        steps, all_stages, output_dir, nvtx, trace, record_shapes, with_stack, profile_memory
-    )
+    settings = ProfileSettings(steps, all_stages, output_dir, nvtx, trace, record_shapes, with_stack, profile_memory)
     find_transformers(pipe)
     return Profile(pipe, settings)
 
@@ -158,7 +156,7 @@ class Profile:
 
     def __enter__(self) -> Profile:
         if self._was_used:
-            raise ConfigError("this profile has been used: a profile is entered once. Type: with profile(pipe) as prof:")
+            raise ConfigError("this profile has been used, and is entered once. Type: with profile(pipe) as prof:")
         if is_profiled(self._pipe):
             raise ConfigError(
                 f"this {type(self._pipe).__name__} is being profiled already: leave the block of the other profile "

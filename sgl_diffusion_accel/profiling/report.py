@@ -98,10 +98,10 @@ class CallReport:
         pipeline: The pipeline's class; the transformer's where another pipeline used it.
         device: Where it ran.
         clock: What took the times: the device's own events, or the host's clock.
-        total_ms: From beginning to end.
+        total_ms: From beginning to end, without `profiler_ms`.
         stages: In the order in which they began.
         steps: The denoising steps.
-        profiler_ms: What starting and stopping a profiler took, outside of all steps.
+        profiler_ms: What starting and stopping a profiler took meanwhile, outside of all stages and steps.
         memory: At checkpoints.
         is_whole: Whether the pipeline call itself was seen; otherwise its denoising loop alone.
         is_complete: Whether it came to its end.
@@ -130,7 +130,7 @@ class CallReport:
     @property
     def other_ms(self) -> float:
         """What belongs to no stage: checks of inputs, noise, what lies between the stages."""
-        return self.total_ms - sum(stage.duration_ms for stage in self.stages) - self.profiler_ms
+        return self.total_ms - sum(stage.duration_ms for stage in self.stages)
 
     @property
     def traced_steps(self) -> tuple[int, ...]:

@@ -84,7 +84,7 @@ def _folder(given: object) -> Path:
     folder = default_directory() if given is None else Path(given).expanduser()
     nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not nearest.is_dir():
-        raise ConfigError(f"output_dir={str(folder)!r}: {nearest} is a file; allowed: a folder, which is made if needed.")
+        raise ConfigError(f"output_dir={str(folder)!r}: {nearest} is a file. Name a folder; it is made if needed.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir={str(folder)!r}: {nearest} is not writable. Name another folder: output_dir='…'.")
+        raise ConfigError(f"output_dir={str(folder)!r}: {nearest} is not writable. Name another folder.")
     return folder

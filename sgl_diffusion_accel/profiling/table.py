@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from sgl_diffusion_accel.profiling.memory import MemoryCheckpoint
 from sgl_diffusion_accel.profiling.report import CallReport, ProfileReport, StepTiming
 
 _MOST_STEPS = 60
@@ -123,39 +124,38 @@ def _tables(report: ProfileReport) -> Iterator[Table]:
     peaks = [each for each in call.memory if each.reserved_mb]
     if peaks:
         head = ("memory, MiB", "allocated", "reserved", "peak allocated", "peak reserved")
-        rows = [
-            (each.name, *map(_number, (each.allocated_mb, each.reserved_mb, each.peak_allocated_mb)))
-            + (_number(each.peak_reserved_mb),)
-            for each in peaks
-        ]
-        yield Table("memory", head, tuple(rows))
+        yield Table("memory", head, tuple((each.name, *map(_number, counts(each))) for each in peaks))
+
+
+def counts(checkpoint: MemoryCheckpoint) -> tuple[float, ...]:
+    """A checkpoint's counts of the device's memory."""
+    peaks = checkpoint.peak_allocated_mb, checkpoint.peak_reserved_mb
+    return checkpoint.allocated_mb, checkpoint.reserved_mb, *peaks
 
 
 def _stage_rows(call: CallReport) -> Iterator[tuple[str, str, str]]:
     parts = [(stage.name, stage.duration_ms) for stage in call.stages]
-    parts += [("profiler, starting and stopping", call.profiler_ms)] if call.profiler_ms else []
     parts += [("other", call.other_ms)]
     for name, duration in (*parts, ("total", call.total_ms)):
         yield name, _number(duration), f"{duration / call.total_ms:.1%}" if call.total_ms else "–"
+    if call.profiler_ms:
+        yield "profiler, starting and stopping", _number(call.profiler_ms), "not in it"
 
 
 def _summary(call: CallReport) -> Iterator[tuple[str, ...]]:
     """The steps by kind: what a cache computed, what it skipped, what was traced."""
-    plain = [step for step in call.steps if not step.traced]
-    kinds = {
-        "computed": [step for step in plain if step.computed is not False],
-        "skipped by the cache": [step for step in plain if step.computed is False],
-        "computed, traced": [step for step in call.steps if step.traced and step.computed is not False],
-        "skipped by the cache, traced": [step for step in call.steps if step.traced and step.computed is False],
-    }
-    for name, steps in kinds.items():
-        if steps:
-            times = [step.duration_ms for step in steps]
-            yield name, str(len(steps)), *map(_number, (statistics.median(times), min(times), max(times)))
+    names = {None: "", True: "computed", False: "skipped by the cache"}
+    kinds: dict[str, list[float]] = {}
+    for step in call.steps:
+        words = (names[step.computed], "traced" if step.traced else "not traced" if call.traced_steps else "")
+        kinds.setdefault(", ".join(filter(None, words)) or "all", []).append(step.duration_ms)
+    for name, times in kinds.items():
+        yield name, str(len(times)), *map(_number, (statistics.median(times), min(times), max(times)))
 
 
 def _step_table(call: CallReport) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    has_control, has_cache = any(step.control_ms for step in call.steps), any(s.computed is not None for s in call.steps)
+    has_control = any(step.control_ms for step in call.steps)
+    has_cache = any(step.computed is not None for step in call.steps)
     head = ["step", "timestep", "total", *call.branches, *(["controlnet"] if has_control else []), "scheduler", "other"]
     head += ["cache"] if has_cache else []
     return tuple(head), tuple(

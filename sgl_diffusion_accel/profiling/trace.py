@@ -30,7 +30,11 @@ class TorchEmitter:
     """
 
     def __init__(self, record_shapes: bool, with_stack: bool, profile_memory: bool) -> None:
-        self._options = {"record_shapes": record_shapes, "with_stack": with_stack, "profile_memory": profile_memory}
+        self._options: dict[str, Any] = {
+            "record_shapes": record_shapes,
+            "with_stack": with_stack,
+            "profile_memory": profile_memory,
+        }
         self._profiler: Any = None
         self._label: str | None = None
         self._open: list[Any] = []
@@ -38,7 +42,7 @@ class TorchEmitter:
 
     def prepare(self) -> None:
         """Sets the profiler up, so that what this costs falls into the warm-up."""
-        available = supported_activities()
+        available = supported_activities()  # type: ignore[no-untyped-call]
         activities = [each for each in _ACTIVITIES if each in available]
         self._profiler = profile(activities=activities, acc_events=True, **self._options)
         self._profiler.prepare_trace()
