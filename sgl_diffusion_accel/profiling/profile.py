@@ -31,7 +31,7 @@ from sgl_diffusion_accel.profiling.probes import (
 from sgl_diffusion_accel.profiling.recorder import NOT_SEEN, Call, Recorder
 from sgl_diffusion_accel.profiling.report import CallReport, ProfileReport
 from sgl_diffusion_accel.profiling.settings import ProfileSettings
-from sgl_diffusion_accel.profiling.trace import TorchEmitter
+from sgl_diffusion_accel.profiling.trace import TorchEmitter, is_recording
 from sgl_diffusion_accel.profiling.window import Emitter, Window
 from sgl_diffusion_accel.targets import find_transformers, unwrap
 
@@ -76,7 +76,8 @@ def profile(
 
     Raises:
         ConfigError: A setting has a value that is not allowed, the folder cannot be written, or there is no CUDA for
-            NVTX. On entering: the pipeline is being profiled already, or the profile has been used.
+            NVTX. On entering: the pipeline is being profiled already, another torch profiler is running, or the profile
+            has been used.
         ConfigTypeError: A setting, or `pipe`, has a wrong type.
         UnsupportedModelError: The pipeline has no diffusion transformer.
 
@@ -161,6 +162,11 @@ class Profile:
             raise ConfigError(
                 f"this {type(self._pipe).__name__} is being profiled already: leave the block of the other profile "
                 "first, or take out the inner one."
+            )
+        if self.settings.trace and is_recording():
+            raise ConfigError(
+                "a torch profiler is running already, and there is one at a time. For timings beside it type: "
+                "trace=False."
             )
         self._was_used = True
         try:

@@ -41,7 +41,13 @@ class TorchEmitter:
         self._finished: list[tuple[str, datetime.datetime, Any]] = []
 
     def prepare(self) -> None:
-        """Sets the profiler up, so that what this costs falls into the warm-up."""
+        """Sets the profiler up, so that what this costs falls into the warm-up.
+
+        Raises:
+            RuntimeError: Another torch profiler is running, which this one would end.
+        """
+        if is_recording():
+            raise RuntimeError("another torch profiler is running in this process")
         available = supported_activities()  # type: ignore[no-untyped-call]
         activities = [each for each in _ACTIVITIES if each in available]
         self._profiler = profile(activities=activities, acc_events=True, **self._options)
@@ -58,6 +64,8 @@ class TorchEmitter:
         """Ends the trace; one that was only prepared is dropped."""
         profiler, label = self._profiler, self._label
         self._profiler = self._label = None
+        if profiler is None:
+            return
         if label is None:
             profiler.start_trace()
         profiler.stop_trace()
@@ -87,6 +95,11 @@ class TorchEmitter:
             profiler.export_chrome_trace(str(path))
             written.append(path)
         return written
+
+
+def is_recording() -> bool:
+    """Whether some torch profiler is running in this process."""
+    return bool(torch.autograd.profiler._is_profiler_enabled)
 
 
 def new_file(folder: Path, name: str, ending: str) -> Path:

@@ -6,6 +6,7 @@ opened again inside it, and those that are open when it ends are closed first: a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -110,9 +111,11 @@ class Window:
                 self._emitter.pop()
 
     def _start(self, label: str) -> None:
-        if self.is_on or not self._attempt(lambda: self._emitter.start(label)):
+        if self.is_on:
             return
-        self.is_on, self._is_prepared = True, False
+        self.is_on, self._is_prepared = self._attempt(lambda: self._emitter.start(label)), False
+        if not self.is_on:
+            return
         for name in self._open:
             self._emitter.push(name)
 
@@ -131,6 +134,8 @@ class Window:
             action()
         except Exception as error:  # whatever a profiler raises, the pipeline goes on
             self.failure = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(Exception):
+                self._emitter.stop()
             logger.warning("the profiler failed, and the run goes on without it: %s", self.failure, exc_info=True)
             return False
         return True
