@@ -248,7 +248,7 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
     }
     if issubclass(base, nn.Module):
         namespace[CALL] = _eager(__call__, recursive=False)
-    elif hasattr(base, CALL):
+    elif any(CALL in vars(each) for each in base.__mro__):  # hasattr would find that of the class's own class
         namespace[CALL] = _intercepted_method(base, CALL)
     namespace |= {name: _intercepted_method(base, name) for name in methods}
     if hasattr(base, "cache_context"):
