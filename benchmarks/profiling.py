@@ -2,11 +2,11 @@
 
     python -m benchmarks.profiling [--blocks 5] [--pairs 15]
 
-On a Wan transformer of real width with a few blocks: runs with `profile(pipe, trace=False)` and runs without take turns,
-the order changing from pair to pair; medians of the paired ratios of a denoising step, with their quartiles, in wall
-time and in the thread's CPU time. Since such a ratio is near 1 and no machine is quiet, also the milliseconds of the
-profiler itself, on the same tensors with blocks that do next to nothing, and what marking every block costs while a
-trace is recorded. The sums are taken from one profiled run each. Writes `benchmarks/results/profiling.json`.
+On a Wan transformer of real width with a few blocks: runs with `profile(pipe, trace=False)` and runs without take
+turns, the order changing from pair to pair; medians of the paired ratios of a denoising step, with their quartiles, in
+wall time and in the thread's CPU time. Since such a ratio is near 1 and no machine is quiet, also the milliseconds of
+the profiler itself, on the same tensors with blocks that do next to nothing, and what a step costs that is traced. The
+sums are medians over some profiled runs. Writes `benchmarks/results/profiling.json`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,11 @@ def test_words_are_quoted_for_the_shell() -> None:
 def test_command_that_is_running_now(monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "5"])
     assert words()[-4:] == [sys.executable, "run.py", "--steps", "5"]
+
+
+def test_documentation_shows_what_is_printed() -> None:
+    page = Path(__file__).parent.parent / "docs" / "profiling.md"
+    assert f"\n{nsys_command('python run.py')}\n" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

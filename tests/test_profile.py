@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import sgl_diffusion_accel
 from invariants import CACHES, Interrupted, Snapshot, assert_same, failing_at, families
 from invariants.families import present
 from sgl_diffusion_accel import (
@@ -172,6 +175,20 @@ def test_trace_that_cannot_be_written_does_not_hide_another_error(folder: Path, 
         raise ZeroDivisionError
     assert "could not be written" in caplog.text
     assert_free(pipe)
+
+
+def test_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    family = present("wan")
+    pipe = family.make()
+    (example,) = doctest.DocTestFinder(recurse=False).find(
+        profile, globs={"profile": profile, "pipe": pipe, "call": family.call(pipe)}
+    )
+    source = "".join(each.source for each in example.examples)
+    exec(source, example.globs)
+    assert "WanPipeline" in capsys.readouterr().out
+    assert (tmp_path / "perf.json").exists()
+    assert len(list((tmp_path / "logs").iterdir())) == 1
 
 
 # Runs of all kinds
@@ -577,11 +594,15 @@ def test_no_wait_on_a_gpu_and_times_of_the_device(family: Family) -> None:
     given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in family.call(pipe).items()}
     expected = family.run(pipe, **given)
     with profile(pipe, trace=False) as prof:
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("warn")
         try:
-            output = family.run(pipe, **given)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                output = family.run(pipe, **given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    ours = str(Path(sgl_diffusion_accel.__file__).parent)
+    assert [warning for warning in seen if warning.filename.startswith(ours)] == []
     assert torch.equal(output, expected)
     call = prof.report.last
     assert call.clock == "events of cuda:0"
