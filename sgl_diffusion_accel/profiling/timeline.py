@@ -102,7 +102,9 @@ def _draw_title(sheet: _Sheet, call: CallReport) -> None:
     computed = [step for step in call.steps if step.computed is not False]
     for label, steps in (("computed", computed), ("skipped by the cache", skipped)):
         if steps:
-            about.append(f"{len(steps)} steps {label}, median {_time(median(step.duration_ms for step in steps))}")
+            plain = [step.duration_ms for step in steps if not step.traced]
+            typical = median(plain or [step.duration_ms for step in steps])
+            about.append(f"{len(steps)} steps {label}, median {_time(typical)}")
     if call.profiler_ms:
         about.append(f"without {_time(call.profiler_ms)} in which the profiler started and stopped")
     if not call.is_complete:
