@@ -45,6 +45,7 @@ format: $(READY)
 bench: $(READY_BENCH)
 	@$(VENV_BENCH)/bin/python -m benchmarks.overhead
 	@$(VENV_BENCH)/bin/python -m benchmarks.attention
+	@$(VENV_BENCH)/bin/python -m benchmarks.profiling
 	@$(VENV_BENCH)/bin/python -m benchmarks.cache $(ARGS)
 	@$(VENV_BENCH)/bin/python -m benchmarks.table
 

@@ -35,7 +35,7 @@ _HEADLINES = {
     "TaylorSeer, every 4 steps, order 2",
 }
 """Rows of the README's table besides the settings of DBCache."""
-_OTHER_QUESTIONS = ("attention", "overhead")
+_OTHER_QUESTIONS = ("attention", "overhead", "profiling")
 _HEAD = (
     "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"
     "|---|--:|--:|--:|--:|--:|--:|\n"
@@ -56,6 +56,8 @@ def main() -> None:
         parts += ["## The library's own cost", overhead(json.loads((RESULTS / "overhead.json").read_text()))]
     if (RESULTS / "attention.json").exists():
         parts += ["## Attention", attention(json.loads((RESULTS / "attention.json").read_text()))]
+    if (RESULTS / "profiling.json").exists():
+        parts += ["## Profiling", profiling(json.loads((RESULTS / "profiling.json").read_text()))]
     (ROOT / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
     readme = ROOT / "README.md"
     if readme.exists():
@@ -113,6 +115,12 @@ def overhead(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
+
+
+def profiling(result: dict[str, Any]) -> str:
+    """What was measured by `benchmarks.profiling`: the cost, and the shares that the reported parts have."""
+    shares = "; ".join(f"{name}: {share:.1%}" for name, share in result["sums"].items())
+    return f"{overhead(result)}\n\nWhat the report accounts for: {shares}."
 
 
 def attention(result: dict[str, Any]) -> str:

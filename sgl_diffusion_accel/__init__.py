@@ -26,6 +26,9 @@ from sgl_diffusion_accel.errors import (
     VariantError,
 )
 from sgl_diffusion_accel.patch import Patch, remove
+from sgl_diffusion_accel.profiling.nsys import nsys_command
+from sgl_diffusion_accel.profiling.profile import Profile, profile
+from sgl_diffusion_accel.profiling.report import ProfileReport
 
 __all__ = [
     "AccelError",
@@ -38,6 +41,8 @@ __all__ = [
     "ConfigTypeError",
     "MissingPackageError",
     "Patch",
+    "Profile",
+    "ProfileReport",
     "StepsMask",
     "TeaCacheCoefficients",
     "TeaCacheConfig",
@@ -52,6 +57,8 @@ __all__ = [
     "calibrate",
     "compare",
     "fit_teacache",
+    "nsys_command",
+    "profile",
     "register_attention_backend",
     "remove",
     "set_attention_backend",

@@ -4,12 +4,16 @@ An intercepted instance gets a class of its own kind: a subclass of its class, w
 `__call__`. So the handler is outermost: hooks, offloading, adapters and compiled code all run inside it. There is one
 such subclass for each original class, shared by all intercepted instances and kept for the life of the process, so
 that `torch.compile` sees one type for all the blocks of a model and recompiles nothing when a patch is applied again.
+
+Other methods are intercepted in the same way, and not by an attribute on the instance: pipelines copy their schedulers,
+and a copy with such an attribute would go on to call the original.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copyreg
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +26,9 @@ from sgl_diffusion_accel.errors import UnsupportedModelError
 
 SLOT = "_sgl_diffusion_accel"
 """Key in the instance's `__dict__` under which the handlers of an intercepted module live."""
+
+CALL = "__call__"
+"""The method that is intercepted unless another one is named."""
 
 
 class Instead:
@@ -51,20 +58,41 @@ class Handler(Protocol):
 
 
 class Slot:
-    """The handlers of one module, by kind; the one applied last is outermost."""
+    """The handlers of one module, by kind; the one applied last is outermost.
 
-    __slots__ = ("handlers", "kinds")
+    Attributes:
+        kinds: Those of its `__call__`, the one applied last at the end.
+        handlers: The same, outermost first.
+        methods: The slots of its other methods, by name.
+    """
+
+    __slots__ = ("handlers", "kinds", "methods")
 
     def __init__(self) -> None:
         self.kinds: dict[str, Handler] = {}
         self.handlers: tuple[Handler, ...] = ()
+        self.methods: dict[str, Slot] = {}
 
-    def put(self, kind: str, handler: Handler | None) -> None:
+    def __bool__(self) -> bool:
+        return bool(self.handlers or self.methods)
+
+    def put(self, kind: str, handler: Handler | None, method: str = CALL) -> None:
         """Sets the handler of a kind, or takes it out with None."""
+        if method != CALL:
+            slot = self.methods.setdefault(method, Slot())
+            slot.put(kind, handler)
+            if not slot:
+                del self.methods[method]
+            return
         self.kinds.pop(kind, None)
         if handler is not None:
             self.kinds[kind] = handler
         self.handlers = tuple(reversed(self.kinds.values()))
+
+    def of(self, method: str) -> tuple[Handler, ...]:
+        """The handlers of a method, outermost first."""
+        slot = self if method == CALL else self.methods.get(method)
+        return slot.handlers if slot is not None else ()
 
 
 _REASON = (
@@ -133,54 +161,68 @@ def cache_context_of(module: nn.Module) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def intercept(module: nn.Module, kind: str, handler: Handler) -> None:
+def intercept(module: object, kind: str, handler: Handler, method: str = CALL) -> None:
     """Puts a handler in front of a module instance.
 
     Args:
-        module: The instance; its class and all other instances stay as they are.
+        module: The instance, or one of another class: a pipeline, a scheduler. Its class and all other instances stay
+            as they are.
         kind: Name under which the handler can be released. One handler of a kind at a time.
         handler: Called instead of the module.
+        method: Called instead of this method.
     """
     slot = slot_of(module)
+    is_new = slot is None
     if slot is None:
         slot = Slot()
         object.__setattr__(module, SLOT, slot)
-        object.__setattr__(module, "__class__", _intercepted_class(type(module)))
-    slot.put(kind, handler)
+    slot.put(kind, handler, method)
+    _settle(module, slot, is_new)
 
 
-def release(module: nn.Module, kind: str) -> None:
+def release(module: object, kind: str, method: str = CALL) -> None:
     """Takes a handler away again; with the last one the module gets its own class back. Harmless when repeated."""
     slot = slot_of(module)
     if slot is None:
         return
-    slot.put(kind, None)
-    if not slot.handlers:
-        base = type(module).__mro__[1]
-        if _classes.get(base) is type(module):  # else something else has put a class of its own on top: leave it
-            object.__setattr__(module, "__class__", base)
+    slot.put(kind, None, method)
+    _settle(module, slot, is_new=False)
+    if not slot:
         module.__dict__.pop(SLOT, None)
 
 
-def slot_of(module: nn.Module) -> Slot | None:
+def slot_of(module: object) -> Slot | None:
     """Returns the handlers of a module, None if it is not intercepted."""
     slot = module.__dict__.get(SLOT)
     return slot if isinstance(slot, Slot) else None
 
 
-_classes: dict[type[nn.Module], Any] = {}
+def _settle(module: Any, slot: Slot, is_new: bool) -> None:
+    """Gives a module the class that its handlers need, without any its own."""
+    present = type(module)
+    if not is_new and present not in _bases:
+        return  # something else has put a class of its own on top: leave it
+    base = _bases.get(present, present)
+    wanted = _intercepted_class(base, frozenset(slot.methods)) if slot else base
+    if wanted is not present:
+        object.__setattr__(module, "__class__", wanted)
+
+
+_classes: dict[tuple[type, frozenset[str]], Any] = {}
+_bases: dict[type, type] = {}
 _lock = threading.Lock()
 
 
-def _intercepted_class(base: type[nn.Module]) -> Any:
+def _intercepted_class(base: type, methods: frozenset[str]) -> Any:
     with _lock:
-        made = _classes.get(base)
+        made = _classes.get((base, methods))
         if made is None:
-            made = _classes[base] = _make_class(base)
+            made = _classes[base, methods] = _make_class(base, methods)
+            _bases[made] = base
         return made
 
 
-def _make_class(base: Any) -> Any:
+def _make_class(base: Any, methods: frozenset[str]) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         slot = self.__dict__.get(SLOT)
         return _run(self, slot.handlers if slot else (), base.__call__, args, kwargs)
@@ -198,13 +240,17 @@ def _make_class(base: Any) -> Any:
         return (base if function is own else function, tuple(base if a is own else a for a in arguments), *rest)
 
     namespace: dict[str, Any] = {
-        "__call__": _eager(__call__, recursive=False),
         "__getstate__": __getstate__,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    if issubclass(base, nn.Module):
+        namespace[CALL] = _eager(__call__, recursive=False)
+    elif any(CALL in vars(each) for each in base.__mro__):  # hasattr would find that of the class's own class
+        namespace[CALL] = _intercepted_method(base, CALL)
+    namespace |= {name: _intercepted_method(base, name) for name in methods}
     if hasattr(base, "cache_context"):
         namespace["cache_context"] = _listening_cache_context(base)
     if hasattr(base, "enable_cache"):
@@ -212,6 +258,17 @@ def _make_class(base: Any) -> Any:
     # diffusers looks classes up in lists and dicts, in `from_pipe` for example: there it must find the original.
     equality = {"__eq__": lambda cls, other: cls is other or other is base, "__hash__": lambda _: hash(base)}
     return type(type(base).__name__, (type(base),), equality)(base.__name__, (base,), namespace)
+
+
+def _intercepted_method(base: Any, name: str) -> Callable[..., Any]:
+    original = getattr(base, name)
+
+    @functools.wraps(original)  # pipelines look at the parameters of a scheduler's step
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        slot = self.__dict__.get(SLOT)
+        return _run(self, slot.of(name) if slot else (), original, args, kwargs)
+
+    return _eager(method, recursive=False)
 
 
 def _forbidden_enable_cache(base: Any) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from benchmarks.settings import (
     preset_settings,
     sigma_settings,
 )
-from benchmarks.table import BEGIN, END, chapter, fewer_steps_psnr, insert
+from benchmarks.table import BEGIN, END, chapter, fewer_steps_psnr, insert, profiling
 from sgl_diffusion_accel.comparing.work import BlockWork
 
 
@@ -98,6 +98,15 @@ def test_bold_is_what_beats_fewer_steps() -> None:
     assert "| **36.0** | 0.9000 | 35.0 |" in text
     assert "| 34.0 | 0.9000 | 35.0 |" in text
     assert "| equal |" in text
+
+
+def test_cost_of_the_profiler_is_told_with_what_its_parts_add_up_to() -> None:
+    spread = {"median": 1.001, "lower_quartile": 0.99, "upper_quartile": 1.01}
+    made = {"model": "wan", "pairs": 3, "environment": result()["environment"], "rows": {"a step": {}}}
+    made["rows"]["a step"] = {"cpu": spread, "wall": spread}
+    text = profiling(made | {"sums": {"stages / wall time": 0.998}})
+    assert "| a step | 1.001 (0.990 to 1.010) | 1.001 (0.990 to 1.010) |" in text
+    assert "stages / wall time: 99.8%" in text
 
 
 def test_table_goes_between_its_markers() -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import miniatures
-from sgl_diffusion_accel import ComparisonReport, apply_cache_dit
+from sgl_diffusion_accel import ComparisonReport, ConfigError, apply_cache_dit
+from sgl_diffusion_accel.__main__ import main
 from sgl_diffusion_accel.comparing import bench
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -29,8 +30,8 @@ def one_thread():
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    bench.add_parser(parser.add_subparsers())
-    return parser.parse_args(["bench", *arguments])
+    bench.add_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 VARIANTS = {
@@ -58,10 +59,10 @@ def test_compare_finds_the_figures_of_the_committed_benchmark(model):
     assert report[next(iter(VARIANTS))].sharpness == pytest.approx(1.0, abs=0.1)
 
 
-def test_bench_prints_a_table_and_writes_numbers_and_pictures(tmp_path, capsys):
+def test_bench_shows_a_table_and_writes_numbers_and_pictures(tmp_path, capsys):
     numbers, folder = tmp_path / "deep" / "qwen.json", tmp_path / "pictures"
-    args = parse("--model", "qwen", "--steps", "8", "--captions", "1", "--json", str(numbers), "--plot", str(folder))
-    assert args.run(args) == 0
+    given = ("--model", "qwen", "--steps", "8", "--captions", "1", "--json", str(numbers), "--plot", str(folder))
+    assert main(["bench", *given]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("QwenImagePipeline, 8 steps, 1 call")
     assert all(name in printed for name in bench.VARIANTS)
@@ -72,10 +73,10 @@ def test_bench_prints_a_table_and_writes_numbers_and_pictures(tmp_path, capsys):
     ]  # fmt: skip
 
 
-def test_bench_says_what_to_do_without_the_miniatures(monkeypatch, capsys):
+def test_bench_says_what_to_do_without_the_miniatures(monkeypatch):
     monkeypatch.setitem(sys.modules, "miniatures", None)
-    assert bench.run(parse()) == 2
-    assert "In the root of a clone, type:" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="In the root of a clone, type:"):
+        bench.run(parse())
 
 
 def test_models_are_those_that_there_are():

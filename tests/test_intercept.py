@@ -360,3 +360,85 @@ def test_module_without_a_cache_context_gets_none(block):
     intercept(block, "cache", Note())
     assert not hasattr(block, "cache_context")
     assert cache_context_of(block) is None
+
+
+# Other methods than the call
+
+
+class Stepper:
+    """As a scheduler: no module, and copied by pipelines."""
+
+    def __init__(self):
+        self.count = 0
+
+    def step(self, amount, *, twice=False):
+        """Counts."""
+        if amount is None:
+            raise ValueError("no amount")
+        self.count += amount * (2 if twice else 1)
+        return self.count
+
+
+def test_method_of_any_object_passes_through_its_handlers():
+    stepper = Stepper()
+    intercept(stepper, "profile", inner := Note("inner"), method="step")
+    intercept(stepper, "other", Note("outer", inner.log), method="step")
+    assert stepper.step(2, twice=True) == 4
+    assert inner.log == [("enter", "outer"), ("enter", "inner"), ("leave", "inner"), ("leave", "outer")]
+    with pytest.raises(ValueError, match="no amount"):
+        stepper.step(None)
+    assert inner.log[-2:] == [("fail", "inner"), ("fail", "outer")]
+    release(stepper, "profile", method="step")
+    release(stepper, "other", method="step")
+    release(stepper, "other", method="step")
+    assert type(stepper) is Stepper
+    assert vars(stepper) == {"count": 4}
+
+
+def test_method_looks_the_same_behind_a_handler():
+    stepper = Stepper()
+    intercept(stepper, "profile", Note(), method="step")
+    assert inspect.signature(stepper.step) == inspect.signature(Stepper().step)
+    assert stepper.step.__doc__ == "Counts."
+    assert not callable(stepper)
+    assert type(stepper).__name__ == "Stepper"
+    assert type(stepper) == Stepper  # noqa: E721
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copy_of_an_object_steps_itself(way):
+    stepper = Stepper()
+    intercept(stepper, "profile", handler := Note(), method="step")
+    made = way(stepper)
+    assert type(made) is Stepper
+    assert made.step(1) == 1
+    assert stepper.count == 0
+    assert handler.log == []
+
+
+def test_call_and_methods_are_intercepted_side_by_side(block):
+    block.__dict__["kept"] = 1
+    intercept(block, "cache", calls := Note())
+    intercept(block, "profile", extras := Note(), method="extra_repr")
+    assert torch.equal(block(HIDDEN), block(HIDDEN))
+    block.extra_repr()
+    assert len(calls.log) == 4
+    assert len(extras.log) == 2
+    release(block, "profile", method="extra_repr")
+    block.extra_repr()
+    assert len(extras.log) == 2
+    assert len(calls.log) == 4
+    release(block, "cache")
+    assert type(block) is Block
+    assert "kept" in vars(block)
+
+
+def test_method_interception_leaves_the_class_of_other_patches(block):
+    """`torch.compile` looks at the class: it is the same one before and after."""
+    intercept(block, "cache", Note())
+    own = type(block)
+    intercept(block, "profile", Note(), method="extra_repr")
+    release(block, "profile", method="extra_repr")
+    assert type(block) is own
+    release(block, "cache")
+    assert type(block) is Block

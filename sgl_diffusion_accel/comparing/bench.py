@@ -1,6 +1,6 @@
 """The command `bench`: compares the main settings on a miniature, a small trained model of this repository.
 
-    python -m sgl_diffusion_accel.comparing.bench --model wan --captions 4 --plot out/
+    python -m sgl_diffusion_accel bench --model wan --captions 4 --plot out/
 
 It says in a minute or two whether everything works on this machine, and what the settings are worth there.
 """
@@ -19,15 +19,18 @@ from typing import Any
 
 import torch
 
+from sgl_diffusion_accel.caching.adaptive import apply_adaptive_cache
 from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit
 from sgl_diffusion_accel.comparing.compare import compare
 from sgl_diffusion_accel.comparing.contenders import Variant
 from sgl_diffusion_accel.comparing.report import ComparisonReport
+from sgl_diffusion_accel.errors import ConfigError
 
 MODELS = ("wan", "qwen", "flux")
 _CAPTION_SEED, _NOISE_SEED, _CAPTIONS = 77, 1000, 6  # those of benchmarks/, whose figures can be found again so
 _LATE: Mapping[str, Any] = {"fn_compute_blocks": 0, "steps_policy": "static", "taylorseer_order": 2}
 VARIANTS: Mapping[str, Variant] = {
+    "adaptive": apply_adaptive_cache,
     "SGLang's defaults": apply_cache_dit,
     "the same, second order": partial(apply_cache_dit, taylorseer_order=2),
     "late-medium, static": partial(apply_cache_dit, steps_mask="late-medium", **_LATE),
@@ -38,40 +41,37 @@ VARIANTS: Mapping[str, Variant] = {
 
 _MISSING = (
     "bench runs on the miniatures, which are in a clone of the repository and not in the installed package. In the "
-    "root of a clone, type: python -m sgl_diffusion_accel.comparing.bench"
+    "root of a clone, type: python -m sgl_diffusion_accel bench"
 )
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds the command to a command line.
-
-    Args:
-        subparsers: What `argparse.ArgumentParser.add_subparsers` returned.
-    """
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "bench", help="compare the main settings on a small trained model", description=_first_line(__doc__)
-    )
-    _add_arguments(parser)
-    parser.set_defaults(run=run)
-    return parser
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to a parser."""
+    parser.add_argument("--model", choices=MODELS, default="wan", help="which miniature (wan)")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (50)")
+    parser.add_argument("--captions", type=int, default=2, help="captions, each with its own noise (2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write pictures: cost and quality, steps, outputs")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> str:
     """Runs the command.
 
     Args:
         args: What was typed.
 
     Returns:
-        The exit status: 2 if the miniatures are not there.
+        The report.
+
+    Raises:
+        ConfigError: The miniatures are not there.
     """
     try:
         miniatures = importlib.import_module("miniatures")
     except ModuleNotFoundError as error:
         if error.name != "miniatures":
             raise
-        sys.stderr.write(_MISSING + "\n")
-        return 2
+        raise ConfigError(_MISSING) from None
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the miniatures are fastest so
@@ -79,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
         report = compare_miniature(miniatures, args.model, args.steps, args.captions)
     finally:
         torch.set_num_threads(threads)
-    sys.stdout.write(f"{report}\n")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         report.save(args.json)
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         args.plot.mkdir(parents=True, exist_ok=True)
         for kind, draw in {"pareto": report.plot, "steps": report.plot_steps, "pictures": report.plot_pictures}.items():
             draw(args.plot / f"{args.model}_{kind}.png")
-    return 0
+    return str(report)
 
 
 def compare_miniature(
@@ -111,26 +110,3 @@ def compare_miniature(
     pipe = miniatures.load_miniature(model)
     report = compare(pipe, variants, calls, decode=partial(miniatures.to_frames, model), **more)
     return dataclasses.replace(report, calls=tuple(words))
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=MODELS, default="wan", help="which miniature (wan)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (50)")
-    parser.add_argument("--captions", type=int, default=2, help="captions, each with its own noise (2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write pictures: cost and quality, steps, outputs")
-
-
-def _first_line(document: str | None) -> str:
-    return (document or "").partition("\n")[0]
-
-
-def main() -> int:
-    """Runs the command by itself."""
-    parser = argparse.ArgumentParser(prog="sgl_diffusion_accel bench", description=_first_line(__doc__))
-    _add_arguments(parser)
-    return run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

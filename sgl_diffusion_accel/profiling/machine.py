@@ -1,0 +1,104 @@
+"""What a bug report needs: versions, devices, usable attention backends, settings in the environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from sgl_diffusion_accel._version import __version__
+from sgl_diffusion_accel.attention.backends import Backend, all_backends
+from sgl_diffusion_accel.attention.requirements import AttentionFacts, capability
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "peft", "safetensors")
+"""Packages that a pipeline is made of."""
+
+_KERNELS = ("triton", "cache-dit", "matplotlib", "rich")
+_PREFIXES = ("SGLANG_", "CUDA_", "HIP_", "ROCR_", "PYTORCH_", "TORCH", "DIFFUSERS_", "HF_HUB_OFFLINE", "NCCL_")
+_NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Package to version, of this package and those of the names that are installed."""
+    return {"sgl-diffusion-accel": __version__} | {
+        name: version for name in names if (version := _version(name)) is not None
+    }
+
+
+def describe() -> str:
+    """Everything, as Markdown to be pasted into a bug report."""
+    chapters = [
+        ("Versions", _table(("package", "version"), package_versions((*PACKAGES, *_KERNELS, *_backend_packages())))),
+        ("Machine", _table(("what", "value"), dict(_machine()))),
+        ("Attention backends", "\n".join(_backend_lines())),
+        (
+            "Environment",
+            _table(("variable", "value"), dict(_environment(os.environ))) or "Nothing that matters is set.",
+        ),
+    ]
+    return "\n\n".join(f"### {title}\n\n{body}" for title, body in chapters)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _backend_packages() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(each.package for each in all_backends().values() if each.package is not None))
+
+
+def _table(head: tuple[str, ...], rows: Mapping[str, str]) -> str:
+    if not rows:
+        return ""
+    cells = [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *cells])
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "Python", platform.python_version()
+    yield "system", platform.platform()
+    yield "processor", f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    yield "threads of PyTorch", str(torch.get_num_threads())
+    yield "CUDA of PyTorch", str(torch.version.cuda or torch.version.hip or "none")
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        size, version = found.total_memory / 2**30, f"{found.major}.{found.minor}"
+        yield f"cuda:{index}", f"{found.name}, {size:.1f} GiB, compute capability {version}"
+    if torch.backends.mps.is_available():
+        yield "mps", "available"
+    if torch.xpu.is_available():
+        for index in range(torch.xpu.device_count()):
+            yield f"xpu:{index}", str(torch.xpu.get_device_name(index))
+
+
+def _backend_lines() -> Iterator[str]:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    yield f"On {kind}; what only a model tells (dtype, head size, masks) is checked when a backend is set."
+    yield ""
+    yield "| backend | usable | why not |"
+    yield "|---|---|---|"
+    facts = AttentionFacts(
+        device=kind,
+        capability=capability(torch.device(kind, 0)) if kind == "cuda" else None,
+        is_hip=torch.version.hip is not None,
+    )
+    for backend in all_backends().values():
+        reason = _why_not(backend, facts)
+        yield f"| {backend.name} | {'yes' if reason is None else 'no'} | {(reason or '').replace('|', '/')} |"
+
+
+def _why_not(backend: Backend, facts: AttentionFacts) -> str | None:
+    return backend.lacks() or backend.requirements.refuses(facts)
+
+
+def _environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for name in sorted(environ):
+        if name in _NAMES or name.startswith(_PREFIXES):
+            yield name, "(hidden)" if any(word in name for word in _SECRET) else environ[name]

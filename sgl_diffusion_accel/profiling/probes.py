@@ -1,0 +1,299 @@
+"""Stands in front of what a pipeline calls, and tells the recorder when it begins and ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sgl_diffusion_accel.caching.loop import locate
+from sgl_diffusion_accel.caching.runs import Run, Runs
+from sgl_diffusion_accel.caching.stats import StepRecord
+from sgl_diffusion_accel.patch import patches_of
+from sgl_diffusion_accel.profiling import stages
+from sgl_diffusion_accel.profiling.recorder import Range, Recorder
+from sgl_diffusion_accel.targets import unwrap
+
+
+class Probe:
+    """A handler that changes nothing."""
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begins a call."""
+
+    def leave(self, module: Any, token: Any, output: Any) -> Any:
+        """Ends it."""
+        self.end(module, token)
+        return output
+
+    def fail(self, module: Any, token: Any) -> None:
+        """Ends a call that raised."""
+        self.end(module, token)
+
+    def end(self, module: Any, token: Any) -> None:
+        """Ends a call, however it went."""
+
+
+class PipelineProbe(Probe):
+    """In front of a pipeline: the beginning and the end of its calls.
+
+    Args:
+        recorder: Is told.
+        prepare: Called before each call, since components may have been exchanged since the last one.
+    """
+
+    def __init__(self, recorder: Recorder, prepare: Callable[[], None]) -> None:
+        self._recorder = recorder
+        self._prepare = prepare
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # noqa: ARG002
+        """Begins a call, but for one inside another."""
+        call = self._recorder.call
+        if call is not None and call.is_whole:
+            return False
+        self._prepare()
+        device = getattr(module, "_execution_device", None)
+        self._recorder.begin_call(type(module).__name__, device if device is not None else torch.device("cpu"))
+        return True
+
+    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
+        """Ends it."""
+        if token:
+            error = sys.exc_info()[1]
+            self._recorder.end_call(None if error is None else f"{type(error).__name__}: {error}"[:200])
+
+    def leave(self, module: Any, token: Any, output: Any) -> Any:  # noqa: ARG002
+        """Ends it; an error that its caller is handling meanwhile is not the call's."""
+        if token:
+            self._recorder.end_call()
+        return output
+
+
+class StageProbe(Probe):
+    """In front of what makes a stage of its own: an encoder, a VAE's method, a processor's.
+
+    Args:
+        recorder: Is told.
+        pipe: The pipeline.
+        stage: The stage.
+        label: What is called.
+    """
+
+    def __init__(self, recorder: Recorder, pipe: Any, stage: str, label: str) -> None:
+        self._recorder = recorder
+        self._pipe = pipe
+        self._stage = stage
+        self._label = label
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Range | None:  # noqa: ARG002
+        """Begins a stage, or inside one only a range with its label."""
+        recorder = self._recorder
+        if self._stage == stages.DECODE and (recorder.is_last_step() or getattr(self._pipe, "_interrupt", False)):
+            recorder.end_loop()  # the pipeline has left its loop without a scheduler's last step
+        name = self._label if recorder.is_inside else f"stage_{stages.sglang_name(self._stage)}"
+        return recorder.push("stage", name, stage=self._stage, label=self._label)
+
+    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
+        """Ends it."""
+        self._recorder.pop(token)
+
+
+class SchedulerProbe(Probe):
+    """In front of a scheduler's `step`; after the last one the denoising loop is over."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Range | None:  # noqa: ARG002
+        """Begins a step of the scheduler, inside a denoising loop alone."""
+        return self._recorder.push("scheduler", "scheduler") if self._recorder.loop is not None else None
+
+    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
+        """Ends it."""
+        self._recorder.pop(token)
+
+    def leave(self, module: Any, token: Any, output: Any) -> Any:
+        """Ends it, and with the last one the loop."""
+        self.end(module, token)
+        if token is not None and self._recorder.is_last_step():
+            self._recorder.end_loop()
+        return output
+
+
+class LoopProbe(Probe):
+    """In front of what is called in a denoising loop: knows the run and the step of a call.
+
+    Args:
+        recorder: Is told.
+        runs: The runs that are under way, shared by the probes of a profile.
+        watch: Called with the scheduler of a new run.
+    """
+
+    def __init__(self, recorder: Recorder, runs: Runs, watch: Callable[[Any], None]) -> None:
+        self._recorder = recorder
+        self._runs = runs
+        self._watch = watch
+
+    def locate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, int, str] | None:
+        """Tells the run, step and branch of a call, and begins the step; None outside of any loop."""
+        module = unwrap(module)
+        call = locate(module, args, kwargs)
+        if call is None:
+            return None
+        run, is_new = self._runs.find(call)
+        step, branch = run.advance(module, call)
+        if step >= run.total:
+            return None
+        if is_new:
+            self._watch(call.scheduler)
+        if self._recorder.call is None:
+            self._recorder.begin_call(type(module).__name__, _device_of(args, kwargs), is_whole=False)
+        self._recorder.enter_step(run, step)
+        return run, step, branch
+
+
+class ControlProbe(LoopProbe):
+    """In front of a ControlNet, which runs in a denoising step before the transformer."""
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Range | None:
+        """Begins a call, and with it the step."""
+        self.locate(module, args, kwargs)
+        return self._recorder.push("control", "controlnet")
+
+    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
+        """Ends it."""
+        self._recorder.pop(token)
+
+
+class Blocks(Protocol):
+    """What a transformer's probe tells the probes of its blocks."""
+
+    def close(self) -> None:
+        """The transformer call is over: so is the block list that is under way."""
+
+
+class TransformerProbe(LoopProbe):
+    """In front of a transformer: which branch of which step, and what a cache did in it.
+
+    Args:
+        recorder: Is told.
+        runs: The runs that are under way.
+        watch: Called with the scheduler of a new run.
+        component: `"transformer"` or `"transformer_2"`.
+        blocks: Of its blocks; None where they are not watched.
+    """
+
+    def __init__(
+        self, recorder: Recorder, runs: Runs, watch: Callable[[Any], None], component: str, blocks: Blocks | None
+    ) -> None:
+        super().__init__(recorder, runs, watch)
+        self._component = component
+        self._blocks = blocks
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Range | None:
+        """Begins a call."""
+        where = self.locate(module, args, kwargs)
+        if where is None:
+            return self._recorder.push("transformer", self._component, component=self._component, branch=None)
+        _, step, branch = where
+        name = f"{self._component} ({branch})"
+        return self._recorder.push("transformer", name, component=self._component, branch=branch, step=step)
+
+    def leave(self, module: Any, token: Range | None, output: Any) -> Any:
+        """Ends it, with what the cache did."""
+        if token is not None and token.facts["branch"] is not None:
+            decision = decision_of(module, token.facts["step"], token.facts["branch"])
+            token.facts["decision"] = decision
+            self._close()
+            if decision is not None:
+                self._recorder.mark(f"cache: {'compute' if decision.computed else 'skip'} ({decision.reason})")
+                self._recorder.unmark()
+        self.end(module, token)
+        return output
+
+    def end(self, module: Any, token: Range | None) -> None:  # noqa: ARG002
+        """Ends it."""
+        self._close()
+        self._recorder.pop(token)
+
+    def _close(self) -> None:
+        if self._blocks is not None:
+            self._blocks.close()
+
+
+class BlockMarks:
+    """Marks the block lists and blocks of a transformer in traces. They are not timed.
+
+    Args:
+        recorder: Is told.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._list: str | None = None
+
+    def probe(self, list_name: str, index: int, count: int) -> BlockProbe:
+        """Makes the probe of one block."""
+        return BlockProbe(self, list_name, index, index == count - 1)
+
+    def open(self, list_name: str, index: int) -> bool:
+        """A block begins; outside of a pipeline call nothing does."""
+        if self._recorder.call is None:
+            return False
+        if self._list != list_name:
+            self.close()
+            self._list = list_name
+            self._recorder.mark(list_name)
+        self._recorder.mark(f"{list_name}.{index}")
+        return True
+
+    def shut(self, is_last: bool) -> None:
+        """A block ends, and with the last one its list."""
+        self._recorder.unmark()
+        if is_last:
+            self.close()
+
+    def close(self) -> None:
+        """The block list that is under way is over."""
+        if self._list is not None:
+            self._list = None
+            self._recorder.unmark()
+
+
+class BlockProbe(Probe):
+    """In front of one block."""
+
+    def __init__(self, marks: BlockMarks, list_name: str, index: int, is_last: bool) -> None:
+        self._marks = marks
+        self._list_name = list_name
+        self._index = index
+        self._is_last = is_last
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # noqa: ARG002
+        """Begins a block."""
+        return self._marks.open(self._list_name, self._index)
+
+    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
+        """Ends it."""
+        if token:
+            self._marks.shut(self._is_last)
+
+
+def decision_of(module: nn.Module, step: int, branch: str) -> StepRecord | None:
+    """What the cache on a transformer did at the call that has just ended, None without a cache."""
+    for patch in patches_of(unwrap(module)):
+        stats = getattr(patch, "stats", None)
+        runs = stats.runs if patch.kind == "cache" and stats is not None else ()
+        known = runs[-1].branches.get(branch) if runs else None
+        if known is not None and known.records and known.records[-1].step == step:
+            record: StepRecord = known.records[-1]
+            return record
+    return None
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
