@@ -1,9 +1,10 @@
 """Measures caches on the miniatures: what they save, and how near the result stays to the unpatched run's.
 
-    python -m benchmarks.cache [--models wan qwen flux] [--captions 6] [--steps 50]
+    python -m benchmarks.cache [--models wan qwen flux] [--captions 6] [--steps 50] [--scheduler euler]
 
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
-own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`. With `--only` the rows that
+own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`; for other runs than of 50
+Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`. With `--only` the rows that
 are measured replace those of the same name in the file, and the others stay.
 """
 
@@ -23,12 +24,13 @@ import torch
 from rich.progress import Progress
 
 from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
+from miniatures.pipelines import SCHEDULERS
 from sgl_diffusion_accel.comparing import environment
 from sgl_diffusion_accel.comparing.metrics import mean_psnr
 from sgl_diffusion_accel.comparing.work import BlockWork
 
 from . import pareto
-from .contenders import UNPATCHED, Contender, contenders, teacache_fits
+from .contenders import UNPATCHED, Contender, calibration, contenders, teacache_fits
 from .metrics import Frames, computed_steps, psnr, ssim
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,21 +80,23 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=6)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", default="", help="measure only contenders whose family or name holds this")
+    parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="unipc is for wan alone")
     given = parser.parse_args()
     torch.set_num_threads(1)  # the miniatures are fastest so
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     RESULTS.mkdir(exist_ok=True)
     for model in given.models:
-        result = measure(model, given.captions, given.steps, given.only)
-        path = RESULTS / f"{model}.json"
+        result = measure(model, given.captions, given.steps, given.only, given.scheduler)
+        name = model if (given.steps, given.scheduler) == (50, "euler") else f"{model}_{given.scheduler}_{given.steps}"
+        path = RESULTS / f"{name}.json"
         if given.only and path.exists():
             result = merged(json.loads(path.read_text()), result)
         path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        pareto.draw(result, RESULTS / f"pareto_{model}.png")
+        pareto.draw(result, RESULTS / f"pareto_{name}.png")
 
 
-def measure(model: str, count: int, steps: int, only: str = "") -> dict[str, Any]:
+def measure(model: str, count: int, steps: int, only: str = "", scheduler: str = "euler") -> dict[str, Any]:
     """Measures all contenders on one miniature.
 
     Args:
@@ -100,11 +104,13 @@ def measure(model: str, count: int, steps: int, only: str = "") -> dict[str, Any
         count: Captions, each with its own noise.
         steps: Denoising steps of the unpatched run.
         only: Part of the family or name of the contenders to measure; all of them if empty.
+        scheduler: "euler", or "unipc" for Wan.
 
     Returns:
         What is written to the JSON file.
     """
-    chosen = [one for one in contenders(model, steps) if one.family == UNPATCHED or only in f"{one.family} {one.name}"]
+    every = contenders(model, steps, scheduler)
+    chosen = [one for one in every if one.family == UNPATCHED or only in f"{one.family} {one.name}"]
     samples: dict[Contender, list[Sample]] = {one: [] for one in chosen}
     with Progress() as progress:
         task = progress.add_task(model, total=count * len(chosen))
@@ -112,20 +118,23 @@ def measure(model: str, count: int, steps: int, only: str = "") -> dict[str, Any
             call = {"caption": caption, "seed": _NOISE_SEED + index}
             for turn, one in enumerate(chosen):
                 if turn % _PAIRED == 0:
-                    reference = run(model, Contender(UNPATCHED, "reference"), call, steps)
-                samples[one].append(compare(run(model, one, call, steps), reference, steps))
+                    reference = run(model, Contender(UNPATCHED, "reference"), call, steps, scheduler)
+                samples[one].append(compare(run(model, one, call, steps, scheduler), reference, steps))
                 progress.advance(task)
+    names = " ".join(one.name for one in chosen)
     example: dict[str, Any] = call_kwargs(model, captions(model, 1, _CAPTION_SEED)[0])
     return {
         "model": model,
         "pipeline": type(load_miniature(model)).__name__,
         "steps": steps,
+        "scheduler": scheduler,
         "captions": captions(model, count, _CAPTION_SEED),
         "guidance": example.get("guidance_scale", example.get("true_cfg_scale", 1.0)),
         "latents": list(example["latents"].shape),
         "dtype": str(example["latents"].dtype).removeprefix("torch."),
         "environment": environment.describe(),
-        "teacache_fits": teacache_fits(model, steps) if any("TeaCache" in one.name for one in chosen) else [],
+        "teacache_fits": teacache_fits(model, steps, scheduler) if "TeaCache" in names else [],
+        "calibration": calibration(model, steps, scheduler) if "plan" in names else {},
         "rows": [row(one, taken) for one, taken in samples.items()],
     }
 
@@ -148,12 +157,13 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     measured = {(row["family"], row["name"]): row for row in new["rows"] if row["family"] != UNPATCHED}
     kept = [measured.pop((row["family"], row["name"]), row) for row in old["rows"]]
     fits = new["teacache_fits"] or old.get("teacache_fits", [])
-    return {**old, "teacache_fits": fits, "rows": kept + list(measured.values())}
+    calibrated = new["calibration"] or old.get("calibration", {})
+    return {**old, "teacache_fits": fits, "calibration": calibrated, "rows": kept + list(measured.values())}
 
 
-def run(model: str, contender: Contender, call: dict[str, Any], steps: int) -> Run:
+def run(model: str, contender: Contender, call: dict[str, Any], steps: int, scheduler: str = "euler") -> Run:
     """One run on a new pipeline, which nothing else has touched."""
-    pipe = load_miniature(model)
+    pipe = load_miniature(model, scheduler=scheduler)
     arguments = call_kwargs(model, **call, steps=contender.steps or steps)
     with BlockWork(pipe.transformer) as work, contender.apply(pipe), torch.no_grad():
         begin, cpu_begin = time.perf_counter(), time.thread_time()

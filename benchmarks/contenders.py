@@ -147,7 +147,7 @@ def adaptive(tolerance: float, pipe: Any) -> AbstractContextManager[object]:
 
 
 def planned(model: str, steps: int, scheduler: str, speedup: float, pipe: Any) -> AbstractContextManager[object]:
-    """Applies a plan; designing it is done here, and not on the run's time."""
+    """Applies a plan. Its design is searched once in a process, as for a user who makes several runs."""
     plan, _ = plan_of(model, steps, scheduler)
     return apply_cache_plan(pipe, plan, speedup=speedup)
 
@@ -166,3 +166,10 @@ def teacache_fits(model: str, steps: int, scheduler: str = "euler") -> list[dict
     fits = [teacache_fit(model, steps, scheduler, choice) for choice in choices]
     names = ("coefficients", "thresholds", "low", "high", "r_squared", "use_ret_steps")
     return [{name: getattr(fit, name) for name in names} for fit in fits]
+
+
+def calibration(model: str, steps: int, scheduler: str) -> dict[str, Any]:
+    """What calibration cost and found, for the result's file."""
+    plan, cost = plan_of(model, steps, scheduler)
+    expected = {f"{speedup:g}": plan.design(max(1, round(steps / speedup))).error for speedup in PLANNED}
+    return {"calls": plan.calls, "cpu_time_in_calls": cost, "expected_relative_error": expected}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -10,14 +11,14 @@ from torch import nn
 
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, apply_output_cache, refuse_foreign_cache
 from sgl_diffusion_accel.caching.checks import count, real
-from sgl_diffusion_accel.caching.response import response_of
+from sgl_diffusion_accel.caching.response import Response, response_of
 from sgl_diffusion_accel.caching.runs import Run
 from sgl_diffusion_accel.calibration.calibrate import digest
 from sgl_diffusion_accel.calibration.design import Design, Moments
 from sgl_diffusion_accel.calibration.moments import carry_over
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_pace import PlanPace
-from sgl_diffusion_accel.calibration.search import best_design
+from sgl_diffusion_accel.calibration.search import best_design, fewest_steps
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, UnsupportedModelError
 from sgl_diffusion_accel.targets import find_transformers, unwrap
 
@@ -69,7 +70,6 @@ def apply_cache_plan(
     transformers = find_transformers(pipe)
     refuse_foreign_cache(transformers)
     _check(plan, transformers)
-    designs: dict[tuple[Any, ...], Design] = {}
 
     def pace(run: Run) -> PlanPace:
         response = response_of(run.scheduler, run.total)
@@ -78,12 +78,7 @@ def apply_cache_plan(
                 f"{type(run.scheduler).__name__} adds noise of its own, or is not linear in what it is given: a plan "
                 "cannot be used with it. Use a deterministic scheduler, or apply_adaptive_cache(pipe)."
             )
-        timesteps = tuple(map(float, run.timesteps.tolist()))
-        key = (timesteps, response.tobytes())
-        if key not in designs:
-            moments = _moments(plan, timesteps, response)
-            designs[key] = budget.design(moments)
-        return PlanPace(designs[key])
+        return PlanPace(budget.design(tuple(map(float, run.timesteps.tolist())), response))
 
     return apply_output_cache(f"cache plan ({budget})", transformers, pace)
 
@@ -99,6 +94,7 @@ class _Budget:
                 f"{', '.join(given) or 'nothing'} given; allowed: one of speedup, computed_steps and max_error, "
                 "such as apply_cache_plan(pipe, plan, speedup=3.0)."
             )
+        self._plan = plan
         ((self._unit, value),) = given.items()
         if self._unit == "computed_steps":
             self._value: float = count(self._unit, value, 1)
@@ -113,26 +109,26 @@ class _Budget:
     def __str__(self) -> str:
         return f"{self._unit}={self._value:g}"
 
-    def design(self, moments: Moments) -> Design:
-        steps = moments.steps
+    def design(self, timesteps: tuple[float, ...], response: Response) -> Design:
+        """The design for a run; searched once for each schedule and budget, since it takes a second or two."""
+        steps = len(timesteps)
+        own = (self._plan, timesteps, response.tobytes())
         if self._unit == "computed_steps":
-            return best_design(min(int(self._value), steps), moments)
+            return _design(*own, min(int(self._value), steps))
         if self._unit == "speedup":
-            return best_design(max(1, round(steps / self._value)), moments)
-        low, high = 1, steps
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if best_design(middle, moments).error <= self._value else (middle + 1, high)
-        return best_design(low, moments)
+            return _design(*own, max(1, round(steps / self._value)))
+        return _design(*own, fewest_steps(lambda computed: _design(*own, computed).error, steps, self._value))
 
 
-def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: np.typing.NDArray[np.float64]) -> Moments:
+@functools.lru_cache(maxsize=256)
+def _design(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, computed: int) -> Design:
     near = _SAME * plan.timesteps[0]
     is_same = len(timesteps) == plan.steps and all(
         abs(one - other) < near for one, other in zip(timesteps, plan.timesteps, strict=True)
     )
     gram = plan.gram_matrix if is_same else carry_over(plan.gram_matrix, plan.timesteps, timesteps)
-    return Moments(gram, response)
+    moments = Moments(gram, np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps)))
+    return best_design(computed, moments)
 
 
 def _check(plan: CachePlan, transformers: dict[str, nn.Module]) -> None:

@@ -18,7 +18,7 @@ from sgl_diffusion_accel.caching.checks import count, real
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.plan_file import read, refuse, triangle, whole
-from sgl_diffusion_accel.calibration.search import best_design
+from sgl_diffusion_accel.calibration.search import best_design, fewest_steps
 from sgl_diffusion_accel.errors import ConfigError
 
 FORMAT = 1
@@ -118,11 +118,7 @@ class CachePlan:
         wanted = real("max_error", max_error)
         if not wanted > 0:
             raise ConfigError(f"max_error={max_error}; allowed: a positive number, such as 0.02.")
-        low, high = 1, self.steps  # the error falls with the steps, but for small bumps
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.design(middle).error <= wanted else (middle + 1, high)
-        return low
+        return fewest_steps(lambda computed: self.design(computed).error, self.steps, wanted)
 
     def merge(self, *others: CachePlan) -> CachePlan:
         """Joins recordings of the same setting from several processes or machines.

@@ -35,6 +35,21 @@ def best_design(computed: int, moments: Moments, settings: DesignSettings | None
     return design(_descend(tuple(map(bool, start)), cost), moments, settings)
 
 
+def fewest_steps(error: Callable[[int], float], steps: int, wanted: float) -> int:
+    """The fewest computed steps whose expected error is within what is wanted; `steps` if none is.
+
+    Args:
+        error: Of a number of computed steps; it falls with them, but for small bumps.
+        steps: Of the run.
+        wanted: Largest error.
+    """
+    low, high = 1, steps
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if error(middle) <= wanted else (middle + 1, high)
+    return low
+
+
 def _descend(mask: tuple[bool, ...], cost: Callable[[tuple[bool, ...]], float]) -> tuple[bool, ...]:
     random = np.random.default_rng(0)
     best = cost(mask)
