@@ -168,6 +168,16 @@ class GapControl(Pace):
         else:
             self._curvature = max(curvature, self.settings.memory * self._curvature)
 
+    def take_over(self, computed: Sequence[int], error: float) -> None:
+        """Goes on in mid-run where another pace has computed some steps.
+
+        Args:
+            computed: The computed steps, newest first; at least two.
+            error: Of the prediction at the newest, as for `observe`.
+        """
+        self._computed = list(computed)
+        self.observe(computed[0], error)
+
     def restart(self, step: int) -> None:
         """See `Pace.restart`."""
         self._computed, self._skipped, self._curvature, self._begin = [step], {}, None, step

@@ -34,13 +34,14 @@ def apply_cache_plan(
     speedup: float | None = None,
     computed_steps: int | None = None,
     max_error: float | None = None,
+    guard: float | None = 6.0,
 ) -> CachePatch:
     """Computes only the denoising steps that a calibrated plan asks for, and makes the others from them.
 
     Which steps are computed, and with which weights their outputs stand in for the others and put right what was
     predicted before, is designed for the scheduler and the timesteps of each run: other steps, schedules and schedulers
     than those of the calibration are carried over by interpolation in the timestep. The transformer is not called at
-    skipped steps, and the device is never waited for.
+    skipped steps.
 
     Args:
         pipe: The pipeline that the plan was made for, or one with the same transformer.
@@ -48,6 +49,9 @@ def apply_cache_plan(
         speedup: Steps of a run for each computed one, such as 3.0. One of the three is to be given.
         computed_steps: Computed steps of a run.
         max_error: Largest expected error of the final latents, relative to how far they move, root mean square.
+        guard: How many times worse than calibration foresaw a prediction may be at a computed step, where that is seen
+            for free; then gap control (`apply_adaptive_cache`) takes over for the rest of the run. It asks the device
+            once for each computed step; None never asks.
 
     Returns:
         The patch: `patch.remove()` undoes it exactly, `patch.stats` tells what it did, `print(patch)` sums it up.
@@ -67,6 +71,9 @@ def apply_cache_plan(
             f"plan is a {type(plan).__name__}; allowed: a CachePlan: calibrate(pipe, calls), or CachePlan.load(path)."
         )
     budget = _Budget(plan, speedup, computed_steps, max_error)
+    limit = None if guard is None else real("guard", guard)
+    if limit is not None and not limit > 1:
+        raise ConfigError(f"guard={guard}; allowed: a number over 1, such as 6.0, or None.")
     transformers = find_transformers(pipe)
     refuse_foreign_cache(transformers)
     _check(plan, transformers)
@@ -78,7 +85,8 @@ def apply_cache_plan(
                 f"{type(run.scheduler).__name__} adds noise of its own, or is not linear in what it is given: a plan "
                 "cannot be used with it. Use a deterministic scheduler, or apply_adaptive_cache(pipe)."
             )
-        return PlanPace(budget.design(tuple(map(float, run.timesteps.tolist())), response))
+        timesteps = tuple(map(float, run.timesteps.tolist()))
+        return PlanPace(budget.design(timesteps, response), _moments(plan, timesteps, response.tobytes()), limit)
 
     return apply_output_cache(f"cache plan ({budget})", transformers, pace)
 
@@ -122,13 +130,17 @@ class _Budget:
 
 @functools.lru_cache(maxsize=256)
 def _design(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, computed: int) -> Design:
+    return best_design(computed, _moments(plan, timesteps, response))
+
+
+@functools.lru_cache(maxsize=64)
+def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: bytes) -> Moments:
     near = _SAME * plan.timesteps[0]
     is_same = len(timesteps) == plan.steps and all(
         abs(one - other) < near for one, other in zip(timesteps, plan.timesteps, strict=True)
     )
     gram = plan.gram_matrix if is_same else carry_over(plan.gram_matrix, plan.timesteps, timesteps)
-    moments = Moments(gram, np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps)))
-    return best_design(computed, moments)
+    return Moments(gram, np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps)))
 
 
 def _check(plan: CachePlan, transformers: dict[str, nn.Module]) -> None:

@@ -1,28 +1,45 @@
-"""Follows a plan through one run."""
+"""Follows a plan through one run, and leaves it where the run is not what calibration foresaw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import final
 
-from sgl_diffusion_accel.caching.multistep import Weights
-from sgl_diffusion_accel.caching.pacing import Pace
+import numpy as np
+
+from sgl_diffusion_accel.caching.multistep import Weights, extrapolate
+from sgl_diffusion_accel.caching.pacing import DEPTH, GapControl, GapSettings, Pace
 from sgl_diffusion_accel.caching.policies import Decision
-from sgl_diffusion_accel.calibration.design import Design
+from sgl_diffusion_accel.calibration.design import Design, Moments
 
 
 @final
 class PlanPace(Pace):
     """Computes the steps of a design, and weighs their outputs as it says.
 
+    At each computed step the line through the two before it is held against the output, which costs nothing but a
+    look. How far it is off was foreseen by the moments. Where it is `guard` times as far, the run is another than those
+    that the plan was made from, and gap control takes over for the rest of it.
+
     Args:
         design: For the steps of the run.
+        moments: What it was designed from.
+        guard: How many times the foreseen error is borne; None never looks.
+        settings: Of the gap control that takes over.
     """
 
     spans_models = True
 
-    def __init__(self, design: Design) -> None:
+    def __init__(
+        self, design: Design, moments: Moments, guard: float | None = None, settings: GapSettings | None = None
+    ) -> None:
+        self.needs_error = guard is not None
         self._design = design
+        self._moments = moments
+        self._guard = guard
+        self._settings = settings or GapSettings()
+        self._computed: list[int] = []
+        self._instead: GapControl | None = None
         computed = [step for step, each in enumerate(design.mask) if each]
         self._last_use = {
             step: max((later for later, weights in enumerate(design.weights) if step in weights), default=step)
@@ -31,12 +48,45 @@ class PlanPace(Pace):
 
     def decide(self, step: int) -> Decision:
         """See `Pace.decide`."""
+        if self._instead is not None:
+            return self._instead.decide(step)
+        if self._design.mask[step]:
+            self._computed.insert(0, step)
         return Decision(self._design.mask[step], "plan", self._design.errors[step])
 
-    def weights(self, step: int, nodes: Sequence[int]) -> Weights:  # noqa: ARG002
+    def weights(self, step: int, nodes: Sequence[int]) -> Weights:
         """See `Pace.weights`."""
+        if self._instead is not None:
+            return self._instead.weights(step, nodes)
         return self._design.weights[step]
+
+    def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
+        """See `Pace.predicted`."""
+        if self._guard is None:
+            return None
+        earlier = [node for node in nodes if node < step]
+        return extrapolate(earlier, step) if len(earlier) > 1 else None
+
+    def observe(self, step: int, error: float) -> None:
+        """See `Pace.observe`."""
+        if self._instead is not None:
+            self._instead.observe(step, error)
+        elif self._guard is not None and not error <= self._guard * self.foreseen(step):
+            self._instead = GapControl(self._settings, self._moments.response[-1])
+            self._instead.take_over(self._computed, error)
+
+    def foreseen(self, step: int) -> float:
+        """Error of the line at a computed step that the moments let expect, relative to the step's output."""
+        gram = self._moments.gram
+        difference = np.zeros(len(gram))
+        earlier = [node for node in self._computed if node < step][: DEPTH - 1]
+        for node, weight in extrapolate(earlier, step).items():
+            difference[node] += weight
+        difference[step] -= 1
+        return float(np.sqrt(max(difference @ gram @ difference, 0.0) / max(gram[step, step], 1e-30)))
 
     def needs_later(self, step: int) -> bool:
         """See `Pace.needs_later`."""
-        return self._last_use[step] > step
+        if self._instead is not None:
+            return self._instead.needs_later(step)
+        return self._last_use[step] > step or (self._guard is not None and step < len(self._design.mask) - 1)
