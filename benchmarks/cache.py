@@ -32,6 +32,7 @@ from sgl_diffusion_accel.comparing.work import BlockWork
 from . import pareto
 from .contenders import UNPATCHED, Contender, calibration, contenders, teacache_fits
 from .metrics import Frames, computed_steps, psnr, ssim
+from .table import name_of
 
 RESULTS = Path(__file__).parent / "results"
 _CAPTION_SEED = 77
@@ -88,12 +89,11 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for model in given.models:
         result = measure(model, given.captions, given.steps, given.only, given.scheduler)
-        name = model if (given.steps, given.scheduler) == (50, "euler") else f"{model}_{given.scheduler}_{given.steps}"
-        path = RESULTS / f"{name}.json"
+        path = RESULTS / f"{name_of(result)}.json"
         if given.only and path.exists():
             result = merged(json.loads(path.read_text()), result)
         path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        pareto.draw(result, RESULTS / f"pareto_{name}.png")
+        pareto.draw(result, RESULTS / f"pareto_{name_of(result)}.png")
 
 
 def measure(model: str, count: int, steps: int, only: str = "", scheduler: str = "euler") -> dict[str, Any]:

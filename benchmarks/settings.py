@@ -107,21 +107,3 @@ TOLERANCES = (0.0003, 0.0006, 0.001, 0.002, 0.004, 0.008)
 
 PLANNED = (1.5, 2.0, 2.4, 2.8, 3.3, 3.8, 5.0, 6.25)
 """Speed-ups that are asked of a calibrated plan."""
-
-
-def headline_settings() -> list[Setting]:
-    """The few that the README shows."""
-    return [
-        Setting(),
-        Setting(order=1),
-        Setting(order=2),
-        Setting(warmup=3, threshold=0.16, continuous=5, order=2),
-        Setting(preset="medium", policy="static", order=1),
-        Setting(preset="fast", policy="static", order=1),
-        *(Setting(fn=0, preset=preset, policy="static", order=2) for preset in LATE_PRESETS),
-    ]
-
-
-def headline_teacache_settings() -> list[TeaCacheSetting]:
-    """Those of TeaCache that the README shows."""
-    return [TeaCacheSetting(speedup, order) for order in (0, 1) for speedup in TEACACHE_SPEEDUPS]

@@ -11,8 +11,7 @@ from typing import Any
 
 from sgl_diffusion_accel.comparing.metrics import psnr_at
 
-from . import pareto
-from .settings import headline_settings, headline_teacache_settings
+from . import pareto, summary
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -22,19 +21,7 @@ _ABOUT = (
     "# Results\n\nMade by `make table` from the files in `results/`; how they are measured is told in "
     "[README.md](README.md). Bold: better than simply running fewer steps at the same cost."
 )
-_HEADLINES = {
-    "25 steps",
-    "20 steps",
-    "14 steps",
-    "FirstBlockCache, threshold 0.05",
-    "FirstBlockCache, threshold 0.1",
-    "MagCache, threshold 0.06, at most 2",
-    "MagCache, threshold 0.12, at most 3",
-    "TaylorSeer, every 2 steps, order 2",
-    "TaylorSeer, every 3 steps, order 2",
-    "TaylorSeer, every 4 steps, order 2",
-}
-"""Rows of the README's table besides the settings of DBCache."""
+_MODELS = ("wan", "qwen", "flux")
 _OTHER_QUESTIONS = ("attention", "overhead", "profiling")
 _HEAD = (
     "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"
@@ -46,12 +33,15 @@ def main() -> None:
     """Writes both files."""
     paths = [path for path in sorted(RESULTS.glob("*.json")) if path.stem not in _OTHER_QUESTIONS]
     results = [json.loads(path.read_text()) for path in paths]
-    results.sort(key=lambda result: ("wan", "qwen", "flux").index(result["model"]))
+    results.sort(key=lambda one: (_MODELS.index(one["model"]), one.get("scheduler", "euler"), -one["steps"]))
     parts = [_ABOUT]
     for result in results:
-        pareto.draw(result, RESULTS / f"pareto_{result['model']}.png")
-        picture = f"![PSNR over the compute ratio](results/pareto_{result['model']}.png)"
-        parts += [f"## {result['pipeline']} miniature", chapter(result), picture]
+        name, kind = name_of(result), f"{result['steps']} {result.get('scheduler', 'euler')} steps"
+        pareto.draw(result, RESULTS / f"pareto_{name}.png")
+        pareto.draw(result, RESULTS / f"pareto_wall_{name}.png", "speedup")
+        pictures = f"![PSNR over the compute ratio](results/pareto_{name}.png)\n"
+        pictures += f"![PSNR over the speed-up in wall time](results/pareto_wall_{name}.png)"
+        parts += [f"## {result['pipeline']} miniature, {kind}", chapter(result), pictures]
     if (RESULTS / "overhead.json").exists():
         parts += ["## The library's own cost", overhead(json.loads((RESULTS / "overhead.json").read_text()))]
     if (RESULTS / "attention.json").exists():
@@ -61,10 +51,13 @@ def main() -> None:
     (ROOT / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
     readme = ROOT / "README.md"
     if readme.exists():
-        names = {setting.name for setting in headline_settings()}
-        names |= {setting.name for setting in headline_teacache_settings()}
-        short = "\n\n".join(chapter(result, names) for result in results if result["model"] != "flux")
-        readme.write_text(insert(readme.read_text(), short))
+        readme.write_text(insert(readme.read_text(), summary.table(results)))
+
+
+def name_of(result: dict[str, Any]) -> str:
+    """The name under which a result is kept: the model's, with what differs from 50 Euler steps."""
+    setting = (result.get("scheduler", "euler"), result["steps"])
+    return str(result["model"]) if setting == ("euler", 50) else f"{result['model']}_{setting[0]}_{setting[1]}"
 
 
 def insert(text: str, table: str) -> str:
@@ -80,12 +73,11 @@ def insert(text: str, table: str) -> str:
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
-def chapter(result: dict[str, Any], names: set[str] | None = None) -> str:
+def chapter(result: dict[str, Any]) -> str:
     """A heading, what was measured on what, and the table of one miniature.
 
     Args:
         result: One JSON file of `benchmarks.cache`.
-        names: Settings of DBCache to show; everything that was measured if None.
     """
     packages = result["environment"]["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("diffusers", "cache-dit", "torch") if name in packages)
@@ -94,12 +86,11 @@ def chapter(result: dict[str, Any], names: set[str] | None = None) -> str:
         f"{len(result['captions'])} captions, {result['dtype']}, {versions}; {result['environment']['cpu']}, "
         f"{result['environment']['threads']} thread, {result['environment']['date']}."
     )
-    if "note" in result and names is None:
+    if "note" in result:
         about += f" {result['note']}"
-    if names is None:
-        about += "".join(_fit_line(fit) for fit in result.get("teacache_fits", []))
-    rows = [row for row in result["rows"] if _shown(row, names)]
-    rows.sort(key=_order)
+    about += "".join(_fit_line(fit) for fit in result.get("teacache_fits", []))
+    about += _calibration_line(result.get("calibration", {}))
+    rows = sorted(result["rows"], key=_order)
     return about + "\n\n" + _HEAD + "\n".join(line(row, result) for row in rows)
 
 
@@ -174,8 +165,14 @@ def _fit_line(fit: dict[str, Any]) -> str:
     return f" TeaCache's fit{signal}: R² {fit['r_squared']:.2f} for changes of {fit['low']:.3f} to {fit['high']:.3f}."
 
 
-def _shown(row: dict[str, Any], names: set[str] | None) -> bool:
-    return names is None or row["name"] in names or row["name"] in _HEADLINES
+def _calibration_line(found: dict[str, Any]) -> str:
+    if not found:
+        return ""
+    expected = ", ".join(f"{error:.2%} at {ratio}x" for ratio, error in found["expected_relative_error"].items())
+    return (
+        f" Plans: calibrated on {found['calls']} calls in {found['cpu_time_in_calls']:.2f} times the CPU time of these "
+        f"calls alone; expected relative error of the latents {expected}."
+    )
 
 
 def _order(row: dict[str, Any]) -> tuple[int, float]:

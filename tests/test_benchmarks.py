@@ -13,11 +13,12 @@ from benchmarks.metrics import computed_steps, psnr, ssim
 from benchmarks.settings import (
     Setting,
     dbcache_settings,
-    headline_settings,
     late_settings,
     preset_settings,
     sigma_settings,
 )
+from benchmarks.summary import best
+from benchmarks.summary import table as summary_table
 from benchmarks.table import BEGIN, END, chapter, fewer_steps_psnr, insert, profiling
 from sgl_diffusion_accel.comparing.work import BlockWork
 
@@ -68,10 +69,9 @@ def test_computed_steps_is_a_mean_over_branches() -> None:
     assert computed_steps([10, 10, 1, 1, 10, 1], [10] * 6, steps=3) == 1.5
 
 
-def test_names_of_settings_are_unique_and_the_headline_is_measured() -> None:
+def test_names_of_settings_are_unique() -> None:
     settings = dbcache_settings() + preset_settings() + late_settings() + sigma_settings()
     assert len({setting.name for setting in settings}) == len(settings)
-    assert set(headline_settings()) <= set(settings)
     assert Setting(order=1).name == "F1 W4 MC3 R.24, TS1"
 
 
@@ -114,3 +114,15 @@ def test_table_goes_between_its_markers() -> None:
     assert insert(text, "new") == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
     with pytest.raises(ValueError, match="no place"):
         insert("nothing", "new")
+
+
+def test_the_summary_shows_the_best_that_is_at_least_as_cheap() -> None:
+    shown = result()
+    assert best(shown, ("cache-dit", "diffusers"), 3.3) == 34.0
+    assert best(shown, ("DBCache",), 3.3) == 36.0
+    assert best(shown, ("fewer steps",), 3.3) == 30.0
+    assert best(shown, ("fewer steps",), 2.5) == 40.0
+    assert best(shown, ("DBCache",), 5.0) is None
+    lines = summary_table([shown]).splitlines()
+    assert lines[0].count("×") == len(lines[1].split("--:")) - 1
+    assert "| best peer found | 34.0 | 34.0 | 34.0 | 34.0 | – | – |" in lines
