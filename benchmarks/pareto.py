@@ -37,7 +37,7 @@ def series_of(row: dict[str, Any]) -> str:
             return f"TeaCache {'with TaylorSeer' if ', TS' in name else 'as published'}"
         return "late masks" if "late-" in name else "DBCache, the peers' settings"
     names = {"fewer steps": "simply fewer steps", "diffusers": "diffusers' own caches"}
-    return names.get(family, family)
+    return str(names.get(family, family))
 
 
 def draw(result: dict[str, Any], path: Path, cost: str = "compute_ratio") -> None:
