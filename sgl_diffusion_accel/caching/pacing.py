@@ -101,7 +101,6 @@ class GapControl(Pace):
     settings: GapSettings
     final: npt.NDArray[np.float64]
     corrects: bool = True
-    needs_error = True
     _computed: list[int] = field(default_factory=list)
     _skipped: dict[int, Weights] = field(default_factory=dict)
     _curvature: float | None = None
@@ -110,6 +109,8 @@ class GapControl(Pace):
     def __post_init__(self) -> None:
         self._share = np.abs(self.final) / np.abs(self.final).sum()
         self._left = np.cumsum(self._share[::-1])[::-1]
+        self._skips = len(self.final) >= self.settings.fewest_steps and self.settings.tolerance > 0
+        self.needs_error = self._skips
 
     def decide(self, step: int) -> Decision:
         """See `Pace.decide`."""
@@ -120,8 +121,8 @@ class GapControl(Pace):
 
     def _decide(self, step: int) -> Decision:
         last = len(self.final) - 1
-        if len(self.final) < self.settings.fewest_steps:
-            return Decision(True, "too few steps")
+        if not self._skips:
+            return Decision(True, "too few steps" if self.settings.tolerance > 0 else "tolerance 0")
         if step - self._begin < self.settings.warm_up:
             return Decision(True, "warm-up")
         if step >= last:
@@ -184,4 +185,4 @@ class GapControl(Pace):
 
     def needs_later(self, step: int) -> bool:
         """See `Pace.needs_later`."""
-        return len(self.final) >= self.settings.fewest_steps and step < len(self.final) - 1
+        return self._skips and step < len(self.final) - 1

@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sgl_diffusion_accel import CachePatch, apply_cache_dit, apply_teacache
+import numpy as np
+
+from sgl_diffusion_accel import (
+    CachePatch,
+    CachePlan,
+    apply_adaptive_cache,
+    apply_cache_dit,
+    apply_cache_plan,
+    apply_teacache,
+)
+from sgl_diffusion_accel.caching.cache_patch import apply_output_cache
+from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings, Pace
+from sgl_diffusion_accel.caching.response import response_of
+from sgl_diffusion_accel.caching.runs import Run
+from sgl_diffusion_accel.calibration.calibrate import digest
+from sgl_diffusion_accel.targets import find_transformers, unwrap
 
 Apply = Callable[[Any], CachePatch]
 
@@ -53,12 +68,50 @@ def teacache_empty_window(pipe: Any) -> CachePatch:
     return apply_teacache(pipe, 0.5, coefficients=[0, 0, 0, 0, 0], start_skipping=STEPS - 1)
 
 
+def adaptive(pipe: Any) -> CachePatch:
+    """Gap control as `apply_adaptive_cache` has it, but for runs as short as these, which that computes in full."""
+
+    def pace(run: Run) -> Pace:
+        response = response_of(run.scheduler, run.total)
+        final = np.ones(run.total) if response is None else response[-1]
+        settings = GapSettings(tolerance=1e9, warm_up=2, fewest_steps=2)
+        return GapControl(settings, final, corrects=response is not None)
+
+    return apply_output_cache("adaptive cache for short runs", find_transformers(pipe), pace)
+
+
+def plan_for(pipe: Any, steps: int = 20) -> CachePlan:
+    """A plan as if outputs changed smoothly, for a pipeline with any schedule."""
+    transformers = find_transformers(pipe)
+    times = np.linspace(1000, 20, steps)
+    gram = np.exp(-(((times[:, None] - times) / 400) ** 2))
+    response = np.tril(np.full((steps, steps), -1 / steps))
+    return CachePlan(
+        pipeline=type(pipe).__name__,
+        transformers=tuple(type(unwrap(module)).__name__ for module in transformers.values()),
+        config=digest(transformers),
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        timesteps=tuple(times.tolist()),
+        guidance=None,
+        latents=(1,),
+        calls=1,
+        gram=tuple(gram[np.triu_indices(steps)].tolist()),
+        response=tuple(response[np.tril_indices(steps)].tolist()),
+    )
+
+
+def plan(pipe: Any) -> CachePatch:
+    return apply_cache_plan(pipe, plan_for(pipe), computed_steps=3, guard=None)
+
+
 CACHES: dict[str, Apply] = {
     "reuse": reuse,
     "taylor": taylor,
     "static": static,
     "teacache": teacache,
     "teacache, Taylor": teacache_taylor,
+    "adaptive": adaptive,
+    "plan": plan,
 }
 """Caches that skip steps of a run of `STEPS` steps."""
 
@@ -69,11 +122,13 @@ NEVER_SKIPPING: dict[str, Apply] = {
     "dynamic mask of ones": lambda pipe: apply_cache_dit(pipe, steps_mask=[1] * STEPS, residual_diff_threshold=10.0),
     "teacache, always over": teacache_always_over,
     "teacache, empty window": teacache_empty_window,
+    "adaptive, tolerance 0": lambda pipe: apply_adaptive_cache(pipe, 0.0),
+    "plan of all steps": lambda pipe: apply_cache_plan(pipe, plan_for(pipe), speedup=1.0, guard=None),
 }
 """Caches that must leave every bit of the output as it is."""
 
-NEEDS_NO_VALUE = ("static", *(name for name in NEVER_SKIPPING if name != "teacache, always over"))
-"""Names of the caches that decide without measuring a change, on every model."""
+NEEDS_NO_VALUE = ("static", *(name for name in NEVER_SKIPPING if name not in ("teacache, always over", "plan of all steps")))
+"""Names of the caches that decide without measuring a change, on every model; a plan reads the timesteps once a run."""
 
 BY_TIME = ("wan", "wan22", "wan_v2v", "cogvideox")
 """Families whose signal for TeaCache is the time embedding; that of all others is the modulated input."""
