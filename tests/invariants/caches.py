@@ -127,7 +127,8 @@ NEVER_SKIPPING: dict[str, Apply] = {
 }
 """Caches that must leave every bit of the output as it is."""
 
-NEEDS_NO_VALUE = ("static", *(name for name in NEVER_SKIPPING if name not in ("teacache, always over", "plan of all steps")))
+_READS = ("teacache, always over", "plan of all steps")
+NEEDS_NO_VALUE = ("static", *(name for name in NEVER_SKIPPING if name not in _READS))
 """Names of the caches that decide without measuring a change, on every model; a plan reads the timesteps once a run."""
 
 BY_TIME = ("wan", "wan22", "wan_v2v", "cogvideox")
