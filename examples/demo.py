@@ -11,6 +11,7 @@ import argparse
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +20,32 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from miniatures import call_kwargs, captions, load_miniature, to_frames
-from sgl_diffusion_accel import apply_cache_dit
+from sgl_diffusion_accel import (
+    CachePatch,
+    CachePlan,
+    apply_adaptive_cache,
+    apply_cache_dit,
+    apply_cache_plan,
+    calibrate,
+)
 
 from .demo_picture import draw
 from .demo_results import Result, Run
 from .demo_table import table
 
 MODELS = {"wan": "Wan: clips, classifier-free guidance", "qwen": "Qwen-Image: pictures, true guidance"}
-_LATE = {"steps_policy": "static", "fn_compute_blocks": 0, "taylorseer_order": 2}
 CAPTIONS = {"wan": 4, "qwen": 6}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "second-order prediction": {"taylorseer_order": 2},
-    "step mask late-fast": _LATE | {"steps_mask": "late-fast"},
-    "step mask late-ultra": _LATE | {"steps_mask": "late-ultra"},
+SETTINGS: dict[str, Callable[[Any, CachePlan], CachePatch]] = {
+    "adaptive": lambda pipe, _: apply_adaptive_cache(pipe),
+    "calibrated plan, 3x": lambda pipe, plan: apply_cache_plan(pipe, plan, speedup=3.0),
+    "calibrated plan, 5x": lambda pipe, plan: apply_cache_plan(pipe, plan, speedup=5.0),
+    "DBCache, SGLang's defaults": lambda pipe, _: apply_cache_dit(pipe),
 }
-"""Arguments of `apply_cache_dit`, by the name that the table and the picture show."""
+"""What is shown, by the name that the table and the picture have."""
 
 PICTURE = Path("out/demo.png")
 _CAPTION_SEED = 5
+_CALIBRATION_CALLS, _CALIBRATION_SEED = 2, 11
 
 
 def main() -> None:
@@ -70,14 +78,15 @@ def show(model: str, count: int, steps: int, progress: Progress) -> Result:
         progress: Bar to move.
     """
     pipe = load_miniature(model)
+    plan = calibrate(pipe, calibration_calls(model, steps), teacache=False)
     result = Result(model, steps, captions(model, count, _CAPTION_SEED))
     task = progress.add_task(MODELS[model], total=count * (1 + 2 * len(SETTINGS)))
     run_once(pipe, model, result.captions[0], 0, 2)  # so that the first timing is like the others
     for seed, caption in enumerate(result.captions):
         result.unpatched.append(run_once(pipe, model, caption, seed, steps))
         progress.advance(task)
-        for name, knobs in SETTINGS.items():
-            with apply_cache_dit(pipe, **knobs) as patch:
+        for name, apply in SETTINGS.items():
+            with apply(pipe, plan) as patch:
                 cached = run_once(pipe, model, caption, seed, steps)
                 stats = patch.stats.runs[-1]
             maps = {branch: record.computed for branch, record in stats.branches.items()}
@@ -88,6 +97,12 @@ def show(model: str, count: int, steps: int, progress: Progress) -> Result:
             result.cached.setdefault(name, []).append(cached)
             result.fewer.setdefault(name, []).append(fewer)
     return result
+
+
+def calibration_calls(model: str, steps: int) -> list[dict[str, Any]]:
+    """Calls to calibrate with: other captions and noise than those shown."""
+    words = captions(model, _CALIBRATION_CALLS, _CALIBRATION_SEED)
+    return [call_kwargs(model, word, seed=_CALIBRATION_SEED + index, steps=steps) for index, word in enumerate(words)]
 
 
 def run_once(pipe: Any, model: str, caption: str, seed: int, steps: int, of: int | None = None) -> Run:
