@@ -20,7 +20,6 @@ from sgl_diffusion_accel import (
     UnsupportedModelError,
     apply_adaptive_cache,
     apply_cache_dit,
-    apply_cache_plan,
     calibrate,
     fit_teacache,
 )
@@ -68,9 +67,9 @@ def test_products_are_those_of_what_the_scheduler_is_given(family: Family) -> No
 
 def test_experts_are_planned_together() -> None:
     family = present("wan22")
-    plan = calibrate(family.make(), calls(family))
+    plan = calibrate(family.make(), calls(family, steps=16))
     assert plan.transformers == ("WanTransformer3DModel",) * 2
-    assert plan.steps == STEPS
+    assert plan.steps == 16
     assert plan.teacache_coefficients.secondary is not None
 
 
@@ -95,9 +94,6 @@ def test_three_branches() -> None:
     )
     plan = calibrate(pipe, calls(family), teacache=False)
     assert plan.steps == STEPS
-    patch = apply_cache_plan(pipe, plan, computed_steps=4)
-    family.run(pipe, steps=STEPS)
-    assert len(patch.stats.runs[-1].branches) == 3
 
 
 @families("wan", "wan22", "flux", "ltx")
@@ -141,12 +137,13 @@ def test_recorded_runs_are_bitwise_those_of_the_unpatched_pipeline(family: Famil
 def test_pipeline_is_put_back_after_an_error(error: type[BaseException]) -> None:
     family = present("wan")
     pipe = family.make()
-    family.run(pipe)
-    before, scheduler = Snapshot(pipe), set(vars(pipe.scheduler))
 
     def fail(*_: Any) -> Any:
         raise error
 
+    with pytest.raises(error):  # what an error leaves on the pipeline without us
+        family.run(pipe, steps=STEPS, callback_on_step_end=fail)
+    before, scheduler = Snapshot(pipe), set(vars(pipe.scheduler))
     with pytest.raises(error):
         calibrate(pipe, calls(family, callback_on_step_end=fail))
     assert_same(before, pipe)
@@ -332,7 +329,7 @@ def test_picture_to_picture(name: str, strength: float) -> None:
 def test_schedulers_of_second_order() -> None:
     family = present("sd3")
     pipe = family.make(scheduler=diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0))
-    assert calibrate(pipe, calls(family, teacache=False) if False else calls(family)).steps == 2 * STEPS - 1
+    assert calibrate(pipe, calls(family)).steps == 2 * STEPS - 1
 
 
 def test_run_that_is_not_finite_is_refused() -> None:

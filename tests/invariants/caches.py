@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-from sgl_diffusion_accel import CachePatch, apply_cache_dit, apply_teacache
+import numpy as np
+
+from sgl_diffusion_accel import (
+    CachePatch,
+    CachePlan,
+    apply_adaptive_cache,
+    apply_cache_dit,
+    apply_cache_plan,
+    apply_teacache,
+    calibrate,
+)
+from sgl_diffusion_accel.caching.cache_patch import apply_output_cache
+from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings
+from sgl_diffusion_accel.caching.response import response_of
+from sgl_diffusion_accel.caching.runs import Run
+from sgl_diffusion_accel.targets import find_transformers
+from zoo import FAMILIES
 
 Apply = Callable[[Any], CachePatch]
 
@@ -53,12 +70,44 @@ def teacache_empty_window(pipe: Any) -> CachePatch:
     return apply_teacache(pipe, 0.5, coefficients=[0, 0, 0, 0, 0], start_skipping=STEPS - 1)
 
 
+def adaptive(pipe: Any, tolerance: float = 10.0) -> CachePatch:
+    """Gap control on runs of 6 steps; `apply_adaptive_cache` computes all of so few, and offers no way round that."""
+    settings = GapSettings(tolerance, warm_up=2, longest_gap=1, fewest_steps=1)
+
+    def pace(run: Run) -> GapControl:
+        response = response_of(run.scheduler, run.total)
+        final = [1.0] * run.total if response is None else response[-1]
+        return GapControl(settings, np.asarray(final), corrects=response is not None)
+
+    return apply_output_cache("adaptive cache, loosened", find_transformers(pipe), pace)
+
+
+@functools.cache
+def plan_for(name: str, steps: int = STEPS) -> CachePlan:
+    """A plan of a family, calibrated on another prompt than that of its usual run."""
+    family = FAMILIES[name]
+    pipe = family.make()
+    return calibrate(pipe, [family.call(pipe, steps=steps, seed=3)], teacache=False)
+
+
+def _family_of(pipe: Any) -> str:
+    """The family whose pipelines have such transformers."""
+    classes = [type(module).__name__ for module in find_transformers(pipe).values()]
+    return next(name for name in FAMILIES if not FAMILIES[name].missing and list(plan_for(name).transformers) == classes)
+
+
+def planned(pipe: Any) -> CachePatch:
+    return apply_cache_plan(pipe, plan_for(_family_of(pipe)), speedup=2.0)
+
+
 CACHES: dict[str, Apply] = {
     "reuse": reuse,
     "taylor": taylor,
     "static": static,
     "teacache": teacache,
     "teacache, Taylor": teacache_taylor,
+    "adaptive": adaptive,
+    "plan": planned,
 }
 """Caches that skip steps of a run of `STEPS` steps."""
 
@@ -69,10 +118,19 @@ NEVER_SKIPPING: dict[str, Apply] = {
     "dynamic mask of ones": lambda pipe: apply_cache_dit(pipe, steps_mask=[1] * STEPS, residual_diff_threshold=10.0),
     "teacache, always over": teacache_always_over,
     "teacache, empty window": teacache_empty_window,
+    "adaptive, too few steps": apply_adaptive_cache,
+    "adaptive, tolerance 0": lambda pipe: adaptive(pipe, 0.0),
+    "plan, all steps": lambda pipe: apply_cache_plan(pipe, plan_for(_family_of(pipe)), computed_steps=STEPS),
 }
 """Caches that must leave every bit of the output as it is."""
 
-NEEDS_NO_VALUE = ("static", *(name for name in NEVER_SKIPPING if name != "teacache, always over"))
+WHOLE_CALLS = ("adaptive", "plan")
+"""Names of the caches that skip whole calls of a transformer, its first blocks, norms and projections included."""
+
+NEEDS_NO_VALUE = (
+    "static",
+    *(name for name in NEVER_SKIPPING if name not in ("teacache, always over", "adaptive, tolerance 0", "plan, all steps")),
+)
 """Names of the caches that decide without measuring a change, on every model."""
 
 BY_TIME = ("wan", "wan22", "wan_v2v", "cogvideox")
