@@ -61,6 +61,8 @@ def correct(nodes: Sequence[int], skipped: Mapping[int, Weights], final: Sequenc
     """
     present = nodes[0]
     weights: Weights = {present: 1.0}
+    if final[present] == 0:  # nothing can be put right at a step without weight
+        return weights
     for step, taken in skipped.items():
         share = final[step] / final[present]
         for node, weight in interpolate(nodes, step).items():

@@ -86,7 +86,10 @@ class OutputController(PatchHandler):
         decision = kept.decide(step, self._name, branch, _signature(args, kwargs))
         self._log(run, step, branch, decision)
         if not decision.compute:
-            return Instead(kept.skip(branch))
+            output = kept.skip(branch)
+            if step == run.total - 1:
+                kept.end(branch)
+            return Instead(output)
         self._threads.busy = True
         return _Call(run, kept, branch, run.guidance)
 
@@ -122,9 +125,9 @@ def count_blocks(module: nn.Module) -> int:
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Shape, dtype and device of the first tensor of a call: the latents."""
+    """Shape, dtype and device of the first tensor of a call, or list of them, with its length: the latents."""
     for value in (*args, *kwargs.values()):
-        first = value[0] if isinstance(value, (list, tuple)) and value else value
-        if isinstance(first, Tensor):
-            return first.shape, first.dtype, first.device
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if several and isinstance(several[0], Tensor):
+            return several[0].shape, several[0].dtype, several[0].device, len(several)
     return ()

@@ -25,6 +25,12 @@ class _Branch:
     outputs: dict[int, Tensors] = field(default_factory=dict)
     form: Callable[[Sequence[Tensor]], Any] = tuple
 
+    def forget_unlike(self, tensors: Tensors) -> None:
+        """Starts anew for outputs of another form: guidance that ends may leave fewer tensors in a list."""
+        shapes = [tensor.shape for tensor in tensors]
+        if any([tensor.shape for tensor in each] != shapes for each in self.outputs.values()):
+            self.outputs.clear()
+
     def has(self, nodes: Sequence[int]) -> bool:
         return all(node in self.outputs for node in nodes)
 
@@ -93,6 +99,10 @@ class OutputRun(Kept):
         kept = self._branches[branch]
         return kept.form(combine([(weight, kept.outputs[node]) for node, weight in (self._weights or {}).items()]))
 
+    def end(self, branch: str) -> None:
+        """Lets a branch go after its last step."""
+        self._branches.pop(branch, None)
+
     def computed(self, branch: str, output: Any, guidance: float | None) -> Any:
         """Keeps what a computed call has returned, and corrects it by what was skipped before.
 
@@ -109,6 +119,7 @@ class OutputRun(Kept):
             self._branches.pop(branch, None)
             return output
         kept = self._branches.setdefault(branch, _Branch())
+        kept.forget_unlike(tensors)
         own = tuple(tensor.detach().clone() for tensor in tensors)  # the caller may write into what it gets
         kept.outputs[self._step] = own
         kept.form = form

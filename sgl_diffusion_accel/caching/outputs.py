@@ -34,6 +34,8 @@ def _form(part: Any, tensors: list[Tensor]) -> Callable[[Any], Any]:
     if isinstance(part, Mapping):
         kind = type(part)
         fields = {key: _form(value, tensors) for key, value in part.items()}
+        if kind is dict:
+            return lambda values: {key: make(values) for key, make in fields.items()}
         return lambda values: kind(**{key: make(values) for key, make in fields.items()})
     if isinstance(part, (tuple, list)):
         forms = [_form(each, tensors) for each in part]

@@ -7,7 +7,6 @@ pictures, so that they hold for Euler, Heun, UniPC, DPM-Solver, DDIM and those t
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any
 
@@ -21,27 +20,45 @@ logger = logging.getLogger(__name__)
 Response = npt.NDArray[np.float64]
 """`[S + 1, S]`: weight of the output at each step in the latents before each step, and in the final ones."""
 
-_IMPULSE = 1e-3  # small, for schedulers that clip
-_NOISE = 1e-7  # what may come of nothing, relative to the impulse
+_IMPULSES = (1e-3, 1e3)  # a response that depends on the size is none: the scheduler clips
+_NOISE = 1e-6  # what may come of nothing, or differ between the impulses, relative to the impulse and the response
+
+_FRESH: dict[str, Any] = {
+    "_step_index": None,
+    "lower_order_nums": 0,
+    "this_order": 0,
+    "last_sample": None,
+    "counter": 0,
+    "cur_model_output": 0,
+    "cur_sample": None,
+    "ets": [],
+    "dt": None,
+    "sample": None,
+    "prev_derivative": None,
+}
+"""What schedulers remember of a run, as it is before the first step."""
 
 
 def response_of(scheduler: Any, total: int) -> Response | None:
     """Finds the response of a scheduler to the outputs of a run.
 
     Args:
-        scheduler: With the timesteps of the run set. It is not changed.
-        total: Denoising steps of the run, S.
+        scheduler: With the timesteps of the run set. It is not changed, nor is any random state.
+        total: Denoising steps of the run, S: all that are set, or the last of them where a run begins in the middle.
 
     Returns:
         The response `[S + 1, S]`; None for a scheduler that adds noise of its own, is not linear, or takes more than
         output, timestep and sample.
     """
     try:
-        with torch.no_grad():
-            return _respond(_on_cpu(scheduler), total)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            small, large = (_respond(_fresh_copy(scheduler), total, impulse) for impulse in _IMPULSES)
     except Exception as error:  # a scheduler is code of others, which may do anything
         logger.debug("%s tells no response: %s", type(scheduler).__name__, error)
         return None
+    if small is None or large is None or np.abs(small - large).max() > 1e3 * _NOISE * np.abs(small).max():
+        return None
+    return small
 
 
 def euler(sigmas: list[float]) -> Response:
@@ -50,34 +67,36 @@ def euler(sigmas: list[float]) -> Response:
     return np.tril(np.broadcast_to(widths, (len(widths) + 1, len(widths))), -1)
 
 
-def _on_cpu(scheduler: Any) -> Any:
+def _fresh_copy(scheduler: Any) -> Any:
     """A copy as it is before the first step, with its tensors where numbers are quick."""
-    twin = copy.copy(scheduler)
-    vars(twin).pop("step", None)  # if somebody watches the scheduler, then not its twin
-    for name, value in vars(twin).items():
+    twin = object.__new__(type(scheduler))
+    for name, value in vars(scheduler).items():
+        if name == "step":  # somebody watches the scheduler, but not its twin
+            continue
         if isinstance(value, Tensor):
-            setattr(twin, name, value.detach().to("cpu", copy=True))
-        elif isinstance(value, (list, dict)) and name != "_internal_dict":
-            setattr(twin, name, [None] * len(value) if isinstance(value, list) else dict(value))
-    for name, start in (("_step_index", None), ("lower_order_nums", 0), ("last_sample", None), ("this_order", 0)):
-        if hasattr(twin, name):
-            setattr(twin, name, start)
+            value = value.detach().to("cpu", copy=True)
+        elif isinstance(value, list):
+            is_memory = any(isinstance(each, Tensor) for each in value)
+            value = [None] * len(value) if is_memory else list(value)
+        vars(twin)[name] = value
+    for name, start in _FRESH.items():
+        if name in vars(twin):
+            vars(twin)[name] = list(start) if isinstance(start, list) else start
     return twin
 
 
-def _respond(twin: Any, total: int) -> Response | None:
-    timesteps = twin.timesteps
-    if len(timesteps) != total:
+def _respond(twin: Any, total: int, impulse: float) -> Response | None:
+    if not 1 <= total <= len(twin.timesteps):
         return None
     # One channel for each step's impulse, and one that stays empty: what appears there is the scheduler's own noise.
     sample = torch.zeros(1, total + 1, 1, 1, dtype=torch.float64)
     before = [sample]
-    for step, timestep in enumerate(timesteps):
+    for step, timestep in enumerate(twin.timesteps[-total:]):
         output = torch.zeros_like(sample)
-        output[0, step] = _IMPULSE
+        output[0, step] = impulse
         sample = twin.step(output, timestep, sample, return_dict=False)[0].double()
         before.append(sample)
-    response = torch.stack(before)[:, 0, :, 0, 0].numpy() / _IMPULSE
+    response = torch.stack(before)[:, 0, :, 0, 0].numpy() / impulse
     weights, noise = response[:, :total], response[:, total]
-    is_sound = np.isfinite(response).all() and np.abs(noise).max() <= _NOISE and np.abs(weights[-1]).min() > 0
+    is_sound = np.isfinite(response).all() and np.abs(noise).max() <= _NOISE and np.abs(weights[-1]).max() > 0
     return weights if is_sound else None

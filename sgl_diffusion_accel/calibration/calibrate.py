@@ -49,7 +49,8 @@ def calibrate(
             to six different prompts do.
         path: Where to save the plan after each call; calls that are in the file already are not run again, so that an
             interrupted calibration goes on where it was.
-        teacache: Also fit the coefficients of TeaCache on the same runs, where the model has a signal for them.
+        teacache: Also fit the coefficients of TeaCache on the same runs, where the model has a signal for them. Where a
+            calibration goes on, they are from its larger part.
         progress: Log each call as it is done.
 
     Returns:
@@ -73,8 +74,10 @@ def calibrate(
             raise ConfigError("a cache is on this pipeline, and calibration needs uncached runs. Type: remove(pipe)")
     known = CachePlan.load(path) if path is not None and Path(path).exists() else None
     done = 0 if known is None else known.calls
-    if known is not None and done >= len(calls):
-        return known
+    if known is not None:
+        _check_setting(known, pipe, transformers, calls, path)
+        if done >= len(calls):
+            return known
     if done:
         logger.info("%s holds %d calls: going on with the others", path, done)
     tea = TeaCacheRecording(pipe) if teacache and TeaCacheRecording.is_possible(transformers) else None
@@ -86,17 +89,46 @@ def calibrate(
                 pipe(**call)
             else:
                 tea.run(call)
-            plans.append(_plan(pipe, transformers, call, runs))
+            found = _plan(pipe, transformers, call, runs)
+            plans.append(found if tea is None else replace(found, teacache=_fit(tea)))
             if path is not None:
-                plans[0].merge(*plans[1:]).save(path)
+                _joined(plans, done).save(path)
             logger.log(logging.INFO if progress else logging.DEBUG, "calibrated: call %d of %d", number, len(calls))
+    return _joined(plans, done)
+
+
+def _joined(plans: list[CachePlan], done: int) -> CachePlan:
+    """All plans as one; of the coefficients those that more calls went into, the file's or the last ones here."""
     plan = plans[0].merge(*plans[1:])
-    fit = None if tea is None else _fit(tea)
-    if fit is not None:
-        plan = replace(plan, teacache=fit)
-    if path is not None:
-        plan.save(path)
-    return plan
+    earlier, newest = plans[0].teacache, plans[-1].teacache
+    return replace(plan, teacache=newest if earlier is None or plan.calls - done >= done else earlier)
+
+
+def _check_setting(
+    known: CachePlan,
+    pipe: Any,
+    transformers: Mapping[str, nn.Module],
+    calls: list[Mapping[str, Any]],
+    path: str | Path | None,
+) -> None:
+    """Refuses to go on with a file of another setting, as far as that shows before anything runs."""
+    given: dict[str, tuple[Any, Any]] = {
+        "pipeline": (known.pipeline, type(pipe).__name__),
+        "model's config": (known.config, digest(transformers)),
+        "scheduler": (known.scheduler, type(pipe.scheduler).__name__),
+    }
+    for call in calls:
+        steps, scale = call.get("num_inference_steps"), next((call[key] for key in _GUIDANCE if key in call), None)
+        if type(steps) is int and type(pipe.scheduler).order == 1 and not call.get("strength"):
+            given["number of steps"] = (known.steps, steps)
+        if known.guidance is not None and isinstance(scale, (int, float)):
+            given["guidance"] = (known.guidance, float(scale))
+        for name, (theirs, ours) in given.items():
+            if theirs != ours:
+                raise ConfigError(
+                    f"{path} is of another setting: its {name} is {theirs}, and that of the call {ours}. Give another "
+                    "path."
+                )
 
 
 def _fit(tea: TeaCacheRecording) -> TeaCacheCoefficients | None:
@@ -119,6 +151,8 @@ def _plan(
         raise ConfigError(f"one call made {len(runs)} denoising runs; give calls that make one each.")
     run = runs[0]
     steps = len(run.timesteps)
+    if not np.any(run.gram()):
+        raise ConfigError("the pipeline gave its scheduler nothing but zeros: nothing can be learned from this call.")
     response = response_of(pipe.scheduler, steps)
     if response is None:
         raise UnsupportedModelError(

@@ -95,7 +95,7 @@ def design(mask: Sequence[bool], moments: Moments, settings: DesignSettings) -> 
     state = _State(moments, settings)
     for step, computed in enumerate(mask):
         state.advance(step, bool(computed))
-    errors = np.sqrt(np.maximum(state.squares(), 0) / moments.moved)
+    errors = np.sqrt(np.maximum(state.squares(), 0) / (moments.moved or 1.0))
     return Design(tuple(map(bool, mask)), tuple(state.weights), tuple(map(float, errors)))
 
 

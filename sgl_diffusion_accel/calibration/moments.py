@@ -30,8 +30,10 @@ def carry_over(gram: Matrix, measured: Sequence[float], wanted: Sequence[float])
 def _weights(measured: Sequence[float], wanted: float) -> Matrix:
     times = np.asarray(measured, dtype=np.float64)
     row = np.zeros(len(times))
-    start = int(np.clip(np.searchsorted(-times, -wanted) - _NODES // 2, 0, max(len(times) - _NODES, 0)))
-    near = range(start, min(start + _NODES, len(times)))
+    _, distinct = np.unique(-times, return_index=True)  # methods of second order come to a timestep twice
+    place = np.searchsorted(-times[distinct], -wanted) - _NODES // 2
+    start = int(np.clip(place, 0, max(len(distinct) - _NODES, 0)))
+    near = distinct[start : start + _NODES].tolist()
     for node in near:
         others = [other for other in near if other != node]
         row[node] = np.prod([(wanted - times[other]) / (times[node] - times[other]) for other in others])

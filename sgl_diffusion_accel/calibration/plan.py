@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -17,7 +16,7 @@ from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.caching.checks import count, real
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
-from sgl_diffusion_accel.calibration.plan_file import read, refuse, triangle, whole
+from sgl_diffusion_accel.calibration.plan_file import number, read, refuse, text, triangle, whole
 from sgl_diffusion_accel.calibration.search import best_design, fewest_steps
 from sgl_diffusion_accel.errors import ConfigError
 
@@ -160,18 +159,18 @@ class CachePlan:
         steps = len(fields["timesteps"])
         try:
             return cls(
-                pipeline=str(fields["pipeline"]),
-                transformers=tuple(map(str, fields["transformers"])),
-                config=str(fields["config"]),
-                scheduler=str(fields["scheduler"]),
+                pipeline=text(path, "pipeline", fields["pipeline"]),
+                transformers=tuple(text(path, "transformers", each) for each in _list(path, fields, "transformers")),
+                config=text(path, "config", fields["config"]),
+                scheduler=text(path, "scheduler", fields["scheduler"]),
                 timesteps=_falling(path, fields["timesteps"]),
-                guidance=None if fields["guidance"] is None else float(fields["guidance"]),
-                latents=tuple(whole(path, "latents", each) for each in fields["latents"]),
+                guidance=None if fields["guidance"] is None else number(path, "guidance", fields["guidance"]),
+                latents=tuple(whole(path, "latents", each) for each in _list(path, fields, "latents")),
                 calls=whole(path, "calls", fields["calls"]),
                 gram=triangle(path, "gram", fields["gram"], steps),
                 response=triangle(path, "response", fields["response"], steps),
                 teacache=_teacache(fields["teacache"]),
-                library=str(fields["library"]),
+                library=text(path, "library", fields["library"]),
             )
         except (TypeError, ValueError, KeyError) as error:
             if isinstance(error, ConfigError):
@@ -199,10 +198,17 @@ def _short(value: Any) -> str:
 
 
 def _falling(path: str | Path, values: Sequence[float]) -> tuple[float, ...]:
-    times = tuple(float(value) for value in values)
-    if not all(math.isfinite(time) for time in times) or any(a <= b for a, b in pairwise(times)):
+    times = tuple(number(path, "timesteps", value) for value in values)
+    if any(before < after for before, after in pairwise(times)):
         raise refuse(path, "its timesteps do not fall")
     return times
+
+
+def _list(path: str | Path, fields: dict[str, Any], name: str) -> list[Any]:
+    values = fields[name]
+    if not isinstance(values, list):
+        raise refuse(path, f"{name} is damaged: it is no list")
+    return values
 
 
 def _teacache_fields(fit: TeaCacheCoefficients) -> dict[str, Any]:

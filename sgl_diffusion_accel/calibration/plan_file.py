@@ -59,14 +59,30 @@ def whole(path: str | Path, name: str, value: Any) -> int:
     return value
 
 
+def number(path: str | Path, name: str, value: Any) -> float:
+    """A finite number."""
+    if type(value) not in (int, float):
+        raise refuse(path, f"{name} is damaged: it has {value!r}, and numbers are expected")
+    if not math.isfinite(value):
+        raise refuse(path, f"{name} holds a number that is not finite")
+    return float(value)
+
+
+def text(path: str | Path, name: str, value: Any) -> str:
+    """A string."""
+    if type(value) is not str:
+        raise refuse(path, f"{name} is damaged: it has {value!r}, and text is expected")
+    return value
+
+
 def triangle(path: str | Path, name: str, values: Any, steps: int) -> tuple[float, ...]:
     """The numbers of a triangular matrix of so many steps, all finite; those of a Gram matrix make one."""
     wanted = steps * (steps + 1) // 2
     if not isinstance(values, list) or len(values) != wanted:
         raise refuse(path, f"{name} does not have the {wanted} numbers of {steps} steps")
-    numbers = tuple(float(value) for value in values)
-    if not all(map(math.isfinite, numbers)):
-        raise refuse(path, f"{name} holds a number that is not finite")
+    numbers = tuple(number(path, name, value) for value in values)
+    if name == "response" and not any(numbers[-steps:]):
+        raise refuse(path, "response is damaged: no step has any weight")
     if name == "gram":
         matrix = np.zeros((steps, steps))
         matrix[np.triu_indices(steps)] = numbers

@@ -89,4 +89,4 @@ class PlanPace(Pace):
         """See `Pace.needs_later`."""
         if self._instead is not None:
             return self._instead.needs_later(step)
-        return self._last_use[step] > step or (self._guard is not None and step < len(self._design.mask) - 1)
+        return self._last_use.get(step, step) > step or (self._guard is not None and step < len(self._design.mask) - 1)

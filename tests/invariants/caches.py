@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,14 @@ from sgl_diffusion_accel import (
     apply_cache_dit,
     apply_cache_plan,
     apply_teacache,
+    calibrate,
 )
 from sgl_diffusion_accel.caching.cache_patch import apply_output_cache
-from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings, Pace
+from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings
 from sgl_diffusion_accel.caching.response import response_of
 from sgl_diffusion_accel.caching.runs import Run
-from sgl_diffusion_accel.calibration.calibrate import digest
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_transformers
+from zoo import FAMILIES
 
 Apply = Callable[[Any], CachePatch]
 
@@ -68,40 +70,36 @@ def teacache_empty_window(pipe: Any) -> CachePatch:
     return apply_teacache(pipe, 0.5, coefficients=[0, 0, 0, 0, 0], start_skipping=STEPS - 1)
 
 
-def adaptive(pipe: Any) -> CachePatch:
-    """Gap control as `apply_adaptive_cache` has it, but for runs as short as these, which that computes in full."""
+def adaptive(pipe: Any, tolerance: float = 10.0) -> CachePatch:
+    """Gap control on runs of 6 steps; `apply_adaptive_cache` computes all of so few, and offers no way round that."""
+    settings = GapSettings(tolerance, warm_up=2, longest_gap=1, fewest_steps=1)
 
-    def pace(run: Run) -> Pace:
+    def pace(run: Run) -> GapControl:
         response = response_of(run.scheduler, run.total)
-        final = np.ones(run.total) if response is None else response[-1]
-        settings = GapSettings(tolerance=1e9, warm_up=2, fewest_steps=2)
-        return GapControl(settings, final, corrects=response is not None)
+        final = [1.0] * run.total if response is None else response[-1]
+        return GapControl(settings, np.asarray(final), corrects=response is not None)
 
-    return apply_output_cache("adaptive cache for short runs", find_transformers(pipe), pace)
+    return apply_output_cache("adaptive cache, loosened", find_transformers(pipe), pace)
 
 
-def plan_for(pipe: Any, steps: int = 20) -> CachePlan:
-    """A plan as if outputs changed smoothly, for a pipeline with any schedule."""
-    transformers = find_transformers(pipe)
-    times = np.linspace(1000, 20, steps)
-    gram = np.exp(-(((times[:, None] - times) / 400) ** 2))
-    response = np.tril(np.full((steps, steps), -1 / steps))
-    return CachePlan(
-        pipeline=type(pipe).__name__,
-        transformers=tuple(type(unwrap(module)).__name__ for module in transformers.values()),
-        config=digest(transformers),
-        scheduler="FlowMatchEulerDiscreteScheduler",
-        timesteps=tuple(times.tolist()),
-        guidance=None,
-        latents=(1,),
-        calls=1,
-        gram=tuple(gram[np.triu_indices(steps)].tolist()),
-        response=tuple(response[np.tril_indices(steps)].tolist()),
+@functools.cache
+def plan_for(name: str, steps: int = STEPS) -> CachePlan:
+    """A plan of a family, calibrated on another prompt than that of its usual run."""
+    family = FAMILIES[name]
+    pipe = family.make()
+    return calibrate(pipe, [family.call(pipe, steps=steps, seed=3)], teacache=False)
+
+
+def _family_of(pipe: Any) -> str:
+    """The family whose pipelines have such transformers."""
+    classes = [type(module).__name__ for module in find_transformers(pipe).values()]
+    return next(
+        name for name in FAMILIES if not FAMILIES[name].missing and list(plan_for(name).transformers) == classes
     )
 
 
-def plan(pipe: Any) -> CachePatch:
-    return apply_cache_plan(pipe, plan_for(pipe), computed_steps=3, guard=None)
+def planned(pipe: Any) -> CachePatch:
+    return apply_cache_plan(pipe, plan_for(_family_of(pipe)), speedup=2.0)
 
 
 CACHES: dict[str, Apply] = {
@@ -111,7 +109,7 @@ CACHES: dict[str, Apply] = {
     "teacache": teacache,
     "teacache, Taylor": teacache_taylor,
     "adaptive": adaptive,
-    "plan": plan,
+    "plan": planned,
 }
 """Caches that skip steps of a run of `STEPS` steps."""
 
@@ -122,14 +120,24 @@ NEVER_SKIPPING: dict[str, Apply] = {
     "dynamic mask of ones": lambda pipe: apply_cache_dit(pipe, steps_mask=[1] * STEPS, residual_diff_threshold=10.0),
     "teacache, always over": teacache_always_over,
     "teacache, empty window": teacache_empty_window,
-    "adaptive, tolerance 0": lambda pipe: apply_adaptive_cache(pipe, 0.0),
-    "plan of all steps": lambda pipe: apply_cache_plan(pipe, plan_for(pipe), speedup=1.0, guard=None),
+    "adaptive, too few steps": apply_adaptive_cache,
+    "adaptive, tolerance 0": lambda pipe: adaptive(pipe, 0.0),
+    "plan, all steps": lambda pipe: apply_cache_plan(pipe, plan_for(_family_of(pipe)), computed_steps=STEPS),
 }
 """Caches that must leave every bit of the output as it is."""
 
-_READS = ("teacache, always over", "plan of all steps")
-NEEDS_NO_VALUE = ("static", *(name for name in NEVER_SKIPPING if name not in _READS))
-"""Names of the caches that decide without measuring a change, on every model; a plan reads the timesteps once a run."""
+WHOLE_CALLS = ("adaptive", "plan")
+"""Names of the caches that skip whole calls of a transformer, its first blocks, norms and projections included."""
+
+NEEDS_NO_VALUE = (
+    "static",
+    *(
+        name
+        for name in NEVER_SKIPPING
+        if name not in ("teacache, always over", "adaptive, tolerance 0", "plan, all steps")
+    ),
+)
+"""Names of the caches that decide without measuring a change, on every model."""
 
 BY_TIME = ("wan", "wan22", "wan_v2v", "cogvideox")
 """Families whose signal for TeaCache is the time embedding; that of all others is the modulated input."""

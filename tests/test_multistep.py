@@ -1,0 +1,87 @@
+"""Weights of prediction and correction, against the polynomials and sums that they stand for."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from sgl_diffusion_accel.caching.multistep import Weights, correct, extrapolate, interpolate
+
+
+def value(weights: Weights, outputs: np.ndarray) -> float:
+    return float(sum(weight * outputs[node] for node, weight in weights.items()))
+
+
+STEPS = np.arange(20.0)
+
+
+@pytest.mark.parametrize("nodes", [[4], [4, 3], [9, 4, 1]])
+def test_order_0_repeats_the_newest_output(nodes: list[int]) -> None:
+    assert extrapolate(nodes, 12, 0) == {nodes[0]: 1.0}
+
+
+def test_one_output_is_repeated() -> None:
+    assert extrapolate([3], 7) == {3: 1.0}
+
+
+@pytest.mark.parametrize(("nodes", "step"), [([4, 3], 5), ([9, 4], 12), ([9, 4, 2, 0], 17)])
+def test_prediction_is_exact_for_lines(nodes: list[int], step: int) -> None:
+    outputs = 3 - 0.7 * STEPS
+    weights = extrapolate(nodes, step)
+    assert set(weights) == set(nodes[:2])
+    assert value(weights, outputs) == pytest.approx(outputs[step])
+
+
+@pytest.mark.parametrize("nodes", [[7], [7, 3], [7, 5, 2], [9, 6, 5, 1]])
+def test_interpolation_is_exact_for_polynomials_through_its_nodes(nodes: list[int]) -> None:
+    outputs = np.polyval(np.arange(1.0, len(nodes) + 1), STEPS / 10)
+    for step in range(10):
+        weights = interpolate(nodes, step)
+        assert sum(weights.values()) == pytest.approx(1)
+        assert value(weights, outputs) == pytest.approx(outputs[step])
+
+
+@pytest.mark.parametrize("node", [0, 5])
+def test_interpolation_at_a_node_is_its_output(node: int) -> None:
+    weights = interpolate([7, 5, 2, 0], node)
+    assert weights == {each: float(each == node) for each in (7, 5, 2, 0)}
+
+
+def test_nothing_skipped_leaves_the_output() -> None:
+    assert correct([5, 4, 3], {}, STEPS.tolist()) == {5: 1.0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_corrected_sum_is_that_of_the_interpolated_outputs(seed: int) -> None:
+    """What the scheduler adds up over a gap and the step after it is what it would of interpolated outputs."""
+    draw = random.Random(seed)
+    nodes = [12, 7, 5, 2]
+    outputs = np.array([draw.gauss(0, 1) for _ in range(20)])
+    final = [draw.uniform(0.1, 1) * draw.choice([1, -1]) for _ in range(20)]
+    taken = {step: extrapolate(nodes[1:], step) for step in range(8, 12)}
+    weights = correct(nodes, taken, final)
+    assert sum(weights.values()) == pytest.approx(1)
+    given = sum(final[step] * value(each, outputs) for step, each in taken.items()) + final[12] * value(
+        weights, outputs
+    )
+    wanted = sum(final[step] * value(interpolate(nodes, step), outputs) for step in range(8, 13))
+    assert given == pytest.approx(wanted)
+
+
+def test_correction_is_exact_for_cubics() -> None:
+    nodes, final = [12, 7, 5, 2], np.linspace(-0.2, -0.01, 20).tolist()
+    outputs = np.polyval([2.0, -1.0, 0.5, 3.0], STEPS / 10)
+    taken = {step: extrapolate(nodes[1:], step) for step in range(8, 12)}
+    weights = correct(nodes, taken, final)
+    given = sum(final[step] * value(each, outputs) for step, each in taken.items()) + final[12] * value(
+        weights, outputs
+    )
+    assert given == pytest.approx(sum(final[step] * outputs[step] for step in range(8, 13)))
+
+
+def test_correction_at_a_step_without_weight_is_left_out() -> None:
+    """Some schedulers give the last output no weight (DEIS with flow sigmas): nothing can be put right there."""
+    final = [1.0] * 12 + [0.0]
+    assert correct([12, 9, 8], {step: {9: 1.0} for step in (10, 11)}, final) == {12: 1.0}

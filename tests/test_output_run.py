@@ -1,0 +1,263 @@
+"""One run of cached outputs, on plain tensors and with laid-down decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sgl_diffusion_accel.caching.multistep import Weights, extrapolate
+from sgl_diffusion_accel.caching.output_run import OutputRun
+from sgl_diffusion_accel.caching.pacing import DEPTH, Pace
+from sgl_diffusion_accel.caching.policies import Decision
+
+SIGNATURE = ("shape",)
+
+
+class Laid(Pace):
+    """Computes the steps of a mask, and writes down what it is told."""
+
+    needs_error = True
+
+    def __init__(self, mask: str, spans_models: bool = False) -> None:
+        self.mask = [each == "x" for each in mask]
+        self.spans_models = spans_models
+        self.errors: dict[int, float] = {}
+        self.restarts: list[int] = []
+        self.asked: list[int] = []
+
+    def decide(self, step: int) -> Decision:
+        self.asked.append(step)
+        return Decision(self.mask[step], "mask")
+
+    def weights(self, step: int, nodes: Sequence[int]) -> Weights:
+        return {step: 1.0} if step in nodes else extrapolate(nodes, step)
+
+    def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
+        earlier = [node for node in nodes if node < step]
+        return extrapolate(earlier, step) if len(earlier) > 1 else None
+
+    def observe(self, step: int, error: float) -> None:
+        self.errors[step] = error
+
+    def restart(self, step: int) -> None:
+        self.restarts.append(step)
+
+    def needs_later(self, step: int) -> bool:
+        return step < len(self.mask) - 1
+
+
+def output(step: int, branch: str = "cond", batch: int = 1) -> Tensor:
+    """Follows a parabola, another one on each branch."""
+    scale = {"cond": 1.0, "uncond": -0.5}.get(branch, 2.0)
+    return scale * (torch.arange(1.0, 5.0) * step + 0.1 * step**2 + 3).expand(batch, 4).clone()
+
+
+def call(kept: OutputRun, step: int, branch: str = "cond", guidance: float | None = None, **kw: Any) -> Any:
+    """What the caller of a transformer gets, and whether it ran."""
+    decision = kept.decide(step, kw.get("component", "transformer"), branch, kw.get("signature", SIGNATURE))
+    if not decision.compute:
+        return kept.skip(branch)[0], False
+    given = kw["output"] if "output" in kw else output(step, branch)
+    return kept.computed(branch, (given,), guidance)[0], True
+
+
+def test_computed_steps_return_what_was_computed_and_skipped_ones_the_line() -> None:
+    kept = OutputRun(Laid("xx..x"))
+    for step, runs in enumerate([True, True, False, False, True]):
+        made, ran = call(kept, step)
+        assert ran == runs
+        expected = output(step) if ran else output(1) + (step - 1) * (output(1) - output(0))
+        assert torch.allclose(made, expected)
+
+
+def test_branches_of_a_step_share_one_decision_and_nothing_else() -> None:
+    pace = Laid("xx.x")
+    kept = OutputRun(pace)
+    for step in range(4):
+        for branch in ("cond", "uncond", "third"):
+            made, _ = call(kept, step, branch)
+            line = 2 * output(1, branch) - output(0, branch)
+            assert torch.allclose(made, line if step == 2 else output(step, branch))
+    assert pace.asked == [0, 1, 2, 3]
+
+
+def test_branch_that_comes_late_is_computed_until_it_can_be_predicted() -> None:
+    kept = OutputRun(Laid("xx.xx."))
+    seen = []
+    for step in range(6):
+        call(kept, step)
+        if step >= 2:
+            seen.append(call(kept, step, "uncond")[1])
+    assert seen == [True, True, True, False]
+
+
+def test_branch_that_goes_and_comes_back_is_never_predicted_from_gaps() -> None:
+    kept = OutputRun(Laid("xxxx.x"))
+    ran = {}
+    for step in range(6):
+        call(kept, step)
+        if step not in (2, 3):
+            ran[step] = call(kept, step, "uncond")[1]
+    assert ran[4], "the outputs that the line needs were never computed on this branch"
+
+
+def test_first_step_is_computed_whatever_is_laid_down() -> None:
+    kept = OutputRun(Laid(".x"))
+    assert call(kept, 0)[1]
+
+
+def test_run_that_begins_in_the_middle_computes_first() -> None:
+    kept = OutputRun(Laid("xx...x"))
+    assert call(kept, 3)[1]
+    assert call(kept, 4)[1] is False
+
+
+@pytest.mark.parametrize("change", [{"signature": ("other",)}, {"component": "transformer_2"}])
+def test_other_shape_or_model_starts_anew(change: dict[str, Any]) -> None:
+    pace = Laid("xx...x")
+    kept = OutputRun(pace)
+    for step in range(3):
+        call(kept, step)
+    assert call(kept, 3, **change)[1]
+    assert pace.restarts == [3]
+    made, ran = call(kept, 4, **change)
+    assert not ran
+    assert torch.equal(made, output(3)), "one output is known of the new one"
+
+
+def test_pace_that_spans_models_goes_on_with_another_model() -> None:
+    pace = Laid("xx.x", spans_models=True)
+    kept = OutputRun(pace)
+    for step in range(2):
+        call(kept, step)
+    assert call(kept, 2, component="transformer_2")[1] is False
+    assert pace.restarts == []
+
+
+def test_error_is_that_of_the_line() -> None:
+    pace = Laid("xx.xx")
+    kept = OutputRun(pace)
+    for step in range(5):
+        call(kept, step)
+    line = output(1) + 2 * (output(1) - output(0))
+    assert pace.errors.keys() == {3}, "that of step 4 is read before a step that does not come"
+    assert pace.errors[3] == pytest.approx(float((line - output(3)).norm() / output(3).norm()), rel=1e-5)
+
+
+def line_error(values: list[Tensor]) -> float:
+    guess = 2 * values[1] - values[0]
+    return float((guess - values[2]).norm() / values[2].norm())
+
+
+@pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")])
+def test_error_is_mixed_as_guidance_mixes_the_branches(order: tuple[str, str]) -> None:
+    pace = Laid("xxxx")
+    kept = OutputRun(pace)
+    for step in range(4):
+        for branch in order:
+            call(kept, step, branch, guidance=4.0)
+    guided = [output(step, "uncond") + 4 * (output(step, "cond") - output(step, "uncond")) for step in range(3)]
+    assert pace.errors[2] == pytest.approx(line_error(guided), rel=1e-4)
+
+
+def test_error_of_a_batch_of_both_branches_is_mixed() -> None:
+    pace = Laid("xxxx")
+    kept = OutputRun(pace)
+    both = [torch.cat([output(step, "uncond", 2), output(step, "cond", 2)]) for step in range(4)]
+    for step in range(4):
+        call(kept, step, "cond_uncond", guidance=4.0, output=both[step])
+    guided = [torch.lerp(*each.chunk(2), 4.0) for each in both]
+    assert pace.errors[2] == pytest.approx(line_error(guided), rel=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [None, 1.0, 0.0])
+def test_error_without_guidance_is_over_all_branches(guidance: float | None) -> None:
+    pace = Laid("xxxx")
+    kept = OutputRun(pace)
+    for step in range(4):
+        for branch in ("cond", "uncond"):
+            call(kept, step, branch, guidance=guidance)
+    both = [torch.cat([output(step, "cond"), output(step, "uncond")]) for step in range(3)]
+    assert pace.errors[2] == pytest.approx(line_error(both), rel=1e-4)
+
+
+def test_error_where_one_branch_does_not_come() -> None:
+    pace = Laid("xxxx")
+    kept = OutputRun(pace)
+    for step in range(4):
+        call(kept, step, "cond", guidance=3.5)
+    assert pace.errors[2] == pytest.approx(line_error([output(step) for step in range(3)]), rel=1e-4)
+
+
+def test_error_against_nothing_is_infinite() -> None:
+    pace = Laid("xxxx")
+    kept = OutputRun(pace)
+    for step in range(4):
+        call(kept, step, output=torch.zeros(1, 4))
+    assert pace.errors[2] == float("inf")
+
+
+def test_error_of_half_precision_does_not_overflow() -> None:
+    pace = Laid("xxxx")
+    kept = OutputRun(pace)
+    for step in range(4):
+        call(kept, step, output=(output(step) * 1000).half())
+    assert 0 < pace.errors[2] < 1
+
+
+def test_caller_may_write_into_what_it_gets() -> None:
+    expected, seen = [], []
+    for writes, found in ((False, expected), (True, seen)):
+        kept = OutputRun(Laid("xx..xx.x"))
+        for step in range(8):
+            made, _ = call(kept, step)
+            found.append(made.clone())
+            if writes:
+                made.fill_(float("nan"))
+    assert all(torch.equal(one, other) for one, other in zip(expected, seen, strict=True))
+
+
+def test_memory_is_the_last_outputs_of_each_branch() -> None:
+    kept = OutputRun(Laid("xxxxxx.x"))
+    size = output(0).numel() * 4
+    held = []
+    for step in range(8):
+        for branch in ("cond", "uncond"):
+            call(kept, step, branch)
+        held.append(kept.nbytes() // size)
+    assert held == [2 * min(step + 1, DEPTH) for step in range(6)] + [2 * DEPTH, 0]
+
+
+def test_memory_of_a_mixed_error_is_counted() -> None:
+    kept = OutputRun(Laid("xxxx"))
+    for step in range(2):
+        for branch in ("cond", "uncond"):
+            call(kept, step, branch, guidance=2.0)
+    call(kept, 2, "cond", guidance=2.0)
+    assert kept.nbytes() == (5 + 2) * output(0).numel() * 4
+
+
+def test_list_of_tensors_comes_back_as_one() -> None:
+    kept = OutputRun(Laid("xx."))
+    for step in range(2):
+        kept.decide(step, "transformer", "cond", SIGNATURE)
+        kept.computed("cond", ([output(step), output(step, "uncond")],), None)
+    kept.decide(2, "transformer", "cond", SIGNATURE)
+    made = kept.skip("cond")
+    assert type(made) is tuple
+    assert type(made[0]) is list
+    assert torch.allclose(made[0][1], 2 * output(1, "uncond") - output(0, "uncond"))
+
+
+def test_output_of_another_form_starts_anew() -> None:
+    """A list with one tensor fewer, in mid-run: as where Z-Image's guidance ends."""
+    pace = Laid("xxxx")
+    kept = OutputRun(pace)
+    for step, count in enumerate((2, 2, 1, 1)):
+        kept.decide(step, "transformer", "cond", SIGNATURE)
+        made = kept.computed("cond", [output(step)] * count, None)
+        assert len(made) == count

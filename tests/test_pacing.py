@@ -1,0 +1,219 @@
+"""Gap control on synthetic curves: where it computes, and what it guards against."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sgl_diffusion_accel.caching.multistep import correct, extrapolate
+from sgl_diffusion_accel.caching.pacing import DEPTH, GapControl, GapSettings
+
+STEPS = 40
+EVEN = np.full(STEPS, -1 / STEPS)
+SETTINGS = GapSettings(tolerance=1e-3)
+
+
+def run(curve: Callable[[float], Any], settings: GapSettings = SETTINGS, final: Any = EVEN, **kw: Any) -> Run:
+    return Run(curve, GapControl(settings, np.asarray(final), **kw))
+
+
+class Run:
+    """What gap control does where the output at step s is `curve(s / steps)`, a number or a vector."""
+
+    def __init__(self, curve: Callable[[float], Any], pace: GapControl) -> None:
+        total = len(pace.final)
+        outputs = [np.atleast_1d(np.asarray(curve(step / total), dtype=float)) for step in range(total)]
+        nodes: list[int] = []
+        self.mask: list[bool] = []
+        self.reasons: list[str] = []
+        self.given = []
+        for step in range(total):
+            decision = pace.decide(step)
+            self.mask.append(decision.compute)
+            self.reasons.append(decision.reason)
+            if decision.compute:
+                nodes = [step, *nodes][:DEPTH]
+            weights = pace.weights(step, nodes)
+            assert set(weights) <= set(nodes)
+            assert sum(weights.values()) == pytest.approx(1)
+            self.given.append(sum(weight * outputs[node] for node, weight in weights.items()))
+            expected = pace.predicted(step, nodes) if decision.compute else None
+            if expected is not None:
+                guess = sum(weight * outputs[node] for node, weight in expected.items())
+                size = float(np.linalg.norm(outputs[step]))
+                pace.observe(step, float(np.linalg.norm(guess - outputs[step])) / size if size else math.inf)
+        true = sum(weight * output for weight, output in zip(pace.final, outputs, strict=True))
+        made = sum(weight * output for weight, output in zip(pace.final, self.given, strict=True))
+        self.error = float(np.linalg.norm(made - true) / np.linalg.norm(true))
+
+    @property
+    def computed(self) -> int:
+        return sum(self.mask)
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, "".join("x" if each else "." for each in self.mask).split("x")))
+
+
+def wave(frequency: float) -> Callable[[float], Any]:
+    return lambda t: [2 + math.sin(frequency * t), math.cos(frequency * t)]
+
+
+def test_smoother_curves_take_fewer_steps() -> None:
+    counts = [run(wave(frequency)).computed for frequency in (0.5, 2, 6, 15, 40)]
+    assert counts == sorted(counts)
+    assert counts[0] <= 12
+    assert counts[-1] >= 35
+
+
+@pytest.mark.parametrize("frequency", [1, 3, 8])
+def test_larger_tolerance_takes_fewer_steps_and_errs_more(frequency: float) -> None:
+    tolerances = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    runs = [run(wave(frequency), GapSettings(tolerance)) for tolerance in tolerances]
+    counts = [each.computed for each in runs]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+    assert runs[0].error < runs[-1].error
+    for each, tolerance in zip(runs, tolerances, strict=True):
+        assert each.error < 10 * tolerance
+
+
+@pytest.mark.parametrize("frequency", [1, 3, 8])
+def test_correction_puts_most_of_the_error_right(frequency: float) -> None:
+    corrected, left = (run(wave(frequency), corrects=corrects) for corrects in (True, False))
+    assert corrected.mask == left.mask
+    assert corrected.error < 0.5 * left.error
+
+
+def test_straight_line_is_left_alone_as_long_as_the_guards_allow() -> None:
+    found = run(lambda t: [1 + t, 2 - t])
+    assert found.error < 1e-9
+    assert found.longest == SETTINGS.longest_gap
+    assert set(found.reasons) <= {"warm-up", "last step", "longest gap", "estimated error within tolerance"}
+
+
+@pytest.mark.parametrize("warm_up", [1, 2, 3, 6])
+def test_first_steps_and_the_last_are_computed(warm_up: int) -> None:
+    found = run(wave(0.5), dataclasses.replace(SETTINGS, warm_up=warm_up))
+    assert all(found.mask[:warm_up])
+    assert found.mask[-1]
+    assert found.reasons[:warm_up] == ["warm-up"] * warm_up
+
+
+@pytest.mark.parametrize("longest", [1, 2, 5])
+def test_no_gap_is_longer_than_allowed(longest: int) -> None:
+    assert run(wave(0.2), dataclasses.replace(SETTINGS, longest_gap=longest)).longest == longest
+
+
+def test_gap_grows_by_a_factor_at_most() -> None:
+    found = run(wave(0.2), dataclasses.replace(SETTINGS, growth=2, longest_gap=100))
+    gaps = [len(each) for each in "".join("x" if each else "." for each in found.mask).split("x")]
+    assert all(gap <= 2 * (before + 1) for before, gap in itertools.pairwise(gaps))
+
+
+@pytest.mark.parametrize("steps", range(1, SETTINGS.fewest_steps))
+def test_few_steps_are_all_computed(steps: int) -> None:
+    found = run(wave(0.1), GapSettings(1.0), np.full(steps, -1 / steps))
+    assert all(found.mask)
+    assert set(found.reasons) == {"too few steps"}
+
+
+@pytest.mark.parametrize("frequency", [0.5, 5, 50])
+def test_tolerance_0_computes_every_step(frequency: float) -> None:
+    assert all(run(wave(frequency), GapSettings(0.0)).mask)
+
+
+def test_tolerance_0_computes_every_step_of_a_curve_that_does_not_move() -> None:
+    assert all(run(lambda _: 1.0, GapSettings(0.0)).mask)
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_error_that_is_no_number_means_computing(error: float) -> None:
+    pace = GapControl(GapSettings(1.0), EVEN)
+    for step in range(STEPS):
+        assert pace.decide(step).compute
+        if step >= 2:
+            pace.observe(step, error)
+
+
+def test_bend_is_noticed_at_the_next_computed_step() -> None:
+    found = run(lambda t: [1, 0] if t < 0.5 else [math.cos(80 * (t - 0.5)), math.sin(80 * (t - 0.5))])
+    noticed = found.mask.index(True, STEPS // 2 + 1)  # the first computed step that is not on the straight part
+    assert found.mask.count(False) >= 8
+    assert all(found.mask[noticed + 2 :]), "nothing of a fast curve can be predicted; a long gap blurs where it began"
+
+
+def test_calm_is_believed_slowly() -> None:
+    """The curvature falls by a share a step at most, so that one lucky prediction does not open a gap."""
+    pace = GapControl(dataclasses.replace(SETTINGS, memory=0.8), EVEN)
+    for step in range(3):
+        pace.decide(step)
+    pace.observe(2, 1.0)
+    pace.decide(3)
+    pace.observe(3, 0.0)
+    assert pace.decide(4).compute
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sign_of_the_schedulers_weights_does_not_matter(sign: int) -> None:
+    assert run(wave(3), final=sign * EVEN).mask == run(wave(3)).mask
+
+
+def test_size_of_the_schedulers_weights_does_not_matter() -> None:
+    assert run(wave(3), final=1000 * EVEN).mask == run(wave(3)).mask
+
+
+def test_gaps_are_shorter_where_steps_weigh_more() -> None:
+    early = np.where(np.arange(STEPS) < 20, 1.0, 0.05)
+    found = run(wave(3), final=early)
+    assert sum(found.mask[3:20]) >= sum(run(wave(3), final=early[::-1]).mask[3:20])
+
+
+def test_skipped_step_takes_the_line_and_a_computed_one_corrects() -> None:
+    pace = GapControl(GapSettings(1.0), EVEN)
+    for step in range(3):
+        pace.decide(step)
+        assert pace.weights(step, list(range(step, -1, -1))) == {step: 1.0}
+    pace.observe(2, 1e-6)
+    skipped = {}
+    for step in (3, 4):
+        assert not pace.decide(step).compute
+        skipped[step] = pace.weights(step, [2, 1, 0])
+        assert skipped[step] == extrapolate([2, 1, 0], step)
+    assert pace.decide(5).compute
+    assert pace.weights(5, [5, 2, 1, 0]) == correct([5, 2, 1, 0], skipped, EVEN.tolist())
+    assert pace.weights(6, [6, 5, 2, 1]) == {6: 1.0}, "a gap is put right once"
+
+
+def test_another_model_starts_anew() -> None:
+    pace = GapControl(GapSettings(1.0), EVEN)
+    for step in range(8):
+        if pace.decide(step).compute and step >= 2:
+            pace.observe(step, 1e-6)
+    pace.decide(8)
+    pace.restart(8)
+    assert pace.weights(8, [8]) == {8: 1.0}
+    assert pace.predicted(8, [8]) is None
+    for step in (9, 10):
+        assert pace.decide(step).reason == "warm-up"
+    assert pace.decide(11).reason == "nothing to predict from"
+
+
+def test_outputs_are_needed_until_the_last_step_of_a_run_that_may_skip() -> None:
+    pace = GapControl(SETTINGS, EVEN)
+    assert all(pace.needs_later(step) for step in range(STEPS - 1))
+    assert not pace.needs_later(STEPS - 1)
+    assert not any(GapControl(SETTINGS, np.ones(5)).needs_later(step) for step in range(5))
+
+
+def test_nothing_is_expected_of_the_first_two_steps() -> None:
+    pace = GapControl(SETTINGS, EVEN)
+    assert pace.predicted(0, [0]) is None
+    assert pace.predicted(1, [1, 0]) is None
+    assert pace.predicted(5, [5, 2, 1]) == extrapolate([2, 1], 5)

@@ -1,0 +1,63 @@
+"""The search for the steps to compute: exact in number, the same every time, better than even masks."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from sgl_diffusion_accel.calibration.design import DesignSettings, design
+from sgl_diffusion_accel.calibration.search import best_design
+from test_design import STEPS, euler_moments, smooth, unipc_moments
+
+MOMENTS = euler_moments(smooth())
+
+
+@pytest.mark.parametrize("computed", range(1, STEPS + 1))
+def test_as_many_steps_are_computed_as_asked_and_the_first_among_them(computed: int) -> None:
+    found = best_design(computed, MOMENTS)
+    assert sum(found.mask) == computed
+    assert found.mask[0]
+    assert len(found.weights) == STEPS
+
+
+@pytest.mark.parametrize("computed", [4, 7])
+def test_same_moments_give_the_same_design(computed: int) -> None:
+    state = np.random.get_state()[1].tolist()
+    assert best_design(computed, MOMENTS) == best_design(computed, MOMENTS)
+    assert np.random.get_state()[1].tolist() == state
+
+
+@pytest.mark.parametrize("moments_of", [euler_moments, unipc_moments], ids=["euler", "unipc"])
+@pytest.mark.parametrize("computed", [3, 5, 8])
+def test_found_steps_are_better_than_even_ones(moments_of: object, computed: int) -> None:
+    moments = moments_of(smooth())  # type: ignore[operator]
+    even = np.zeros(STEPS, dtype=bool)
+    even[np.round(np.linspace(0, STEPS - 1, computed)).astype(int)] = True
+    assert best_design(computed, moments).error < design(even.tolist(), moments, DesignSettings()).error
+
+
+@pytest.mark.parametrize("computed", [2, 3])
+def test_found_steps_are_near_the_best_of_all(computed: int) -> None:
+    outputs = smooth(10)
+    moments = unipc_moments(outputs)
+    masks = [
+        [step == 0 or step in others for step in range(10)]
+        for others in itertools.combinations(range(1, 10), computed - 1)
+    ]
+    best = min(design(mask, moments, DesignSettings()).error for mask in masks)
+    assert best_design(computed, moments).error <= 1.2 * best
+
+
+def test_more_steps_are_better_as_a_rule() -> None:
+    errors = [best_design(computed, MOMENTS).error for computed in (1, 3, 5, 8, 12, 16)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == 0
+
+
+def test_runs_of_one_and_two_steps() -> None:
+    for steps in (1, 2):
+        moments = unipc_moments(smooth(steps))
+        for computed in range(1, steps + 1):
+            assert sum(best_design(computed, moments).mask) == computed
