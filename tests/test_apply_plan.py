@@ -296,7 +296,7 @@ def test_guidance_that_comes_back_in_mid_run() -> None:
         pipe._guidance_scale = 4.0 if step + 1 >= first else 1.0
         return values
 
-    for first in range(2, 9):
+    for first in range(2, 9):  # noqa: B007
         patch = apply_cache_plan(pipe, plan, computed_steps=4)
         assert family.run(pipe, steps=STEPS, callback_on_step_end=callback).isfinite().all()
         assert len(patch.stats.runs[-1].branches["cond"].computed) == STEPS
@@ -348,6 +348,7 @@ def test_designs_are_made_once_for_a_schedule(monkeypatch: pytest.MonkeyPatch) -
         return best(count, *rest)
 
     monkeypatch.setattr(apply, "best_design", counted)
+    apply._design.cache_clear()
     family, pipe, plan = wan()
     apply_cache_plan(pipe, plan, speedup=2)
     for steps in (STEPS, STEPS, 6, STEPS, 6):

@@ -209,26 +209,27 @@ def test_interrupted_calibration_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(ran) == STEPS
 
 
-def test_resumed_calibration_has_the_coefficients_of_all_calls(tmp_path: Path) -> None:
-    family = present("flux")
-    given = calls(family, 2, steps=12)
-    whole = calibrate(family.make(), given)
-    calibrate(family.make(), given[:1], tmp_path / "plan.json")
-    assert calibrate(family.make(), given, tmp_path / "plan.json").teacache == whole.teacache
+def test_resumed_calibration_has_the_coefficients_of_its_larger_part(tmp_path: Path) -> None:
+    family, path = present("flux"), tmp_path / "plan.json"
+    given = calls(family, 3, steps=12)
+    first = calibrate(family.make(), given[:1], path)
+    rest = calibrate(family.make(), given[1:])
+    assert first.teacache is not None
+    assert calibrate(family.make(), given, path).teacache == rest.teacache != first.teacache
+    assert CachePlan.load(path).teacache == rest.teacache
 
 
-def test_calibration_that_was_saved_without_coefficients_gets_them(tmp_path: Path) -> None:
-    family = present("flux")
-    given = calls(family, 1, steps=12)
-    calibrate(family.make(), given, tmp_path / "plan.json", teacache=False)
-    assert calibrate(family.make(), given, tmp_path / "plan.json").teacache is not None
+def test_interrupted_calibration_keeps_the_coefficients_of_what_it_has_seen(tmp_path: Path) -> None:
+    family, path = present("flux"), tmp_path / "plan.json"
+    with pytest.raises(TypeError):
+        calibrate(family.make(), [*calls(family, 1, steps=12), {"no_such_argument": 1}], path)
+    assert CachePlan.load(path).teacache is not None
 
 
 OTHERS: dict[str, Any] = {
     "model": lambda: ("flux", {}),
     "steps": lambda: ("wan", {"steps": 5}),
     "guidance": lambda: ("wan", {"guidance": 7.0}),
-    "size": lambda: ("wan", {"size": (64, 96, 9)}),
 }
 
 

@@ -141,9 +141,8 @@ def test_no_more_outputs_are_used_than_are_kept(depth: int) -> None:
 
 def test_more_computed_steps_have_a_lower_expected_error() -> None:
     moments = euler_moments(smooth())
-    errors = []
-    for every in (8, 4, 2, 1):
-        errors.append(design([step % every == 0 for step in range(STEPS)], moments, DesignSettings()).error)
+    masks = [[step % every == 0 for step in range(STEPS)] for every in (8, 4, 2, 1)]
+    errors = [design(mask, moments, DesignSettings()).error for mask in masks]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 2 * errors[1]
 

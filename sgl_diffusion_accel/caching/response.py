@@ -23,6 +23,8 @@ Response = npt.NDArray[np.float64]
 _IMPULSES = (1e-3, 1e3)  # a response that depends on the size is none: the scheduler clips
 _NOISE = 1e-6  # what may come of nothing, or differ between the impulses, relative to the impulse and the response
 
+_FEW = 4
+
 _FRESH: dict[str, Any] = {
     "_step_index": None,
     "lower_order_nums": 0,
@@ -61,6 +63,19 @@ def response_of(scheduler: Any, total: int) -> Response | None:
     return small
 
 
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a scheduler surely adds noise of its own, as its last steps show; before a run, too."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            twin = _fresh_copy(scheduler)
+            if len(twin.timesteps) > _FEW:
+                twin.timesteps = twin.timesteps[:-1]  # before a run some have no noise level behind the last step
+            steps = min(_FEW, len(twin.timesteps))
+            return bool(np.abs(_tried(twin, steps, 1.0)[:, steps]).max() > _NOISE)
+    except Exception:  # as above
+        return False
+
+
 def euler(sigmas: list[float]) -> Response:
     """The response of Euler's method on a schedule of noise levels, the last of them the final one; `[S + 1, S]`."""
     widths = np.diff(np.asarray(sigmas, dtype=np.float64))
@@ -88,6 +103,13 @@ def _fresh_copy(scheduler: Any) -> Any:
 def _respond(twin: Any, total: int, impulse: float) -> Response | None:
     if not 1 <= total <= len(twin.timesteps):
         return None
+    response = _tried(twin, total, impulse)
+    weights, noise = response[:, :total], response[:, total]
+    is_sound = np.isfinite(response).all() and np.abs(noise).max() <= _NOISE and np.abs(weights[-1]).max() > 0
+    return weights if is_sound else None
+
+
+def _tried(twin: Any, total: int, impulse: float) -> Response:
     # One channel for each step's impulse, and one that stays empty: what appears there is the scheduler's own noise.
     sample = torch.zeros(1, total + 1, 1, 1, dtype=torch.float64)
     before = [sample]
@@ -96,7 +118,5 @@ def _respond(twin: Any, total: int, impulse: float) -> Response | None:
         output[0, step] = impulse
         sample = twin.step(output, timestep, sample, return_dict=False)[0].double()
         before.append(sample)
-    response = torch.stack(before)[:, 0, :, 0, 0].numpy() / impulse
-    weights, noise = response[:, :total], response[:, total]
-    is_sound = np.isfinite(response).all() and np.abs(noise).max() <= _NOISE and np.abs(weights[-1]).max() > 0
-    return weights if is_sound else None
+    response: Response = torch.stack(before)[:, 0, :, 0, 0].numpy() / impulse
+    return response

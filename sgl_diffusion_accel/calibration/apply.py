@@ -11,9 +11,9 @@ from torch import nn
 
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, apply_output_cache, refuse_foreign_cache
 from sgl_diffusion_accel.caching.checks import count, real
-from sgl_diffusion_accel.caching.response import Response, response_of
+from sgl_diffusion_accel.caching.response import Response, adds_noise, response_of
 from sgl_diffusion_accel.caching.runs import Run
-from sgl_diffusion_accel.calibration.calibrate import digest
+from sgl_diffusion_accel.calibration.calibrate import digest, no_plan
 from sgl_diffusion_accel.calibration.design import Design, Moments
 from sgl_diffusion_accel.calibration.moments import carry_over
 from sgl_diffusion_accel.calibration.plan import CachePlan
@@ -77,14 +77,13 @@ def apply_cache_plan(
     transformers = find_transformers(pipe)
     refuse_foreign_cache(transformers)
     _check(plan, transformers)
+    if adds_noise(getattr(pipe, "scheduler", None)):
+        raise no_plan(getattr(pipe, "scheduler", None))
 
     def pace(run: Run) -> PlanPace:
         response = response_of(run.scheduler, run.total)
         if response is None:
-            raise UnsupportedModelError(
-                f"{type(run.scheduler).__name__} adds noise of its own, or is not linear in what it is given: a plan "
-                "cannot be used with it. Use a deterministic scheduler, or apply_adaptive_cache(pipe)."
-            )
+            raise no_plan(run.scheduler)
         timesteps = tuple(map(float, run.timesteps.tolist()))
         return PlanPace(budget.design(timesteps, response), _moments(plan, timesteps, response.tobytes()), limit)
 

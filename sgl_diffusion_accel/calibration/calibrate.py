@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from sgl_diffusion_accel.caching.cache_patch import KIND, refuse_foreign_cache
-from sgl_diffusion_accel.caching.response import response_of
+from sgl_diffusion_accel.caching.response import adds_noise, response_of
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
 from sgl_diffusion_accel.caching.teacache_fit import TeaCacheRecording, check_calls
 from sgl_diffusion_accel.calibration.plan import CachePlan
@@ -72,6 +72,8 @@ def calibrate(
     for module in transformers.values():
         if any(patch.kind == KIND for patch in patches_of(unwrap(module))):
             raise ConfigError("a cache is on this pipeline, and calibration needs uncached runs. Type: remove(pipe)")
+    if adds_noise(pipe.scheduler):
+        raise no_plan(pipe.scheduler)
     known = CachePlan.load(path) if path is not None and Path(path).exists() else None
     done = 0 if known is None else known.calls
     if known is not None:
@@ -155,10 +157,7 @@ def _plan(
         raise ConfigError("the pipeline gave its scheduler nothing but zeros: nothing can be learned from this call.")
     response = response_of(pipe.scheduler, steps)
     if response is None:
-        raise UnsupportedModelError(
-            f"{type(pipe.scheduler).__name__} adds noise of its own, or is not linear in what it is given: no plan can "
-            "be made for it. Use a deterministic scheduler, or apply_adaptive_cache(pipe)."
-        )
+        raise no_plan(pipe.scheduler)
     return CachePlan(
         pipeline=type(pipe).__name__,
         transformers=tuple(type(unwrap(module)).__name__ for module in transformers.values()),
@@ -170,6 +169,14 @@ def _plan(
         calls=1,
         gram=tuple(map(float, run.gram()[np.triu_indices(steps)])),
         response=tuple(map(float, response[1:][np.tril_indices(steps)])),
+    )
+
+
+def no_plan(scheduler: Any) -> UnsupportedModelError:
+    """The error for a scheduler that no plan can be made for."""
+    return UnsupportedModelError(
+        f"{type(scheduler).__name__} adds noise of its own, or is not linear in what it is given: there can be no plan "
+        "for it. Use a deterministic scheduler, or apply_adaptive_cache(pipe)."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -132,6 +133,11 @@ class CachePlan:
                         f"these plans cannot be merged: {name} is {_short(getattr(self, name))} in one and "
                         f"{_short(getattr(other, name))} in the other. Calibrate with calls alike."
                     )
+            if not np.allclose(self.response, other.response, rtol=1e-6, atol=1e-9):
+                raise ConfigError(
+                    f"these plans cannot be merged: {self.scheduler} had other settings in one than in the other. "
+                    "Calibrate with calls alike."
+                )
         plans = (self, *others)
         calls = sum(plan.calls for plan in plans)
         products = np.sum([np.asarray(plan.gram) * (plan.calls / calls) for plan in plans], axis=0)
@@ -142,7 +148,13 @@ class CachePlan:
         """Writes the plan as JSON, of some tens of kilobytes."""
         teacache = None if self.teacache is None else _teacache_fields(self.teacache)
         fields = {**{key: value for key, value in asdict(self).items() if key != "teacache"}, "teacache": teacache}
-        Path(path).write_text(json.dumps({"format": FORMAT, **fields}, allow_nan=False) + "\n", encoding="utf-8")
+        target = Path(path)
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")  # so that a write that breaks leaves the old file
+        try:
+            part.write_text(json.dumps({"format": FORMAT, **fields}, allow_nan=False) + "\n", encoding="utf-8")
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> CachePlan:
