@@ -62,7 +62,8 @@ class Slot:
 
     Attributes:
         kinds: Those of its `__call__`, the one applied last at the end.
-        handlers: The same, outermost first.
+        handlers: The same, outermost first. Those that only watch (`is_watching`) are in front of all others, whenever
+            they came: an answer that another one gives in the module's place is seen by them as well.
         methods: The slots of its other methods, by name.
     """
 
@@ -87,7 +88,8 @@ class Slot:
         self.kinds.pop(kind, None)
         if handler is not None:
             self.kinds[kind] = handler
-        self.handlers = tuple(reversed(self.kinds.values()))
+        applied = sorted(self.kinds.values(), key=lambda each: bool(getattr(each, "is_watching", False)))
+        self.handlers = tuple(reversed(applied))
 
     def of(self, method: str) -> tuple[Handler, ...]:
         """The handlers of a method, outermost first."""

@@ -72,7 +72,9 @@ def test_info_tells_settings_and_hides_secrets(monkeypatch: Any) -> None:
     monkeypatch.setenv("SGLANG_CACHE_DIT_FN", "3")
     monkeypatch.setenv("SGLANG_API_KEY", "hush")
     monkeypatch.setenv("HF_TOKEN", "hush")
+    monkeypatch.setenv("SGLANG_LINES", "one\ntwo")
     shown = describe()
+    assert "| SGLANG_LINES | one two |" in shown
     assert "| SGLANG_CACHE_DIT_FN | 3 |" in shown
     assert "hush" not in shown
 
@@ -118,6 +120,12 @@ def test_stages_that_ran_twice_are_summed_up(tmp_path: Path, capsys: Any) -> Non
     assert "| DecodingStage, ms | 4 | 4 |" in capsys.readouterr().out
 
 
+def test_stage_with_a_bar_does_not_break_the_table(tmp_path: Path, capsys: Any) -> None:
+    steps = [{"name": "A|B", "duration_ms": 2.0}]
+    main(["perf-diff", saved(tmp_path / "a.json", steps=steps), saved(tmp_path / "b.json", steps=steps)])
+    assert "| A\\|B, ms | 2 | 2 |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -127,6 +135,9 @@ def test_stages_that_ran_twice_are_summed_up(tmp_path: Path, capsys: Any) -> Non
         "{}",
         '{"total_duration_ms": 1}',
         '{"total_duration_ms": "x", "steps": []}',
+        '{"total_duration_ms": NaN, "steps": []}',
+        '{"total_duration_ms": 1, "steps": [{"name": "a", "duration_ms": 1e999}]}',
+        "[" * 100_000,
         '{"total_duration_ms": 1, "steps": [{"name": "a"}]}',
         '{"total_duration_ms": 1, "steps": 3}',
         '{"total_duration_ms": 1, "steps": [], "memory_checkpoints": [1]}',

@@ -134,7 +134,10 @@ def test_the_users_decoder_decides():
     assert torch.all(media.values == 0.8)
 
 
-@pytest.mark.parametrize("output", [None, "text", ([],), (torch.rand(1, 5, 8, 8),), ([pil(), pil(size=(4, 4))],), {}])
+@pytest.mark.parametrize(
+    "output",
+    [None, "text", ([],), (torch.rand(1, 5, 8, 8),), ([pil(), pil(size=(4, 4))],), {}, (torch.rand(1, 3, 0, 8),)],
+)
 def test_an_output_without_pictures_is_refused_with_the_way_out(output):
     with pytest.raises(ConfigTypeError, match="Give decode="):
         read_output(output)

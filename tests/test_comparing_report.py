@@ -109,6 +109,29 @@ def test_a_name_with_a_bar_does_not_break_the_table():
     assert "| a\\|b |" in text
 
 
+def test_a_name_of_several_lines_is_one_row():
+    shown = report((row("two\n lines", 45.0), row("other", 40.0)))
+    assert "| two lines |" in shown.to_markdown()
+    assert any(line.startswith("two lines ") for line in str(shown).splitlines())
+
+
+def test_folders_are_made(tmp_path):
+    report().save(tmp_path / "a" / "b" / "r.json")
+    report().plot(tmp_path / "c" / "p.png")
+    report().plot_steps(tmp_path / "d" / "s.png")
+    report().plot_pictures(tmp_path / "e" / "p.png")
+    assert len(list(tmp_path.rglob("*.*"))) == 4
+
+
+def test_names_and_prompts_are_no_formulas(tmp_path):
+    names = ["$\\frac$", "_mine", "$5 and $10", "n" * 99]
+    shown = report([row(name, 40.0) for name in names], calls=("a $\\frac$ bill",), gallery=Gallery())
+    labels = [text.get_text().strip() for text in shown.plot(tmp_path / "p.png").legends[0].get_texts()]
+    assert labels == [*names[:3], "n" * 39 + "…"]
+    shown.plot_steps(tmp_path / "s.png")
+    assert "data:image/png" in shown._repr_html_()
+
+
 def test_columns_that_nobody_has_a_value_for_are_left_out():
     text = report().to_markdown()
     assert "LPIPS |" not in text

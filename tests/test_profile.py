@@ -9,6 +9,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from sgl_diffusion_accel import (
     ConfigTypeError,
     Profile,
     UnsupportedModelError,
+    apply_adaptive_cache,
     apply_cache_dit,
+    apply_cache_plan,
+    calibrate,
     profile,
     set_attention_backend,
 )
 from sgl_diffusion_accel.intercept import slot_of
+from sgl_diffusion_accel.profiling.trace import is_recording
 from zoo import FAMILIES, Family
 
 TRACED = ("wan", "qwen", "flux", "wan22")
@@ -108,6 +113,54 @@ def test_goes_with_a_cache_and_tells_what_it_did(family: Family, cache: str, ord
         assert tuple(each.change for each in seen) == branch.changes
     assert False in [step.computed for step in prof.report.steps] or cache.startswith("teacache")
     assert_free(pipe)
+
+
+def adaptive(pipe: Any) -> Any:
+    return apply_adaptive_cache(pipe, tolerance=0.5)
+
+
+def planned(pipe: Any) -> Any:
+    donor = present("wan").make()
+    plan = calibrate(donor, [present("wan").call(donor, steps=12)])
+    return apply_cache_plan(pipe, plan, speedup=2.0)
+
+
+@pytest.mark.parametrize("cache", [adaptive, planned])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("order", ["cache first", "profile first"])
+def test_step_at_which_a_cache_answers_for_the_transformer_is_listed(cache: Any, whole: bool, order: str) -> None:
+    family, pipe = ready("wan")
+    profiled = pipe if whole else pipe.transformer
+    with ExitStack() as stack:
+        if order == "cache first":
+            patch = stack.enter_context(cache(pipe))
+        prof = stack.enter_context(profile(profiled, trace=False))
+        if order == "profile first":
+            patch = stack.enter_context(cache(pipe))
+        family.run(pipe, steps=12)
+    assert prof.report.last.is_complete
+    for name, branch in patch.stats.runs[-1].branches.items():
+        seen = [each for step in prof.report.steps for each in step.branches if each.name == name]
+        assert tuple(each.computed for each in seen) == branch.computed
+        assert tuple(each.reason for each in seen) == branch.reasons
+        assert False in branch.computed
+    assert_free(pipe)
+
+
+def test_cache_applied_in_mid_run_is_watched_from_there_on() -> None:
+    family, pipe = ready("wan")
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        del timestep
+        if step == 1:
+            adaptive(pipe)
+        return tensors
+
+    with profile(pipe, trace=False) as prof, torch.no_grad():
+        pipe(**family.call(pipe, steps=12), callback_on_step_end=callback)
+    assert [step.index for step in prof.report.steps] == list(range(12))
+    assert prof.report.steps[0].computed is None
+    assert False in [step.computed for step in prof.report.steps]
 
 
 def test_goes_with_an_attention_backend() -> None:
@@ -372,6 +425,32 @@ def test_runs_in_two_threads_are_kept_apart() -> None:
     for thread in threads:
         thread.join()
     assert sorted(len(prof.report.steps) for prof in profiles) == [3, 5]
+
+
+def test_threads_that_share_a_traced_transformer_do_not_end_each_other(folder: Path) -> None:
+    family, pipe = ready("wan")
+    other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    expected = family.run(pipe)
+    outputs: list[torch.Tensor] = []
+    at_once = threading.Barrier(2)
+
+    def run(pipe: Any) -> None:
+        at_once.wait(60)
+        outputs.extend(family.run(pipe) for _ in range(3))
+
+    with profile(pipe, steps=2, output_dir=folder) as prof:
+        threads = [threading.Thread(target=run, args=(each,)) for each in (pipe, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(outputs) == 6
+    assert all(torch.equal(each, expected) for each in outputs)
+    assert [(len(call.steps), call.is_complete) for call in prof.report.calls] == [(6, True)] * 6
+    assert sum(call.is_whole for call in prof.report.calls) == 3
+    assert prof.trace_paths
+    assert not is_recording()
+    assert_free(pipe)
 
 
 def test_profile_of_a_pipeline_keeps_no_model_alive() -> None:

@@ -80,6 +80,13 @@ def test_nothing_is_waited_for_on_a_cpu() -> None:
     reset_peak(CPU)
 
 
+def test_the_device_itself_is_waited_for_and_not_the_current_one(monkeypatch: Any) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    synchronise(torch.device("cuda:1"))
+    assert waited == [torch.device("cuda:1")]
+
+
 def test_checkpoint_on_a_cpu_has_the_host_alone() -> None:
     taken = take_checkpoint("here", CPU, 0.0)
     assert (taken.name, taken.allocated_mb, taken.peak_reserved_mb) == ("here", 0.0, 0.0)

@@ -191,6 +191,27 @@ def test_rich_prints_it_and_notebooks_show_it() -> None:
     assert "because" in shown
 
 
+def test_narrow_terminal_cuts_no_number() -> None:
+    rich = pytest.importorskip("rich.console")
+    branches = tuple(BranchTiming(name, "transformer", 0.0, 600.0, True, "because") for name in ("cond", "uncond"))
+    long = StepTiming(0, 999.123, 0.0, 1234.5, branches, 10.0)
+    sheet = io.StringIO()
+    rich.Console(file=sheet, width=60).print(report((long,)))
+    lines = [line.split() for line in sheet.getvalue().splitlines()]
+    assert ["0", "999.123", "1,234.5", "600.0", "600.0", "10.00", "24.50"] in [line[:7] for line in lines]
+    assert ["computed", "1", "1,234.5", "1,234.5", "1,234.5"] in lines
+    assert max(map(len, sheet.getvalue().splitlines())) <= 60
+
+
+def test_text_in_a_notebook_is_text(monkeypatch: Any, capsys: Any) -> None:
+    pytest.importorskip("rich")
+    shell = type("ZMQInteractiveShell", (), {})
+    expected = str(MIXED)
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    assert str(MIXED) == expected != ""
+    assert capsys.readouterr().out == ""
+
+
 def test_text_of_pipelines_is_escaped_in_html() -> None:
     remarked = report((step(0, 1),), remarks=("<b>bold</b> [red]",))
     assert "<b>bold</b>" not in remarked._repr_html_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,30 @@ def test_all_stages_are_from_the_beginning_to_the_end() -> None:
     window.pop()
     window.end_call()
     assert emitter.log == ["start Pipe-full_stages", "Pipe", "step 0", "step 1", "stop"]
+
+
+def test_ranges_of_another_thread_pass_by() -> None:
+    emitter = Recording()
+    window = Window(emitter, steps=2, all_stages=False)
+
+    def elsewhere() -> None:
+        window.push("elsewhere")
+        loop(window, 5)
+        assert not window.is_recording_here
+        window.pop()
+
+    for step in range(3):
+        window.before_step(step, 5, "Pipe")
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert window.is_recording_here
+    window.leave_loop()
+    assert emitter.log == ["prepare", "start Pipe-2_steps", "stop"]
+    elsewhere_first = threading.Thread(target=loop, args=(window, 3))
+    elsewhere_first.start()
+    elsewhere_first.join()
+    assert emitter.log[3:] == ["prepare", "start Pipe-2_steps", "step 1", "step 2", "stop"]
 
 
 def test_open_ranges_are_closed_before_the_end() -> None:

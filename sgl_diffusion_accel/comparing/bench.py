@@ -80,10 +80,8 @@ def run(args: argparse.Namespace) -> str:
     finally:
         torch.set_num_threads(threads)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         report.save(args.json)
     if args.plot:
-        args.plot.mkdir(parents=True, exist_ok=True)
         for kind, draw in {"pareto": report.plot, "steps": report.plot_steps, "pictures": report.plot_pictures}.items():
             draw(args.plot / f"{args.model}_{kind}.png")
     return str(report)

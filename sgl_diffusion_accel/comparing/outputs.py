@@ -83,6 +83,8 @@ def read_output(
         found = [found]  # one clip, as a list of its frames
     try:
         values = _batch(found)
+        if not values.numel():
+            raise ValueError("it is empty")
     except ValueError as error:
         raise ConfigTypeError(
             f"the output holds no pictures that compare understands ({_told(found)}: {error}). Give decode=, a "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.comparing.contenders import UNPATCHED
-from sgl_diffusion_accel.comparing.plots import FAINT, new_figure, shortened, style
+from sgl_diffusion_accel.comparing.plots import FAINT, new_figure, save, shortened, style
 from sgl_diffusion_accel.comparing.shots import Gallery, Shot
 from sgl_diffusion_accel.comparing.tables import decibel
 from sgl_diffusion_accel.errors import ConfigError
@@ -61,8 +61,7 @@ def side_by_side(report: ComparisonReport, path: str | Path | None) -> Figure:
                 else:
                     _draw_difference(_axes(figure, left, down - sheet - _GAP / 2, sheet), shots[name], magnified)
         figure.text(_MARGIN / width, 0.2 / height, _note(gallery, magnified), fontsize=8.5, color=FAINT, va="center")
-        if path is not None:
-            figure.savefig(path)
+        save(figure, path)
     return figure
 
 

@@ -59,13 +59,22 @@ def style() -> AbstractContextManager[None]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,
+        "text.parse_math": False,  # names and prompts are shown as they are, dollars too
     }
     context: AbstractContextManager[None] = mpl.rc_context(look)
     return context
 
 
+def save(figure: Figure, path: str | Path | None) -> None:
+    """Writes a picture, unless there is no path; its folder is made if needed."""
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
 def shortened(text: str, most: int = 40) -> str:
-    """The text, cut to so many characters."""
+    """The text on one line, cut to so many characters."""
+    text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -77,6 +86,7 @@ def pareto(report: ComparisonReport, path: str | Path | None, x: str | None) -> 
     figure = new_figure(8, 5.6)
     with style():
         axes = figure.add_subplot()
+        axes.set_ymargin(0.12)  # for the label below the lowest point
         finite = [row.psnr for row in report.rows if math.isfinite(row.psnr)]
         top = (max(finite) + 0.12 * max(max(finite) - min(finite), 10)) if finite else 100.0
         fewer = [row for row in report.rows if row.is_fewer_steps and _place(row, axis)]
@@ -101,8 +111,7 @@ def pareto(report: ComparisonReport, path: str | Path | None, x: str | None) -> 
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=2, fontsize=9)
         figure.set_layout_engine("constrained")
-        if path is not None:
-            figure.savefig(path)
+        save(figure, path)
     return figure
 
 
@@ -142,13 +151,13 @@ def _draw_row(axes: Axes, row: Row, axis: str, top: float, look: dict[str, Any])
     """A point with its worst call as a whisker; equal outputs stand on a line of their own at the top."""
     place = _place(row, axis)
     reason = "cost unknown" if place is None else f"{row.psnr} dB"
+    name = shortened(row.name)
+    name = f" {name}" if name.startswith("_") else name  # matplotlib hides a label that begins so
     if place is None or math.isnan(row.psnr) or row.psnr == -math.inf:
-        axes.plot([], [], linestyle="none", label=f"{row.name} (not shown: {reason})", **look)
+        axes.plot([], [], linestyle="none", label=f"{name} (not shown: {reason})", **look)
         return
     height = top if row.psnr == math.inf else row.psnr
-    axes.plot(
-        [place], [height], linestyle="none", markersize=9, markeredgecolor="white", label=row.name, zorder=4, **look
-    )
+    axes.plot([place], [height], linestyle="none", markersize=9, markeredgecolor="white", label=name, zorder=4, **look)
     whisker = {"color": look["color"], "linewidth": 1.2, "zorder": 2}
     if math.isfinite(row.psnr_worst) and row.psnr_worst < height:
         axes.plot([place, place], [row.psnr_worst, height], **whisker)
@@ -205,8 +214,7 @@ def step_maps(report: ComparisonReport, path: str | Path | None) -> Figure:
         about = f"denoising step of “{shortened(report.calls[0])}”: dark computed, pale skipped"
         axes.set_xlabel(about, fontsize=9, color=FAINT)
         figure.text(0.02, 1 - 0.3 / height, f"Steps computed, {_title(report)}", fontsize=11, va="center")
-        if path is not None:
-            figure.savefig(path)
+        save(figure, path)
     return figure
 
 

@@ -179,7 +179,8 @@ class ComparisonReport:
         return json.dumps(_encoded({"format": FORMAT, **plain}), indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Writes `to_json()` to a file."""
+        """Writes `to_json()` to a file; its folder is made if needed."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod

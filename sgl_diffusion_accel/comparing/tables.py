@@ -133,6 +133,11 @@ def _sentence(remark: str) -> str:
     return remark[:1].upper() + remark[1:] + ("" if remark.endswith((".", ")", "'", '"')) else ".")
 
 
+def _name(row: Row) -> str:
+    """On one line, else it would break the table."""
+    return f"fewer steps: {row.name}" if row.is_fewer_steps else " ".join(row.name.split())
+
+
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}×"
 
@@ -155,7 +160,7 @@ def _reproduced(report: ComparisonReport) -> str:
 
 
 _COLUMNS: tuple[tuple[str, Callable[[ComparisonReport], str], Callable[[Row], Cell]], ...] = (
-    ("", lambda _: "unpatched", lambda row: Cell(f"fewer steps: {row.name}" if row.is_fewer_steps else row.name)),
+    ("", lambda _: "unpatched", lambda row: Cell(_name(row))),
     ("compute ratio", lambda _: "1.00×", lambda row: Cell(_times(row.compute_ratio))),
     (
         "speed-up",

@@ -86,7 +86,5 @@ def clock_for(device: torch.device) -> Clock:
 
 def synchronise(device: torch.device) -> None:
     """Waits for a device, if it has a queue."""
-    module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    wait = getattr(module, "synchronize", None)
-    if wait is not None:
-        wait()
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)

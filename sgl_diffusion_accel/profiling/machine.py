@@ -57,7 +57,7 @@ def _backend_packages() -> tuple[str, ...]:
 def _table(head: tuple[str, ...], rows: Mapping[str, str]) -> str:
     if not rows:
         return ""
-    cells = [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]
+    cells = [f"| {name} | {' '.join(value.replace('|', '/').split())} |" for name, value in rows.items()]
     return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *cells])
 
 

@@ -74,7 +74,7 @@ def _of(take: Callable[[tuple[float, ...]], float], perf: Perf) -> float | None:
 
 
 def _line(row: Row) -> str:
-    name, before, after = row
+    name, before, after = row[0].replace("|", "\\|"), *row[1:]
     if before is None or after is None:
         return f"| {name} | {_number(before)} | {_number(after)} | – | – |"
     return f"| {name} | {_number(before)} | {_number(after)} | {after - before:+,.2f} | {_percent(before, after)} |"

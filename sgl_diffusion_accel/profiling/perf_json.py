@@ -134,18 +134,18 @@ def read_perf(path: str | Path) -> Perf:
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}; expected an object with total_duration_ms and steps.")
     try:
         stages: dict[str, float] = {}
         for each in data["steps"]:
-            stages[str(each["name"])] = stages.get(str(each["name"]), 0.0) + float(each["duration_ms"])
+            stages[str(each["name"])] = stages.get(str(each["name"]), 0.0) + _finite(each["duration_ms"])
         return Perf(
-            total_ms=float(data["total_duration_ms"]),
+            total_ms=_finite(data["total_duration_ms"]),
             stages=stages,
-            denoise_steps_ms=tuple(float(each["duration_ms"]) for each in data.get("denoise_steps_ms") or ()),
+            denoise_steps_ms=tuple(_finite(each["duration_ms"]) for each in data.get("denoise_steps_ms") or ()),
             memory=_memory(data.get("memory_checkpoints") or {}),
             about={key: data.get(key) for key in ("timestamp", "request_id", "commit_hash", "tag", "meta")},
         )
@@ -156,7 +156,15 @@ def read_perf(path: str | Path) -> Perf:
         ) from error
 
 
+def _finite(value: Any) -> float:
+    """A number; Python reads NaN and infinity, which JSON does not have."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no duration")
+    return number
+
+
 def _memory(checkpoints: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return {
-        str(name): {str(key): float(value) for key, value in counts.items()} for name, counts in checkpoints.items()
+        str(name): {str(key): _finite(value) for key, value in counts.items()} for name, counts in checkpoints.items()
     }

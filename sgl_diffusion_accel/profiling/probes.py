@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,7 +20,9 @@ from sgl_diffusion_accel.targets import unwrap
 
 
 class Probe:
-    """A handler that changes nothing."""
+    """A handler that changes nothing, and sees what all others do."""
+
+    is_watching = True
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begins a call."""
@@ -224,6 +227,12 @@ class TransformerProbe(LoopProbe):
             self._blocks.close()
 
 
+class _UnderWay(threading.local):
+    """The block list that is under way in one thread."""
+
+    name: str | None = None
+
+
 class BlockMarks:
     """Marks the block lists and blocks of a transformer in traces. They are not timed.
 
@@ -233,7 +242,7 @@ class BlockMarks:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._list: str | None = None
+        self._under_way = _UnderWay()
 
     def probe(self, list_name: str, index: int, count: int) -> BlockProbe:
         """Makes the probe of one block."""
@@ -243,9 +252,9 @@ class BlockMarks:
         """A block begins; outside of a pipeline call nothing does."""
         if self._recorder.call is None:
             return False
-        if self._list != list_name:
+        if self._under_way.name != list_name:
             self.close()
-            self._list = list_name
+            self._under_way.name = list_name
             self._recorder.mark(list_name)
         self._recorder.mark(f"{list_name}.{index}")
         return True
@@ -258,8 +267,8 @@ class BlockMarks:
 
     def close(self) -> None:
         """The block list that is under way is over."""
-        if self._list is not None:
-            self._list = None
+        if self._under_way.name is not None:
+            self._under_way.name = None
             self._recorder.unmark()
 
 

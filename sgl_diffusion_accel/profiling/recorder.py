@@ -108,8 +108,8 @@ class Recorder:
 
     @property
     def is_tracing(self) -> bool:
-        """Whether some profiler is recording."""
-        return any(window.is_on for window in self._windows)
+        """Whether some profiler is recording this thread."""
+        return any(window.is_recording_here for window in self._windows)
 
     @property
     def loop(self) -> Run | None:

@@ -40,7 +40,9 @@ def text(report: ProfileReport) -> str:
     from rich.console import Console
 
     sheet = io.StringIO()
-    Console(file=sheet, width=_WIDTH, color_system=None, force_terminal=False).print(rich_group(report))
+    # In a notebook rich would show the table there, and write nothing.
+    console = Console(file=sheet, width=_WIDTH, color_system=None, force_terminal=False, force_jupyter=False)
+    console.print(rich_group(report))
     return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
 
 
@@ -55,7 +57,9 @@ def rich_group(report: ProfileReport) -> Any:
     for table in _tables(report):
         drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(table.head):
-            drawn.add_column(name, justify="left" if not index or name == "cache" else "right", no_wrap=name != "cache")
+            is_number = index > 0 and name != "cache"
+            width = max(len(row[index]) for row in table.rows) if is_number else None  # words may be broken, no number
+            drawn.add_column(name, justify="right" if is_number else "left", min_width=width)
         for row in table.rows:
             drawn.add_row(*map(Text, row))
         parts.append(drawn)

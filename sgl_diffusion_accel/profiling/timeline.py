@@ -95,7 +95,8 @@ class _Sheet:
 
 def _draw_title(sheet: _Sheet, call: CallReport) -> None:
     sheet.down = 0.2
-    sheet.text(_LEFT, f"{call.pipeline}, {_time(call.total_ms)}", fontsize=14, weight="bold")
+    title = f"{call.pipeline}, {_time(call.total_ms)}" + ("" if call.is_complete else ", INCOMPLETE")
+    sheet.text(_LEFT, title, fontsize=14, weight="bold")
     sheet.down += 0.32
     about = [call.device]
     skipped = [step for step in call.steps if step.computed is False]
@@ -107,8 +108,6 @@ def _draw_title(sheet: _Sheet, call: CallReport) -> None:
             about.append(f"{len(steps)} steps {label}, median {_time(typical)}")
     if call.profiler_ms:
         about.append(f"without {_time(call.profiler_ms)} in which the profiler started and stopped")
-    if not call.is_complete:
-        about.append("INCOMPLETE")
     sheet.text(_LEFT, "  ·  ".join(about), color=_FAINT)
     sheet.down = _HEAD
 

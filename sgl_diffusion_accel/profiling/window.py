@@ -2,12 +2,14 @@
 
 What marks them (the torch profiler, NVTX) stands behind `Emitter`. Ranges that are open when the window begins are
 opened again inside it, and those that are open when it ends are closed first: a trace holds complete, nested ranges.
+A window belongs to the thread that has opened it, since that is the one a profiler records; others pass it by.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -33,6 +35,13 @@ class Emitter(Protocol):
         """Closes the range that was opened last."""
 
 
+class _Thread(threading.local):
+    """The ranges that are open in one thread, by name."""
+
+    def __init__(self) -> None:
+        self.open: list[str] = []
+
+
 class Window:
     """Passes ranges on to an emitter while the chosen part of a run lasts.
 
@@ -54,8 +63,10 @@ class Window:
         self._emitter = emitter
         self._steps = steps
         self._all_stages = all_stages
-        self._open: list[str] = []
+        self._thread = _Thread()
         self._is_prepared = False
+        self._owner: int | None = None
+        self._lock = threading.Lock()
 
     def bounds(self, total: int) -> tuple[int, int]:
         """First recorded step of a loop of `total` steps, and the one behind the last."""
@@ -66,7 +77,12 @@ class Window:
     @property
     def is_loop_open(self) -> bool:
         """Whether something is under way that ends with its denoising loop at the latest."""
-        return (self.is_on or self._is_prepared) and not self._all_stages
+        return (self.is_on or self._is_prepared) and self._is_mine and not self._all_stages
+
+    @property
+    def is_recording_here(self) -> bool:
+        """Whether it is recording, and this thread."""
+        return self.is_on and self._is_mine
 
     def begin_call(self, pipeline: str) -> None:
         """A pipeline call begins."""
@@ -80,7 +96,8 @@ class Window:
     def is_due(self, step: int, total: int) -> bool:
         """Whether the window changes between the steps before and at `step`, counted from the loop's begin."""
         first, behind = self.bounds(total)
-        return not self._all_stages and self.failure is None and step in (0, first, behind)
+        is_free = self._owner is None or self._is_mine
+        return not self._all_stages and self.failure is None and is_free and step in (0, first, behind)
 
     def before_step(self, step: int, total: int, pipeline: str) -> None:
         """A denoising step that is due is about to begin."""
@@ -89,8 +106,9 @@ class Window:
             self._stop()
         elif step == first:
             self._start(f"{pipeline}-{behind - first}_steps")
-        elif step < first:
+        elif step < first and self._claim():
             self._is_prepared = self._attempt(self._emitter.prepare)
+            self._owner = self._owner if self._is_prepared else None
 
     def leave_loop(self) -> None:
         """A denoising loop has ended, however it did."""
@@ -99,33 +117,45 @@ class Window:
 
     def push(self, name: str) -> None:
         """Opens a range."""
-        self._open.append(name)
-        if self.is_on:
+        self._thread.open.append(name)
+        if self.is_recording_here:
             self._emitter.push(name)
 
     def pop(self) -> None:
         """Closes the range that was opened last."""
-        if self._open:
-            self._open.pop()
-            if self.is_on:
+        if self._thread.open:
+            self._thread.open.pop()
+            if self.is_recording_here:
                 self._emitter.pop()
 
+    @property
+    def _is_mine(self) -> bool:
+        return self._owner == threading.get_ident()
+
+    def _claim(self) -> bool:
+        """Makes the window this thread's, unless it is another's."""
+        with self._lock:
+            self._owner = self._owner or threading.get_ident()
+            return self._is_mine
+
     def _start(self, label: str) -> None:
-        if self.is_on:
+        if not self._claim() or self.is_on:
             return
         self.is_on, self._is_prepared = self._attempt(lambda: self._emitter.start(label)), False
         if not self.is_on:
+            self._owner = None
             return
-        for name in self._open:
+        for name in self._thread.open:
             self._emitter.push(name)
 
     def _stop(self) -> None:
-        if not (self.is_on or self._is_prepared):
+        if not (self.is_on or self._is_prepared) or not self._is_mine:
             return
-        for _ in self._open if self.is_on else ():
+        for _ in self._thread.open if self.is_on else ():
             self._emitter.pop()
         self.is_on = self._is_prepared = False
         self._attempt(self._emitter.stop)
+        self._owner = None
 
     def _attempt(self, action: Callable[[], None]) -> bool:
         if self.failure is not None:
