@@ -34,7 +34,7 @@ def main() -> None:
     paths = [path for path in sorted(RESULTS.glob("*.json")) if path.stem not in _OTHER_QUESTIONS]
     results = [json.loads(path.read_text()) for path in paths]
     results.sort(key=lambda one: (_MODELS.index(one["model"]), one.get("scheduler", "euler"), -one["steps"]))
-    parts = [_ABOUT]
+    parts = [_ABOUT, "## At a glance", summary.table(results)]
     for result in results:
         name, kind = name_of(result), f"{result['steps']} {result.get('scheduler', 'euler')} steps"
         pareto.draw(result, RESULTS / f"pareto_{name}.png")
@@ -51,7 +51,8 @@ def main() -> None:
     (ROOT / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
     readme = ROOT / "README.md"
     if readme.exists():
-        readme.write_text(insert(readme.read_text(), summary.table(results)))
+        usual = [result for result in results if name_of(result) == result["model"]]
+        readme.write_text(insert(readme.read_text(), summary.table(usual)))
 
 
 def name_of(result: dict[str, Any]) -> str:
