@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import miniatures
-from invariants import Interrupted, Snapshot, assert_same, families
+from invariants import FixedPath, Interrupted, Snapshot, assert_same, families, transformer_outputs, two_branch
 from invariants.families import present
 from sgl_diffusion_accel import (
     CachePatch,
@@ -28,8 +28,9 @@ from sgl_diffusion_accel.caching.cache_patch import apply_output_cache
 from sgl_diffusion_accel.caching.multistep import Weights, extrapolate
 from sgl_diffusion_accel.caching.pacing import DEPTH, GapControl, GapSettings, Pace
 from sgl_diffusion_accel.caching.policies import Decision
+from sgl_diffusion_accel.intercept import intercept
 from sgl_diffusion_accel.targets import find_transformers
-from zoo import Family
+from zoo import Family, tensor_of
 from zoo.base import flow_euler, unipc_flow
 
 STEPS = 20
@@ -620,6 +621,53 @@ def test_error_is_that_of_what_the_scheduler_is_given(name: str) -> None:
     wanted = {at: off(2 * given[at - 1] - given[at - 2], given[at]) for at in range(2, 5)}
     rough = 0.3 if name == "qwen" else 0.02  # Qwen-Image scales the guided output by its norm
     assert {at: pace.errors[at] for at in wanted} == pytest.approx(wanted, rel=rough)
+
+
+class Laid(Watching):
+    """Skips every third step."""
+
+    def decide(self, step: int) -> Decision:
+        return Decision(step % 3 != 2, "laid down")
+
+    def weights(self, step: int, nodes: Sequence[int]) -> Weights:
+        return {step: 1.0} if step in nodes else extrapolate(nodes, step)
+
+
+class Looking:
+    """Stands in front of a patched transformer, and keeps what the pipeline gets, skipped or not."""
+
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor] = []
+
+    def enter(self, module: Any, args: Any, kwargs: Any) -> None:
+        pass
+
+    def leave(self, module: Any, token: Any, output: Any) -> Any:
+        self.outputs.append(tensor_of(output[0]).detach().clone())
+        return output
+
+    def fail(self, module: Any, token: Any) -> None:
+        pass
+
+
+@two_branch()
+def test_branches_that_change_places_give_the_same(family: Family) -> None:
+    """On a fixed path through the latents the prompt's calls return the same, whichever branch the prompt is on."""
+    pipe = family.make(scheduler=FixedPath())
+    apply_output_cache("laid down", find_transformers(pipe), lambda _: Laid())
+    seen = []
+    for swap in (False, True):
+        looking = Looking()
+        for name in family.transformers:
+            intercept(getattr(pipe, name), "looking", looking)
+        ran = transformer_outputs(family, pipe, steps=9, swap=swap)
+        seen.append(looking.outputs)
+        assert len(ran) < len(looking.outputs) == 18
+    one, other = seen
+    for at in range(0, 18, 2):
+        assert torch.equal(one[at], other[at + 1])
+        assert torch.equal(one[at + 1], other[at])
+    assert not torch.equal(one[0], one[1])
 
 
 # What it is worth

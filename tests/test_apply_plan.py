@@ -413,3 +413,13 @@ def test_plan_beats_fewer_steps_on_a_miniature() -> None:
     assert psnr(run(30), expected) >= psnr(fewer, expected) + 5
     assert sum(computed(patch)[0]) == 10
     torch.set_num_threads(threads)
+
+
+def test_calls_that_leave_out_layers_are_computed() -> None:
+    family = present("sd3")
+    extra = {"skip_guidance_layers": [2], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    pipe = family.make()
+    expected = family.run(pipe, steps=STEPS, **extra)
+    patch = apply_cache_plan(pipe, plan_for("sd3", STEPS), speedup=2)
+    assert off(family.run(pipe, steps=STEPS, **extra), expected) < 0.12
+    assert sorted(map(all, computed(patch))) == [False, True]

@@ -21,6 +21,7 @@ from invariants import (
     fresh_output,
     skips_some,
 )
+from invariants.caches import WHOLE_CALLS
 from invariants.families import present
 from sgl_diffusion_accel import CachePatch
 from zoo import Family, tensor_of
@@ -31,8 +32,12 @@ STEPS = 6
 
 
 def cached(cache: str, *names: str, teacache: tuple[str, ...] = ("wan", "flux")) -> Any:
-    """Parametrises a test over families under a cache, and over some under TeaCache, one for each of its signals."""
+    """Parametrises a test over families under a cache, and over some under TeaCache, one for each of its signals.
+
+    The caches of whole calls join on the first family.
+    """
     cases = [*((name, cache) for name in names), *((name, "teacache") for name in teacache)]
+    cases += [(names[0], kind) for kind in WHOLE_CALLS]
     params = [
         pytest.param(*family(name).values, CACHES[kind], id=f"{name}-{kind}", marks=family(name).marks)
         for name, kind in cases
@@ -183,7 +188,11 @@ def shared(first: str, second: str) -> tuple[Family, Any, Family, Any]:
 
 
 PAIRS = [("wan", "wan"), ("wan", "wan_v2v"), ("wan_v2v", "wan"), ("flux", "flux_img2img"), ("flux_img2img", "flux")]
-TEACACHE_PAIRS = [(*PAIRS[1], TEACACHE), (*PAIRS[3], TEACACHE)]
+TEACACHE_PAIRS = [
+    (*PAIRS[1], TEACACHE),
+    (*PAIRS[3], TEACACHE),
+    *((*PAIRS[1], CACHES[name]) for name in WHOLE_CALLS),
+]
 
 
 @pytest.mark.parametrize(("first", "second", "apply"), [*((*pair, REUSE) for pair in PAIRS), *TEACACHE_PAIRS])

@@ -158,6 +158,17 @@ def test_scheduler_stays_as_it_is(case: Case) -> None:
     assert all(vars(scheduler)[name] is value for name, value in objects.items())
 
 
+def test_class_of_the_scheduler_stays_as_it_is() -> None:
+    class Mine(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+        pass
+
+    scheduler = Mine()
+    scheduler.set_timesteps(STEPS)
+    before = dict(vars(Mine))
+    assert response_of(scheduler, STEPS) is not None
+    assert dict(vars(Mine)) == before
+
+
 def walked(case: Case, steps: int) -> Any:
     """A scheduler in mid-run."""
     scheduler = made(case)

@@ -77,7 +77,8 @@ def adaptive(pipe: Any, tolerance: float = 10.0) -> CachePatch:
     def pace(run: Run) -> GapControl:
         response = response_of(run.scheduler, run.total)
         final = [1.0] * run.total if response is None else response[-1]
-        return GapControl(settings, np.asarray(final), corrects=response is not None)
+        # An estimate to begin with: else three steps go by before a gap, which is all that an expert of Wan2.2 has.
+        return GapControl(settings, np.asarray(final), response is not None, _curvature=1.0)
 
     return apply_output_cache("adaptive cache, loosened", find_transformers(pipe), pace)
 
@@ -90,12 +91,19 @@ def plan_for(name: str, steps: int = STEPS) -> CachePlan:
     return calibrate(pipe, [family.call(pipe, steps=steps, seed=3)], teacache=False)
 
 
+@functools.cache
+def _transformers(name: str) -> list[str]:
+    """The classes of a family's transformers."""
+    return [] if FAMILIES[name].missing else _classes(FAMILIES[name].make())
+
+
+def _classes(pipe: Any) -> list[str]:
+    return [type(module).__name__ for module in find_transformers(pipe).values()]
+
+
 def _family_of(pipe: Any) -> str:
-    """The family whose pipelines have such transformers."""
-    classes = [type(module).__name__ for module in find_transformers(pipe).values()]
-    return next(
-        name for name in FAMILIES if not FAMILIES[name].missing and list(plan_for(name).transformers) == classes
-    )
+    """The first family with such transformers."""
+    return next(name for name in FAMILIES if _transformers(name) == _classes(pipe))
 
 
 def planned(pipe: Any) -> CachePatch:
