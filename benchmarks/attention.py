@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgl_diffusion_accel import environment
 from sgl_diffusion_accel.attention.auto import median_ms
 from sgl_diffusion_accel.attention.backends import all_backends, find_backend
 from sgl_diffusion_accel.attention.redirect import Redirect
 from sgl_diffusion_accel.attention.requirements import facts_of
 from sgl_diffusion_accel.attention.sites import Scope, find_sites, redirected
 from sgl_diffusion_accel.attention.verify import relative_error
-from sgl_diffusion_accel.comparing import environment
 
 RESULT = Path(__file__).parent / "results" / "attention.json"
 HIDDEN, HEADS, TOKENS = 64, 1, 8

@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
 from miniatures.pipelines import SCHEDULERS
-from sgl_diffusion_accel.comparing import environment
+from sgl_diffusion_accel import environment
 from sgl_diffusion_accel.comparing.metrics import mean_psnr
 from sgl_diffusion_accel.comparing.work import BlockWork
 

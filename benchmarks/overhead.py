@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
-from sgl_diffusion_accel import apply_cache_dit
+from sgl_diffusion_accel import apply_cache_dit, environment
 from sgl_diffusion_accel.caching.blocks import divide
 from sgl_diffusion_accel.caching.cache_patch import apply_cache
 from sgl_diffusion_accel.caching.cached_model import Parts
@@ -38,7 +38,6 @@ from sgl_diffusion_accel.caching.predictors import Reuse
 from sgl_diffusion_accel.caching.signals import ModulatedInput
 from sgl_diffusion_accel.caching.teacache_models import family_of
 from sgl_diffusion_accel.caching.window import Window
-from sgl_diffusion_accel.comparing import environment
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
 HIDDEN = 1536

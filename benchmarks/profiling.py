@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 
-from sgl_diffusion_accel import profile
-from sgl_diffusion_accel.comparing import environment
+from sgl_diffusion_accel import environment, profile
 
 from .overhead import (
     HIDDEN,

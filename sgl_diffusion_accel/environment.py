@@ -5,13 +5,16 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PACKAGES = ("sgl-diffusion-accel", "torch", "diffusers", "transformers", "accelerate", "cache-dit", "numpy")
+from sgl_diffusion_accel._version import __version__
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "cache-dit", "numpy")
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
@@ -24,12 +27,18 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": package_versions(_PACKAGES),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if has_gpu else None,
     }
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Package to version, of this package and those of the names that are installed."""
+    found = {name: version for name in names if (version := _version(name)) is not None}
+    return {"sgl-diffusion-accel": __version__} | found
 
 
 def cpu_name() -> str:

@@ -29,12 +29,13 @@ def apply_adaptive_cache(pipe: object, tolerance: float | None = None) -> CacheP
     wrong to the latents is put right in that step's output: predictor and corrector. How far the line was from what
     was computed tells how curved the path is, and so how long the next gap may be, as step-size control does in
     solvers of differential equations. The transformer is not called at skipped steps at all, and nothing inside it is
-    touched: it works for every model, compiled or not.
+    touched: it works for any model, compiled or not.
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2), or the transformer itself.
         tolerance: Largest error that a gap may leave in the final latents, as estimated, relative to how far the
-            latents move in the run; None for 0.001. A tenth of it costs about twice the steps; 0 computes all.
+            latents move in the run; None for 0.001. A tenth of it costs about half as many computed steps again; 0
+            computes all.
 
     Returns:
         The patch: `patch.remove()` undoes it exactly, `patch.stats` tells what it did, `print(patch)` sums it up.

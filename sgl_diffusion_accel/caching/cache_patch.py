@@ -14,7 +14,7 @@ from sgl_diffusion_accel.caching.engine import BlockHandler, Controller, Session
 from sgl_diffusion_accel.caching.foreign import has_foreign_cache
 from sgl_diffusion_accel.caching.output_cache import MakePace, OutputController
 from sgl_diffusion_accel.caching.stats import Stats
-from sgl_diffusion_accel.errors import UnsupportedModelError
+from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.patch import Patch, patches_of
 from sgl_diffusion_accel.targets import unwrap
 
@@ -142,3 +142,20 @@ def refuse_foreign_cache(transformers: Mapping[str, nn.Module]) -> None:
                 f"pipe.{name} has one of diffusers' own caches on it, and two caches cannot share a model. "
                 f"Type: pipe.{name}.disable_cache()"
             )
+
+
+def refuse_cached(transformers: Mapping[str, nn.Module], purpose: str) -> None:
+    """Raises where a cache is on a transformer, ours or another, for what needs uncached runs.
+
+    Args:
+        transformers: Component name to transformer.
+        purpose: What needs them, for the error.
+
+    Raises:
+        ConfigError: One of this library's caches is on one of them.
+        UnsupportedModelError: One of diffusers' own is.
+    """
+    refuse_foreign_cache(transformers)
+    for transformer in transformers.values():
+        if any(patch.kind == KIND for patch in patches_of(unwrap(transformer))):
+            raise ConfigError(f"a cache is on this pipeline, and {purpose} needs uncached runs. Type: remove(pipe)")

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.cached_model import Branch, CachedModel
 from sgl_diffusion_accel.caching.call import TransformerCall
-from sgl_diffusion_accel.caching.foreign import has_foreign_cache
+from sgl_diffusion_accel.caching.foreign import FORBIDDEN, refuse_late_cache
 from sgl_diffusion_accel.caching.loop import locate
 from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
 from sgl_diffusion_accel.caching.policies import Decision
 from sgl_diffusion_accel.caching.runs import Kept, Run, Runs
 from sgl_diffusion_accel.caching.stats import Stats
-from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.targets import unwrap
 
@@ -67,10 +66,7 @@ class Controller(PatchHandler):
         session: Shared by the transformers of the patch.
     """
 
-    forbids_enable_cache = (
-        "this transformer has a cache of sgl_diffusion_accel on it, and two caches cannot share a model. Type: "
-        "sgl_diffusion_accel.remove(pipe)"
-    )
+    forbids_enable_cache = FORBIDDEN
 
     def __init__(self, patch: Patch, model: CachedModel, session: Session) -> None:
         self.patch = patch
@@ -152,15 +148,6 @@ class BlockHandler(PatchHandler):
 
     def fail(self, _: nn.Module, token: TransformerCall | None) -> None:
         """Nothing: the transformer's own handler drops the run."""
-
-
-def refuse_late_cache(module: nn.Module) -> None:
-    """Raises UnsupportedModelError where one of diffusers' own caches has come onto a transformer that has ours."""
-    if has_foreign_cache(module):
-        raise UnsupportedModelError(
-            "one of diffusers' own caches was put on this transformer after the cache of sgl_diffusion_accel, and "
-            "two caches cannot share a model. Take one of them off: sgl_diffusion_accel.remove(pipe)"
-        )
 
 
 def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:

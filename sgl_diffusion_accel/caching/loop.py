@@ -165,7 +165,7 @@ def _read(
         step = local["i"] if type(local.get("i")) is int else _index_in(timesteps, *local.values())
     if step is None and owner is None:
         return None  # neither where in the loop it is, nor when the loop ends
-    guidance = _guidance(pipeline, local)
+    guidance = guidance_of(pipeline, local)
     name = context[0] if context else getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
     if name:
         return LoopCall(scheduler, timesteps, owner, step, timestep, name.removeprefix("pred_"), (), guidance)
@@ -175,8 +175,16 @@ def _read(
     return LoopCall(scheduler, timesteps, owner, step, timestep, branch, passed, guidance)
 
 
-def _guidance(pipeline: Any, local: Mapping[str, Any]) -> float | None:
-    """The scale of classifier-free guidance, by the names that pipelines use; 1 where it is off."""
+def guidance_of(pipeline: Any, local: Mapping[str, Any]) -> float | None:
+    """The scale of classifier-free guidance, by the names that pipelines use.
+
+    Args:
+        pipeline: The pipeline.
+        local: Variables of its loop, or the arguments of its call.
+
+    Returns:
+        The scale, 1 where guidance is off, None where nothing tells.
+    """
     if local.get("do_classifier_free_guidance", local.get("do_true_cfg")) is False:
         return 1.0
     values = [local.get(name) for name in _GUIDANCE] + [getattr(pipeline, name, None) for name in _GUIDANCE_OF]

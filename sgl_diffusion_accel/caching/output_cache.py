@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.blocks import find_block_lists
-from sgl_diffusion_accel.caching.engine import Session, refuse_late_cache
+from sgl_diffusion_accel.caching.engine import Session
+from sgl_diffusion_accel.caching.foreign import FORBIDDEN, refuse_late_cache
 from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
 from sgl_diffusion_accel.caching.output_run import OutputRun
 from sgl_diffusion_accel.caching.pacing import Pace
@@ -54,10 +55,7 @@ class OutputController(PatchHandler):
         pace: Makes what decides the steps of a run.
     """
 
-    forbids_enable_cache = (
-        "this transformer has a cache of sgl_diffusion_accel on it, and two caches cannot share a model. Type: "
-        "sgl_diffusion_accel.remove(pipe)"
-    )
+    forbids_enable_cache = FORBIDDEN
 
     def __init__(self, patch: Patch, name: str, module: nn.Module, session: Session, pace: MakePace) -> None:
         self.patch = patch

@@ -149,6 +149,7 @@ class _Error:
         return sum(2 * one.numel() * one.element_size() for one, _ in self._mixed or ())
 
     def add(self, branch: str, guess: Tensors, output: Tensors, guidance: float | None) -> None:
+        """Takes one branch of a step: what was predicted, and what was computed."""
         pairs = [(one.float() - other.float(), other.float()) for one, other in zip(guess, output, strict=True)]
         if guidance is None or guidance <= 1:
             self._sum(pairs)

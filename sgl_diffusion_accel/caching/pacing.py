@@ -51,9 +51,9 @@ class Pace(ABC):
     def restart(self, step: int) -> None:  # noqa: B027
         """Another model takes over at a step, which will be computed: nothing before it is of use."""
 
+    @abstractmethod
     def needs_later(self, step: int) -> bool:
         """Whether the output of a computed step may be used at a later one."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

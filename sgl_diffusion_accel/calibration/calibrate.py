@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from sgl_diffusion_accel.caching.cache_patch import KIND, refuse_foreign_cache
+from sgl_diffusion_accel.caching.cache_patch import refuse_cached
+from sgl_diffusion_accel.caching.loop import guidance_of
 from sgl_diffusion_accel.caching.response import adds_noise, response_of
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
-from sgl_diffusion_accel.caching.teacache_fit import TeaCacheRecording, check_calls
+from sgl_diffusion_accel.caching.teacache_fit import fit_recording
+from sgl_diffusion_accel.caching.teacache_record import TeaCacheRecording, check_calls
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.record import Recording, recording
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
-from sgl_diffusion_accel.patch import patches_of
 from sgl_diffusion_accel.targets import find_transformers, unwrap
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def calibrate(
     """Learns from a few uncached runs how a pipeline moves, for plans at every speed-up.
 
     Each call is run as it is, and what the scheduler is given at each step, guidance and all, is kept as a sketch (at
-    most 1 MiB a step on the host, one run at a time; nothing on the device). Only the products between steps remain:
+    most 1 MiB a step on the host, one run at a time). On the device nothing is kept, but for the fit of TeaCache, which
+    holds the last signal, output and residual of each branch. Only the products between steps remain:
     a plan has some tens of kilobytes whatever the model.
 
     Args:
@@ -68,10 +70,7 @@ def calibrate(
     """
     calls = check_calls(pipe, calls, "calibrate")
     transformers = find_transformers(pipe)
-    refuse_foreign_cache(transformers)
-    for module in transformers.values():
-        if any(patch.kind == KIND for patch in patches_of(unwrap(module))):
-            raise ConfigError("a cache is on this pipeline, and calibration needs uncached runs. Type: remove(pipe)")
+    refuse_cached(transformers, "calibration")
     if adds_noise(pipe.scheduler):
         raise no_plan(pipe.scheduler)
     known = CachePlan.load(path) if path is not None and Path(path).exists() else None
@@ -135,7 +134,7 @@ def _check_setting(
 
 def _fit(tea: TeaCacheRecording) -> TeaCacheCoefficients | None:
     try:
-        return tea.fit()
+        return fit_recording(tea)
     except ConfigError as error:  # too few steps, for example: the plan does not need it
         logger.info("no TeaCache coefficients: %s", error)
         return None
@@ -153,7 +152,8 @@ def _plan(
         raise ConfigError(f"one call made {len(runs)} denoising runs; give calls that make one each.")
     run = runs[0]
     steps = len(run.timesteps)
-    if not np.any(run.gram()):
+    gram = run.gram()
+    if not gram.any():
         raise ConfigError("the pipeline gave its scheduler nothing but zeros: nothing can be learned from this call.")
     response = response_of(pipe.scheduler, steps)
     if response is None:
@@ -167,7 +167,7 @@ def _plan(
         guidance=guidance_of(pipe, call),
         latents=run.shape,
         calls=1,
-        gram=tuple(map(float, run.gram()[np.triu_indices(steps)])),
+        gram=tuple(map(float, gram[np.triu_indices(steps)])),
         response=tuple(map(float, response[1:][np.tril_indices(steps)])),
     )
 
@@ -187,9 +187,3 @@ def digest(transformers: Mapping[str, nn.Module]) -> str:
         config = getattr(unwrap(module), "config", None) or {}
         configs.append({key: value for key, value in dict(config).items() if not key.startswith("_")})
     return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def guidance_of(pipe: Any, call: Mapping[str, Any]) -> float | None:
-    """The guidance scale of a call, None where it is not given and the pipeline does not tell."""
-    values = [call.get(name) for name in _GUIDANCE] + [getattr(pipe, f"_{name}", None) for name in _GUIDANCE]
-    return next((float(value) for value in values if isinstance(value, (int, float))), None)

@@ -107,7 +107,6 @@ class _State:
         self._steps, self._settings = steps, settings
         self._response, self._left = moments.response, moments.left
         self._final = moments.response[-1].tolist()
-        self._size = moments.gram.diagonal()
         self._gram = np.zeros((2 * steps, 2 * steps))
         self._gram[:steps, :steps] = moments.gram
         self._off = np.zeros((steps, 2 * steps))  # a_s - v_s

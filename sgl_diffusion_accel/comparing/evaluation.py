@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from sgl_diffusion_accel.comparing import environment, metrics
+from sgl_diffusion_accel import environment
+from sgl_diffusion_accel.comparing import metrics
 from sgl_diffusion_accel.comparing.calls import Call
 from sgl_diffusion_accel.comparing.contenders import UNPATCHED
 from sgl_diffusion_accel.comparing.outputs import Media

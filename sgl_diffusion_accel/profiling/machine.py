@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.attention.backends import Backend, all_backends
 from sgl_diffusion_accel.attention.requirements import AttentionFacts, capability
+from sgl_diffusion_accel.environment import package_versions
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "peft", "safetensors")
 """Packages that a pipeline is made of."""
@@ -20,13 +19,6 @@ _KERNELS = ("triton", "cache-dit", "matplotlib", "rich")
 _PREFIXES = ("SGLANG_", "CUDA_", "HIP_", "ROCR_", "PYTORCH_", "TORCH", "DIFFUSERS_", "HF_HUB_OFFLINE", "NCCL_")
 _NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-
-
-def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Package to version, of this package and those of the names that are installed."""
-    return {"sgl-diffusion-accel": __version__} | {
-        name: version for name in names if (version := _version(name)) is not None
-    }
 
 
 def describe() -> str:
@@ -41,13 +33,6 @@ def describe() -> str:
         ),
     ]
     return "\n\n".join(f"### {title}\n\n{body}" for title, body in chapters)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _backend_packages() -> tuple[str, ...]:

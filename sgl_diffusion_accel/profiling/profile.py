@@ -11,12 +11,13 @@ from torch import nn
 
 from sgl_diffusion_accel.caching.blocks import find_block_lists
 from sgl_diffusion_accel.caching.runs import Runs
+from sgl_diffusion_accel.environment import package_versions
 from sgl_diffusion_accel.errors import AccelError, ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.intercept import CALL
 from sgl_diffusion_accel.profiling import stages
 from sgl_diffusion_accel.profiling.attachments import Attachments, is_compiled, is_profiled
 from sgl_diffusion_accel.profiling.build import build
-from sgl_diffusion_accel.profiling.machine import package_versions
+from sgl_diffusion_accel.profiling.machine import PACKAGES
 from sgl_diffusion_accel.profiling.memory import reset_peak
 from sgl_diffusion_accel.profiling.nvtx import NvtxEmitter
 from sgl_diffusion_accel.profiling.perf_json import write_perf
@@ -125,7 +126,7 @@ class Profile:
                 self._built[index] = build(call, self._window_remarks(call))
         built = tuple(self._built[index] for index in sorted(self._built))
         failures = tuple(f"the profiler failed: {each.failure}" for each in self._windows if each.failure)
-        return ProfileReport(built, package_versions(), self._traces, (*self._remarks, *failures))
+        return ProfileReport(built, package_versions(PACKAGES), self._traces, (*self._remarks, *failures))
 
     @property
     def trace_paths(self) -> tuple[Path, ...]:
