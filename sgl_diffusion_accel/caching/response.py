@@ -1,8 +1,8 @@
 """How a scheduler turns what the transformer says into latents: its response to each output, found by trying.
 
 Nearly every deterministic scheduler of diffusers is linear: the latents before step s are `Σ_j C[s, j] · output_j` plus
-a part that comes from the starting noise. The weights C are found by running a copy of the scheduler on numbers instead of
-pictures, so that they hold for Euler, Heun, UniPC, DPM-Solver and DDIM alike.
+a part that comes from the starting noise. The weights C are found by running a copy of the scheduler on numbers instead
+of pictures, so that they hold for Euler, Heun, UniPC, DPM-Solver and DDIM alike.
 """
 
 from __future__ import annotations

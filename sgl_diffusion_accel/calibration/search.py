@@ -17,7 +17,8 @@ def best_design(computed: int, moments: Moments, settings: DesignSettings | None
     """Finds a good design with a given number of computed steps.
 
     The first step is always computed. The search begins with evenly spaced steps, and takes about two seconds for
-    50 steps; it is a descent, so that what it finds is good and not proven to be best. The same input gives the same design.
+    50 steps; it is a descent, so that what it finds is good and not proven to be best. The same input gives the same
+    design.
 
     Args:
         computed: How many steps are computed, from 1 to the steps of the run.
