@@ -1,10 +1,11 @@
 """Measures caches on the miniatures: what they save, and how near the result stays to the unpatched run's.
 
-    python -m benchmarks.cache [--models wan qwen flux] [--captions 6] [--steps 50] [--scheduler euler]
+    python -m benchmarks.cache [--models wan qwen flux] [--captions 6] [--steps 50] [--scheduler euler] [--size 16 16]
 
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
 own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`; for other runs than of 50
-Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`. With `--only` the rows that
+Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`, for other sizes than 16 x 16 with the size behind it. What is
+calibrated or fitted is so on 16 x 16 pixels whatever the size. With `--only` the rows that
 are measured replace those of the same name in the file, and the others stay.
 """
 
@@ -37,8 +38,26 @@ from .table import name_of
 RESULTS = Path(__file__).parent / "results"
 _CAPTION_SEED = 77
 _NOISE_SEED = 1000
+_SIZE = (16, 16)
 _PAIRED = 8
 """Runs that are timed against one unpatched run; then comes the next one, so that a change of load does little harm."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run.
+
+    Attributes:
+        model: Name of the miniature.
+        steps: Denoising steps of the unpatched run.
+        scheduler: "euler", or "unipc" for Wan.
+        size: Height and width in pixels.
+    """
+
+    model: str
+    steps: int
+    scheduler: str = "euler"
+    size: tuple[int, int] = _SIZE
 
 
 @dataclass(frozen=True)
@@ -82,13 +101,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", default="", help="measure only contenders whose family or name holds this")
     parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="unipc is for wan alone")
+    parser.add_argument("--size", type=int, nargs=2, default=_SIZE, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     given = parser.parse_args()
     torch.set_num_threads(1)  # the miniatures are fastest so
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     RESULTS.mkdir(exist_ok=True)
     for model in given.models:
-        result = measure(model, given.captions, given.steps, given.only, given.scheduler)
+        setting = Setting(model, given.steps, given.scheduler, (given.size[0], given.size[1]))
+        result = measure(setting, given.captions, given.only)
         path = RESULTS / f"{name_of(result)}.json"
         if given.only and path.exists():
             result = merged(json.loads(path.read_text()), result)
@@ -96,19 +117,18 @@ def main() -> None:
         pareto.draw(result, RESULTS / f"pareto_{name_of(result)}.png")
 
 
-def measure(model: str, count: int, steps: int, only: str = "", scheduler: str = "euler") -> dict[str, Any]:
+def measure(setting: Setting, count: int, only: str = "") -> dict[str, Any]:
     """Measures all contenders on one miniature.
 
     Args:
-        model: Name of the miniature.
+        setting: What is run.
         count: Captions, each with its own noise.
-        steps: Denoising steps of the unpatched run.
         only: Part of the family or name of the contenders to measure; all of them if empty.
-        scheduler: "euler", or "unipc" for Wan.
 
     Returns:
         What is written to the JSON file.
     """
+    model, steps, scheduler = setting.model, setting.steps, setting.scheduler
     every = contenders(model, steps, scheduler)
     chosen = [one for one in every if one.family == UNPATCHED or only in f"{one.family} {one.name}"]
     samples: dict[Contender, list[Sample]] = {one: [] for one in chosen}
@@ -118,16 +138,17 @@ def measure(model: str, count: int, steps: int, only: str = "", scheduler: str =
             call = {"caption": caption, "seed": _NOISE_SEED + index}
             for turn, one in enumerate(chosen):
                 if turn % _PAIRED == 0:
-                    reference = run(model, Contender(UNPATCHED, "reference"), call, steps, scheduler)
-                samples[one].append(compare(run(model, one, call, steps, scheduler), reference, steps))
+                    reference = run(setting, Contender(UNPATCHED, "reference"), call)
+                samples[one].append(compare(run(setting, one, call), reference, steps))
                 progress.advance(task)
     names = " ".join(one.name for one in chosen)
-    example: dict[str, Any] = call_kwargs(model, captions(model, 1, _CAPTION_SEED)[0])
+    example: dict[str, Any] = call_kwargs(model, captions(model, 1, _CAPTION_SEED)[0], size=setting.size)
     return {
         "model": model,
         "pipeline": type(load_miniature(model)).__name__,
         "steps": steps,
         "scheduler": scheduler,
+        "size": list(setting.size),
         "captions": captions(model, count, _CAPTION_SEED),
         "guidance": example.get("guidance_scale", example.get("true_cfg_scale", 1.0)),
         "latents": list(example["latents"].shape),
@@ -161,15 +182,15 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**old, "teacache_fits": fits, "calibration": calibrated, "rows": kept + list(measured.values())}
 
 
-def run(model: str, contender: Contender, call: dict[str, Any], steps: int, scheduler: str = "euler") -> Run:
+def run(setting: Setting, contender: Contender, call: dict[str, Any]) -> Run:
     """One run on a new pipeline, which nothing else has touched."""
-    pipe = load_miniature(model, scheduler=scheduler)
-    arguments = call_kwargs(model, **call, steps=contender.steps or steps)
+    pipe = load_miniature(setting.model, scheduler=setting.scheduler)
+    arguments = call_kwargs(setting.model, **call, steps=contender.steps or setting.steps, size=setting.size)
     with BlockWork(pipe.transformer) as work, contender.apply(pipe), torch.no_grad():
         begin, cpu_begin = time.perf_counter(), time.thread_time()
         output = pipe(**arguments)
         seconds, cpu_seconds = time.perf_counter() - begin, time.thread_time() - cpu_begin
-    return Run(to_frames(model, output), work.calls, seconds, cpu_seconds)
+    return Run(to_frames(setting.model, output, setting.size), work.calls, seconds, cpu_seconds)
 
 
 def compare(run: Run, reference: Run, steps: int) -> Sample:

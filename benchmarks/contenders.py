@@ -81,10 +81,10 @@ def contenders(model: str, steps: int, scheduler: str = "euler") -> list[Contend
         found.append(Contender(OURS, f"adaptive, tolerance {tolerance:g}", partial(adaptive, tolerance)))
     for speedup in PLANNED:
         found.append(Contender(OURS, f"plan, {speedup:g}x", partial(planned, model, steps, scheduler, speedup)))
-    if (steps, scheduler) != (_PLAN_STEPS, "euler"):
+    for calls, steps_of, title in _carried_plans(steps, scheduler):
         for speedup in PLANNED:
-            carried = partial(planned, model, _PLAN_STEPS, "euler", speedup)
-            found.append(Contender(OURS, f"plan of {_PLAN_STEPS} Euler steps, {speedup:g}x", carried))
+            carried = partial(planned, model, steps_of, "euler", speedup, calls=calls)
+            found.append(Contender(OURS, f"{title}, {speedup:g}x", carried))
     for teacache in teacache_settings(model):
         found.append(Contender(OURS, teacache.name, partial(apply_fitted_teacache, model, steps, scheduler, teacache)))
     if cache_dit.installed():
@@ -93,6 +93,14 @@ def contenders(model: str, steps: int, scheduler: str = "euler") -> list[Contend
     for name, config in diffusers_caches.configs(model, steps):
         found.append(Contender("diffusers", name, partial(diffusers_caches.apply, config=config)))
     return found
+
+
+def _carried_plans(steps: int, scheduler: str) -> list[tuple[int, int, str]]:
+    """Plans that were made for something else: (calls they were made from, their steps, what they are called)."""
+    if (steps, scheduler) == (_PLAN_STEPS, "euler"):
+        return [(1, _PLAN_STEPS, "plan of one caption")]
+    six = (_FIT_CAPTIONS, _PLAN_STEPS, f"plan of {_PLAN_STEPS} Euler steps")
+    return [six, (1, _PLAN_STEPS, f"plan of one caption and {_PLAN_STEPS} Euler steps")]
 
 
 def apply_ours(pipe: Any, setting: Setting) -> AbstractContextManager[object]:
@@ -122,15 +130,15 @@ def teacache_fit(model: str, steps: int, scheduler: str, use_ret_steps: bool | N
         return fit_teacache(load_miniature(model, scheduler=scheduler), _fit_calls(model, steps), use_ret_steps)
 
 
-def _fit_calls(model: str, steps: int) -> list[dict[str, Any]]:
-    chosen = captions(model, _FIT_CAPTIONS, _FIT_CAPTION_SEED)
+def _fit_calls(model: str, steps: int, count: int = _FIT_CAPTIONS) -> list[dict[str, Any]]:
+    chosen = captions(model, _FIT_CAPTIONS, _FIT_CAPTION_SEED)[:count]
     return [call_kwargs(model, each, seed=_FIT_NOISE_SEED + i, steps=steps) for i, each in enumerate(chosen)]
 
 
 @functools.cache
-def plan_of(model: str, steps: int, scheduler: str) -> tuple[CachePlan, float]:
+def plan_of(model: str, steps: int, scheduler: str, count: int = _FIT_CAPTIONS) -> tuple[CachePlan, float]:
     """A plan for a miniature, from the same calls, and the CPU time that calibration took over that of the calls."""
-    calls, pipe = _fit_calls(model, steps), load_miniature(model, scheduler=scheduler)
+    calls, pipe = _fit_calls(model, steps, count), load_miniature(model, scheduler=scheduler)
     with torch.no_grad():
         pipe(**calls[0])  # warm-up
         begin = time.thread_time()
@@ -146,9 +154,11 @@ def adaptive(tolerance: float, pipe: Any) -> AbstractContextManager[object]:
     return apply_adaptive_cache(pipe, tolerance)
 
 
-def planned(model: str, steps: int, scheduler: str, speedup: float, pipe: Any) -> AbstractContextManager[object]:
+def planned(
+    model: str, steps: int, scheduler: str, speedup: float, pipe: Any, calls: int = _FIT_CAPTIONS
+) -> AbstractContextManager[object]:
     """Applies a plan. Its design is searched once in a process, as for a user who makes several runs."""
-    plan, _ = plan_of(model, steps, scheduler)
+    plan, _ = plan_of(model, steps, scheduler, calls)
     return apply_cache_plan(pipe, plan, speedup=speedup)
 
 

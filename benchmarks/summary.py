@@ -18,6 +18,7 @@ _LINES = {
     "TeaCache, fitted, with prediction": ("TeaCache",),
     "**adaptive, nothing tuned**": ("adaptive",),
     "**calibrated plan**": ("plan",),
+    "plan from one caption, 50 Euler steps, 16×16": ("carried plan",),
 }
 
 
@@ -33,7 +34,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = ["| PSNR (dB) at a compute ratio of | " + " | ".join(f"{ratio:g}×" for ratio in RATIOS) + " |"]
     lines.append("|---|" + "--:|" * len(RATIOS))
     for result in results:
-        lines.append(f"| *{_title(result)}* |" + " |" * len(RATIOS))
+        lines.append(f"| *{_heading(result)}* |" + " |" * len(RATIOS))
         for label, kinds in _LINES.items():
             cells = [best(result, kinds, ratio) for ratio in RATIOS]
             if any(cell is not None for cell in cells):
@@ -57,7 +58,9 @@ def kind_of(row: dict[str, Any]) -> str:
     if family != "sgl-diffusion-accel":
         return family
     if name.startswith("plan"):
-        return "carried plan" if "Euler steps" in name else "plan"
+        if name.startswith("plan of one caption"):
+            return "carried plan"
+        return "plan of 50 Euler steps" if name.startswith("plan of") else "plan"
     if name.startswith("adaptive"):
         return "adaptive"
     if "TeaCache" in name:
@@ -65,10 +68,14 @@ def kind_of(row: dict[str, Any]) -> str:
     return "DBCache"
 
 
-def _title(result: dict[str, Any]) -> str:
-    peers = sum(row["family"] in ("cache-dit", "diffusers") for row in result["rows"])
+def title(result: dict[str, Any]) -> str:
+    """What was run: pipeline, steps, scheduler, and the size where it is not the usual one."""
     scheduler = {"euler": "Euler", "unipc": "UniPC"}[result.get("scheduler", "euler")]
-    return (
-        f"{result['pipeline']}, {result['steps']} {scheduler} steps, {len(result['captions'])} captions; "
-        f"{peers} settings of peers"
-    )
+    height, width = result.get("size", (16, 16))
+    size = "" if (height, width) == (16, 16) else f" at {height}×{width}"
+    return f"{result['pipeline']}, {result['steps']} {scheduler} steps{size}"
+
+
+def _heading(result: dict[str, Any]) -> str:
+    peers = sum(row["family"] in ("cache-dit", "diffusers") for row in result["rows"])
+    return f"{title(result)}, {len(result['captions'])} captions; {peers} settings of peers"

@@ -22,6 +22,7 @@ _ABOUT = (
     "[README.md](README.md). Bold: better than simply running fewer steps at the same cost."
 )
 _MODELS = ("wan", "qwen", "flux")
+_USUAL_SIZE = [16, 16]
 _OTHER_QUESTIONS = ("attention", "overhead", "profiling")
 _HEAD = (
     "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"
@@ -36,12 +37,12 @@ def main() -> None:
     results.sort(key=lambda one: (_MODELS.index(one["model"]), one.get("scheduler", "euler"), -one["steps"]))
     parts = [_ABOUT, "## At a glance", summary.table(results)]
     for result in results:
-        name, kind = name_of(result), f"{result['steps']} {result.get('scheduler', 'euler')} steps"
+        name, kind = name_of(result), summary.title(result)
         pareto.draw(result, RESULTS / f"pareto_{name}.png")
         pareto.draw(result, RESULTS / f"pareto_wall_{name}.png", "speedup")
         pictures = f"![PSNR over the compute ratio](results/pareto_{name}.png)\n"
         pictures += f"![PSNR over the speed-up in wall time](results/pareto_wall_{name}.png)"
-        parts += [f"## {result['pipeline']} miniature, {kind}", chapter(result), pictures]
+        parts += [f"## {kind}", chapter(result), pictures]
     if (RESULTS / "overhead.json").exists():
         parts += ["## The library's own cost", overhead(json.loads((RESULTS / "overhead.json").read_text()))]
     if (RESULTS / "attention.json").exists():
@@ -58,7 +59,9 @@ def main() -> None:
 def name_of(result: dict[str, Any]) -> str:
     """The name under which a result is kept: the model's, with what differs from 50 Euler steps."""
     setting = (result.get("scheduler", "euler"), result["steps"])
-    return str(result["model"]) if setting == ("euler", 50) else f"{result['model']}_{setting[0]}_{setting[1]}"
+    height, width = result.get("size", _USUAL_SIZE)
+    name = str(result["model"]) if setting == ("euler", 50) else f"{result['model']}_{setting[0]}_{setting[1]}"
+    return name if [height, width] == _USUAL_SIZE else f"{name}_{height}x{width}"
 
 
 def insert(text: str, table: str) -> str:

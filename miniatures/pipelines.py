@@ -72,6 +72,7 @@ def call_kwargs(
     seed: int = 0,
     steps: int = 50,
     guidance: float | None = None,
+    size: tuple[int, int] = (SIDE, SIDE),
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def call_kwargs(
         steps: denoising steps.
         guidance: guidance scale; the miniature's usual one if None. 1 leaves the unconditional branch out; "flux" was
             trained for 1 alone and ignores the argument.
+        size: height and width in pixels, both even; the miniatures were trained on 16 x 16 alone.
         dtype: of the word vectors and the noise: that of the pipeline's weights.
         device: of the word vectors and the noise.
 
@@ -98,10 +100,10 @@ def call_kwargs(
     empty = table[-1].expand_as(embeds).contiguous()
     arguments: dict[str, Any] = {
         "prompt_embeds": embeds,
-        "latents": _noise(spec, len(batch), seed).to(device, dtype),
+        "latents": _noise(spec, len(batch), seed, size).to(device, dtype),
         "num_inference_steps": steps,
-        "height": SIDE * _VAE_FACTOR,
-        "width": SIDE * _VAE_FACTOR,
+        "height": size[0] * _VAE_FACTOR,
+        "width": size[1] * _VAE_FACTOR,
         "output_type": "latent",
     }
     return arguments | _branches(spec, embeds, empty, spec.guidance if guidance is None else guidance)
@@ -114,20 +116,21 @@ def captions(name: str, count: int, seed: int) -> list[str]:
     return [world.caption(choice) for choice in choices]
 
 
-def to_frames(name: str, output: Any) -> npt.NDArray[np.float32]:
+def to_frames(name: str, output: Any, size: tuple[int, int] = (SIDE, SIDE)) -> npt.NDArray[np.float32]:
     """Pixels of a pipeline's output.
 
     Args:
         name: which miniature's pipeline it was.
         output: what the pipeline returned (its output object, or the tuple that `return_dict=False` gives), or the
             latents themselves.
+        size: height and width in pixels.
 
     Returns:
-        `[B, F, 16, 16, 3]` in [0, 1], float32; F is 1 for pictures.
+        `[B, F, H, W, 3]` in [0, 1], float32; F is 1 for pictures.
     """
     latents = output if isinstance(output, torch.Tensor) else output[0]
     latents = latents.detach().float().cpu()
-    pixels = unpack(latents) if spec_of(name).packed else latents
+    pixels = unpack(latents, size) if spec_of(name).packed else latents
     frames: npt.NDArray[np.float32] = (pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5).clamp(0, 1).numpy()
     return frames
 
@@ -146,8 +149,8 @@ def _cast(transformer: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _noise(spec: Spec, count: int, seed: int) -> torch.Tensor:
-    shape = (1, 3, spec.world.frames, SIDE, SIDE)
+def _noise(spec: Spec, count: int, seed: int, size: tuple[int, int]) -> torch.Tensor:
+    shape = (1, 3, spec.world.frames, *size)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     return pack(noise) if spec.packed else noise
