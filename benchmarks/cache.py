@@ -4,9 +4,9 @@
 
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
 own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`; for other runs than of 50
-Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`, for other sizes than 16 x 16 with the size behind it. What is
-calibrated or fitted is so on 16 x 16 pixels whatever the size. With `--only` the rows that
-are measured replace those of the same name in the file, and the others stay.
+Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`, for other sizes than 16 x 16 with the size behind it.
+What is calibrated or fitted is so on 16 x 16 pixels whatever the size. With `--only` the rows that are measured
+replace those of the same name in the file, and the others stay.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from sgl_diffusion_accel import (
     apply_cache_plan,
     apply_teacache,
     calibrate,
+    check_plan,
     fit_teacache,
 )
 
@@ -120,6 +121,7 @@ def apply_ours(pipe: Any, setting: Setting) -> AbstractContextManager[object]:
 
 
 _FIT_CAPTIONS, _FIT_CAPTION_SEED, _FIT_NOISE_SEED = 6, 5, 0  # none of them is measured
+_CHECK_SEED = 55  # of a caption and noise that are neither calibrated on nor measured
 _PLAN_STEPS = 50
 
 
@@ -179,7 +181,15 @@ def teacache_fits(model: str, steps: int, scheduler: str = "euler") -> list[dict
 
 
 def calibration(model: str, steps: int, scheduler: str) -> dict[str, Any]:
-    """What calibration cost and found, for the result's file."""
+    """What calibration cost and found, for the result's file; its expectations also after a check on one more call."""
     plan, cost = plan_of(model, steps, scheduler)
-    expected = {f"{speedup:g}": plan.design(max(1, round(steps / speedup))).error for speedup in PLANNED}
-    return {"calls": plan.calls, "cpu_time_in_calls": cost, "expected_relative_error": expected}
+    budgets = {f"{speedup:g}": max(1, round(steps / speedup)) for speedup in PLANNED}
+    call = call_kwargs(model, captions(model, 1, _CHECK_SEED)[0], seed=_CHECK_SEED, steps=steps)
+    with torch.no_grad():
+        checked = check_plan(load_miniature(model, scheduler=scheduler), plan, [call])
+    return {
+        "calls": plan.calls,
+        "cpu_time_in_calls": cost,
+        "expected_relative_error": {name: plan.expected_error(computed) for name, computed in budgets.items()},
+        "checked_relative_error": {name: checked.expected_error(computed) for name, computed in budgets.items()},
+    }

@@ -14,6 +14,7 @@ from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients, Te
 from sgl_diffusion_accel.caching.teacache_fit import fit_teacache
 from sgl_diffusion_accel.calibration.apply import apply_cache_plan
 from sgl_diffusion_accel.calibration.calibrate import calibrate
+from sgl_diffusion_accel.calibration.check_plan import check_plan
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.comparing.compare import compare
 from sgl_diffusion_accel.comparing.report import ComparisonReport
@@ -55,6 +56,7 @@ __all__ = [
     "apply_teacache",
     "attention_backends",
     "calibrate",
+    "check_plan",
     "compare",
     "fit_teacache",
     "nsys_command",

@@ -14,6 +14,7 @@ import pytest
 
 from sgl_diffusion_accel import CachePlan, ConfigError, ConfigTypeError, TeaCacheCoefficients
 from sgl_diffusion_accel.caching.response import euler
+from sgl_diffusion_accel.calibration.checks import Check
 from test_design import smooth
 
 FIT = TeaCacheCoefficients(
@@ -53,10 +54,11 @@ def file(tmp_path: Path) -> Path:
         made(),
         made(1),
         made(teacache=FIT),
+        made(checks=(Check(4, 0.01, 0.03, 2), Check(6, 0.005, 0.004, 2))),
         made(teacache=dataclasses.replace(FIT, secondary=FIT)),
         made(guidance=None, transformers=("WanTransformer3DModel",) * 2),
     ],
-    ids=["plain", "one step", "teacache", "teacache of two", "two experts"],
+    ids=["plain", "one step", "teacache", "checks", "teacache of two", "two experts"],
 )
 def test_plan_comes_back_from_its_file_exactly(plan: CachePlan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
@@ -140,12 +142,23 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "latents null": (changed(latents=None), "damaged"),
     "transformers null": (changed(transformers=None), "damaged"),
     "guidance of text": (changed(guidance="x"), "damaged"),
+    "checks of text": (changed(checks="x"), "damaged"),
+    "check of numbers": (changed(checks=[[4, 0.1, 0.1, 1]]), "checks is damaged"),
+    "check without calls": (changed(checks=[{"computed_steps": 4, "expected": 0.1, "measured": 0.1}]), "damaged"),
+    "check of half a step": (lambda c: _check(c, computed_steps=0.5), "checks.computed_steps has 0.5"),
+    "check that is not finite": (lambda c: _check(c, measured=float("inf")), "not finite"),
+    "check with a negative error": (lambda c: _check(c, expected=-1.0), "negative"),
     "teacache of text": (changed(teacache="x"), "damaged"),
     "teacache empty": (changed(teacache={}), "damaged"),
     "teacache with a coefficient too few": (lambda c: _tea(c, coefficients=[1, 2]), "."),
     "teacache with a strange field": (lambda c: _tea(c, strange=1), "damaged"),
     "teacache thresholds": (lambda c: _tea(c, thresholds=[1]), "damaged"),
 }
+
+
+def _check(content: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    good = {"computed_steps": 4, "expected": 0.1, "measured": 0.1, "calls": 1}
+    return {**content, "checks": [{**good, **fields}]}
 
 
 def _tea(content: dict[str, Any], **fields: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sgl_diffusion_accel.caching.checks import count, real
 from sgl_diffusion_accel.caching.response import Response, adds_noise, response_of
 from sgl_diffusion_accel.caching.runs import Run
 from sgl_diffusion_accel.calibration.calibrate import digest, no_plan
+from sgl_diffusion_accel.calibration.checks import factor_at
 from sgl_diffusion_accel.calibration.design import Design, Moments
 from sgl_diffusion_accel.calibration.moments import carry_over
 from sgl_diffusion_accel.calibration.plan import CachePlan
@@ -48,7 +50,8 @@ def apply_cache_plan(
         plan: From `calibrate` or `CachePlan.load`.
         speedup: Steps of a run for each computed one, such as 3.0. One of the three is to be given.
         computed_steps: Computed steps of a run.
-        max_error: Largest expected error of the final latents, relative to how far they move, root mean square.
+        max_error: Largest expected error of the final latents, relative to how far they move, root mean square; what is
+            expected is nearer to what comes after `check_plan`.
         guard: How many times worse than calibration foresaw a prediction may be at a computed step, where that is seen
             for free; then gap control (`apply_adaptive_cache`) takes over for the rest of the run. It asks the device
             once for each computed step; None never asks.
@@ -76,7 +79,7 @@ def apply_cache_plan(
         raise ConfigError(f"guard={guard}; allowed: a number over 1, such as 6.0, or None.")
     transformers = find_transformers(pipe)
     refuse_foreign_cache(transformers)
-    _check(plan, transformers)
+    check_model(plan, transformers)
     if adds_noise(getattr(pipe, "scheduler", None)):
         raise no_plan(getattr(pipe, "scheduler", None))
 
@@ -124,7 +127,12 @@ class _Budget:
             return _design(*own, min(int(self._value), steps))
         if self._unit == "speedup":
             return _design(*own, max(1, round(steps / self._value)))
-        return _design(*own, fewest_steps(lambda computed: _design(*own, computed).error, steps, self._value))
+
+        def expected(computed: int) -> float:
+            """With the factor that was measured at the same speed-up."""
+            return _design(*own, computed).error * factor_at(self._plan.checks, computed * self._plan.steps / steps)
+
+        return _design(*own, fewest_steps(expected, steps, self._value))
 
 
 @functools.lru_cache(maxsize=256)
@@ -142,7 +150,12 @@ def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: bytes) -> 
     return Moments(gram, np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps)))
 
 
-def _check(plan: CachePlan, transformers: dict[str, nn.Module]) -> None:
+def check_model(plan: CachePlan, transformers: Mapping[str, nn.Module]) -> None:
+    """Refuses a plan of another model, and warns of another config.
+
+    Raises:
+        UnsupportedModelError: The plan is of another model.
+    """
     classes = tuple(type(unwrap(module)).__name__ for module in transformers.values())
     if classes != plan.transformers:
         raise UnsupportedModelError(

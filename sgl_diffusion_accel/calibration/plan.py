@@ -16,8 +16,9 @@ import numpy as np
 from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.caching.checks import count, real
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
+from sgl_diffusion_accel.calibration.checks import Check, factor_at
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
-from sgl_diffusion_accel.calibration.plan_file import number, read, refuse, text, triangle, whole
+from sgl_diffusion_accel.calibration.plan_file import check, number, read, refuse, text, triangle, whole
 from sgl_diffusion_accel.calibration.search import best_design, fewest_steps
 from sgl_diffusion_accel.errors import ConfigError
 
@@ -39,6 +40,7 @@ class CachePlan:
         calls: How many runs were recorded.
         gram: Mean products ⟨v_s, v_t⟩ / elements of what the scheduler was given at each step, upper triangle by rows.
         response: Weight of the output at each step in the latents after each step, lower triangle by rows.
+        checks: How far runs by the plan were measured to be off, see `check_plan`.
         teacache: Coefficients for `apply_teacache` from the same runs, None if they were not recorded.
         library: Version of this library that made it.
     """
@@ -53,6 +55,7 @@ class CachePlan:
     calls: int
     gram: tuple[float, ...]
     response: tuple[float, ...]
+    checks: tuple[Check, ...] = ()
     teacache: TeaCacheCoefficients | None = None
     library: str = __version__
 
@@ -105,11 +108,26 @@ class CachePlan:
             raise ConfigError(f"computed_steps={computed}; allowed: a whole number from 1 to {self.steps}.")
         return _designed(self, computed)
 
+    def expected_error(self, computed_steps: int) -> float:
+        """Error to be expected of the final latents, relative to how far they move in the run (root mean square).
+
+        Without checks it is what the design says, which leaves out much of how the model answers to latents that are
+        off; with them (`check_plan`) it is that times the factor by which it was exceeded.
+
+        Args:
+            computed_steps: How many steps are computed, from 1 to `steps`.
+
+        Raises:
+            ConfigError: More steps than there are, or none.
+            ConfigTypeError: Not a whole number.
+        """
+        return self.design(computed_steps).error * factor_at(self.checks, computed_steps)
+
     def steps_for(self, max_error: float) -> int:
         """The fewest computed steps whose expected error is within `max_error`.
 
         Args:
-            max_error: Relative root-mean-square error of the final latents, as `Design.error` estimates it.
+            max_error: Relative root-mean-square error of the final latents, as `expected_error` estimates it.
 
         Raises:
             ConfigError: Not positive.
@@ -118,10 +136,10 @@ class CachePlan:
         wanted = real("max_error", max_error)
         if not wanted > 0:
             raise ConfigError(f"max_error={max_error}; allowed: a positive number, such as 0.02.")
-        return fewest_steps(lambda computed: self.design(computed).error, self.steps, wanted)
+        return fewest_steps(self.expected_error, self.steps, wanted)
 
     def merge(self, *others: CachePlan) -> CachePlan:
-        """Joins recordings of the same setting from several processes or machines.
+        """Joins recordings of the same setting from several processes or machines; checks are to be made anew.
 
         Raises:
             ConfigError: They are of different pipelines, models, schedules or guidance.
@@ -142,7 +160,8 @@ class CachePlan:
         calls = sum(plan.calls for plan in plans)
         products = np.sum([np.asarray(plan.gram) * (plan.calls / calls) for plan in plans], axis=0)
         teacache = max(plans, key=lambda plan: plan.calls if plan.teacache else 0).teacache
-        return replace(self, calls=calls, gram=tuple(products.tolist()), teacache=teacache)
+        checks = () if others else self.checks
+        return replace(self, calls=calls, gram=tuple(products.tolist()), checks=checks, teacache=teacache)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, of some tens of kilobytes."""
@@ -181,6 +200,7 @@ class CachePlan:
                 calls=whole(path, "calls", fields["calls"]),
                 gram=triangle(path, "gram", fields["gram"], steps),
                 response=triangle(path, "response", fields["response"], steps),
+                checks=tuple(check(path, each) for each in _list(path, fields, "checks")),
                 teacache=_teacache(fields["teacache"]),
                 library=text(path, "library", fields["library"]),
             )
@@ -192,11 +212,13 @@ class CachePlan:
     def __str__(self) -> str:
         budgets = sorted({max(1, round(self.steps / ratio)) for ratio in (1.5, 2, 3, 4, 5)}, reverse=True)
         rows = [
-            f"  {self.steps / n:4.1f}x  {n:3d} steps computed  expected error {self.design(n).error:.2%}"
+            f"  {self.steps / n:4.1f}x  {n:3d} steps computed  expected error {self.expected_error(n):.2%}"
             for n in budgets
         ]
         guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
         head = f"plan for {self.pipeline}, {self.scheduler}, {self.steps} steps{guidance}, from {self.calls} calls"
+        if self.checks:
+            head += f", errors checked on {self.checks[0].calls}"
         return "\n".join([head, *rows])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sgl_diffusion_accel.calibration.checks import Check
 from sgl_diffusion_accel.errors import ConfigError
 
 _LARGEST = 16 * 1024 * 1024
@@ -73,6 +74,18 @@ def text(path: str | Path, name: str, value: Any) -> str:
     if type(value) is not str:
         raise refuse(path, f"{name} is damaged: it has {value!r}, and text is expected")
     return value
+
+
+def check(path: str | Path, fields: Any) -> Check:
+    """One check: numbers of steps and calls, and errors that are not negative."""
+    names = ("computed_steps", "expected", "measured", "calls")
+    if not isinstance(fields, dict) or set(fields) != set(names):
+        raise refuse(path, f"checks is damaged: {', '.join(names)} are expected in each")
+    expected, measured = (number(path, f"checks.{name}", fields[name]) for name in names[1:3])
+    if expected < 0 or measured < 0:
+        raise refuse(path, "checks is damaged: an error is negative")
+    steps, calls = (whole(path, f"checks.{name}", fields[name]) for name in ("computed_steps", "calls"))
+    return Check(steps, expected, measured, calls)
 
 
 def triangle(path: str | Path, name: str, values: Any, steps: int) -> tuple[float, ...]:

@@ -22,11 +22,13 @@ class Recording:
     Attributes:
         timesteps: One for each step.
         shape: Of the latents.
+        final: The latents after the last step so far, as the scheduler returned them.
     """
 
     def __init__(self) -> None:
         self.timesteps: list[float] = []
         self.shape: tuple[int, ...] = ()
+        self.final: Tensor | None = None
         self._sketches: list[Tensor] = []
         self._picked: Tensor | None = None
 
@@ -96,7 +98,9 @@ def recording(pipe: Any) -> Iterator[list[Recording]]:
             seen.append(scheduler.timesteps)
             runs.append(Recording())
         runs[-1].add(model_output, timestep, sample)
-        return step(model_output, timestep, sample, *args, **kwargs)
+        stepped = step(model_output, timestep, sample, *args, **kwargs)
+        runs[-1].final = (stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample).detach()
+        return stepped
 
     scheduler.step = watched
     try:

@@ -1,0 +1,105 @@
+"""`check_plan`: measures how far runs by a plan are really off."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sgl_diffusion_accel.caching.cache_patch import refuse_cached
+from sgl_diffusion_accel.caching.checks import real
+from sgl_diffusion_accel.caching.teacache_record import check_calls
+from sgl_diffusion_accel.calibration.apply import apply_cache_plan, check_model
+from sgl_diffusion_accel.calibration.checks import Check
+from sgl_diffusion_accel.calibration.plan import CachePlan
+from sgl_diffusion_accel.calibration.record import Recording, recording
+from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
+from sgl_diffusion_accel.targets import find_transformers
+
+logger = logging.getLogger(__name__)
+
+SPEEDUPS = (2.0, 3.0, 5.0)
+"""Where a plan is checked unless told otherwise."""
+
+
+def check_plan(
+    pipe: Any, plan: CachePlan, calls: Iterable[Mapping[str, Any]], speedups: Iterable[float] = SPEEDUPS
+) -> CachePlan:
+    """Runs calls with and without a plan, and enters into it how far its runs were off.
+
+    What a plan expects comes from uncached runs, and leaves out much of how the model answers to latents that are off:
+    the error is more under strong guidance. After a check `plan.expected_error`, `plan.steps_for`, `print(plan)` and
+    `apply_cache_plan(pipe, plan, max_error=...)` take it into account: the expected error times the factor by which it
+    was exceeded, between the checked speed-ups by interpolation. The steps that are computed at a given speed-up stay.
+
+    Args:
+        pipe: The pipeline that the plan was made for, with no cache on it.
+        plan: From `calibrate` or `CachePlan.load`.
+        calls: Keyword arguments of `pipe(...)`, best with prompts that calibration has not seen. Each is run once
+            uncached and once for each speed-up.
+        speedups: Steps of a run for each computed one, over 1.
+
+    Returns:
+        The plan with its checks, in the place of earlier ones.
+
+    Raises:
+        ConfigError: No calls, no speed-ups or impossible ones, calls that are unlike those of the calibration, or a
+            cache is on the pipeline.
+        ConfigTypeError: Something has a wrong type.
+        UnsupportedModelError: The plan is of another model.
+
+    Example:
+        >>> plan = check_plan(pipe, calibrate(pipe, calls=[call]), calls=[call], speedups=[2.0])
+        >>> patch = apply_cache_plan(pipe, plan, max_error=0.05)
+        >>> patch.remove()
+    """
+    if not isinstance(plan, CachePlan):
+        raise ConfigTypeError(f"plan is a {type(plan).__name__}; allowed: a CachePlan: calibrate(pipe, calls).")
+    calls = check_calls(pipe, calls, "check_plan")
+    budgets = _budgets(plan, speedups)
+    transformers = find_transformers(pipe)
+    check_model(plan, transformers)
+    refuse_cached(transformers, "a check")
+    squares: dict[int, list[float]] = {computed: [] for computed in budgets}
+    with recording(pipe) as runs:
+        for number, call in enumerate(calls, 1):
+            expected = _final(pipe, call, runs, plan)
+            for computed, found in squares.items():
+                with apply_cache_plan(pipe, plan, computed_steps=computed):
+                    off = _final(pipe, call, runs, plan) - expected
+                found.append(float(off.square().mean()))
+            logger.info("checked: call %d of %d", number, len(calls))
+    moved = plan.moments.moved
+    checks = [
+        Check(computed, plan.design(computed).error, float(np.sqrt(np.mean(found) / moved)), len(calls))
+        for computed, found in squares.items()
+    ]
+    return replace(plan, checks=tuple(checks))
+
+
+def _budgets(plan: CachePlan, speedups: Iterable[float]) -> list[int]:
+    """Numbers of computed steps, the most first."""
+    given = [real("speedups", each) for each in speedups]
+    found = {max(1, round(plan.steps / each)) for each in given if np.isfinite(each) and each > 1}
+    budgets = sorted(found - {plan.steps}, reverse=True)
+    if not budgets or not all(np.isfinite(each) and each > 1 for each in given):
+        raise ConfigError(f"speedups={given}; allowed: numbers over 1 that leave out a step, such as {list(SPEEDUPS)}.")
+    return budgets
+
+
+def _final(pipe: Any, call: Mapping[str, Any], runs: list[Recording], plan: CachePlan) -> Tensor:
+    """The final latents of a run, in float32."""
+    runs.clear()
+    pipe(**call)
+    is_one = len(runs) == 1 and len(runs[0].timesteps) == plan.steps
+    if not is_one or runs[0].final is None or not np.allclose(runs[0].timesteps, plan.timesteps, rtol=1e-3):
+        raise ConfigError(
+            f"the plan is for {plan.steps} steps of {plan.scheduler}, and a call has made "
+            f"{', '.join(str(len(run.timesteps)) for run in runs) or 'no'} steps, or at other timesteps. Check a plan "
+            "with calls like those that it was made from, or calibrate with these."
+        )
+    return runs[0].final.float()
