@@ -217,3 +217,12 @@ def test_nothing_is_expected_of_the_first_two_steps() -> None:
     assert pace.predicted(0, [0]) is None
     assert pace.predicted(1, [1, 0]) is None
     assert pace.predicted(5, [5, 2, 1]) == extrapolate([2, 1], 5)
+
+
+@pytest.mark.parametrize("switch", [12, 20, 33])
+def test_an_expert_ends_with_a_computed_step(switch: int) -> None:
+    alone = run(math.sin, SETTINGS)
+    assert not all(alone.mask[:-1][step - 1] for step in (12, 20, 33))
+    seen = run(math.sin, SETTINGS, switch=switch)
+    assert seen.mask[switch - 1]
+    assert seen.mask[: switch - 1] == alone.mask[: switch - 1]

@@ -43,6 +43,7 @@ class LoopCall:
         passed: The tensors that are passed, where the name is not the pipeline's word: the conditioning among them is
             the same at every step, and tells branches apart.
         guidance: The scale with which the pipeline combines its branches, None where it does not tell.
+        boundary: The timestep below which a second transformer takes over, None if there is none.
     """
 
     scheduler: Any
@@ -53,6 +54,7 @@ class LoopCall:
     branch: str
     passed: tuple[Tensor, ...] = ()
     guidance: float | None = None
+    boundary: float | None = None
 
 
 def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LoopCall | None:
@@ -166,13 +168,15 @@ def _read(
     if step is None and owner is None:
         return None  # neither where in the loop it is, nor when the loop ends
     guidance = guidance_of(pipeline, local)
+    boundary = local.get("boundary_timestep")
+    boundary = float(boundary) if isinstance(boundary, (int, float)) else None
     name = context[0] if context else getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
     if name:
-        return LoopCall(scheduler, timesteps, owner, step, timestep, name.removeprefix("pred_"), (), guidance)
+        return LoopCall(scheduler, timesteps, owner, step, timestep, name.removeprefix("pred_"), (), guidance, boundary)
     values = (one for value in (*args, *kwargs.values()) for one in (value if isinstance(value, list) else [value]))
     passed = tuple(value for value in values if isinstance(value, Tensor))
     branch = _branch_by_name(local, args, kwargs)
-    return LoopCall(scheduler, timesteps, owner, step, timestep, branch, passed, guidance)
+    return LoopCall(scheduler, timesteps, owner, step, timestep, branch, passed, guidance, boundary)
 
 
 def guidance_of(pipeline: Any, local: Mapping[str, Any]) -> float | None:

@@ -96,11 +96,14 @@ class GapControl(Pace):
         settings: How it steers.
         final: Weight of each step's output in the final latents, `[S]`.
         corrects: Whether computed steps put the gap before them right.
+        switch: The first step of a second expert; the last step of the first one is computed, since nothing that the
+            second one says could put right what was skipped before.
     """
 
     settings: GapSettings
     final: npt.NDArray[np.float64]
     corrects: bool = True
+    switch: int | None = None
     _computed: list[int] = field(default_factory=list)
     _skipped: dict[int, Weights] = field(default_factory=dict)
     _curvature: float | None = None
@@ -127,6 +130,8 @@ class GapControl(Pace):
             return Decision(True, "warm-up")
         if step >= last:
             return Decision(True, "last step")
+        if self.switch is not None and step == self.switch - 1:
+            return Decision(True, "last step of an expert")
         if self._curvature is None or len(self._computed) < 2:
             return Decision(True, "nothing to predict from")
         newest, before = self._computed[:2]

@@ -28,12 +28,14 @@ class Run:
         total: Number of denoising steps, the length of the run's timesteps.
         data: What others keep for as long as the run lasts.
         guidance: The scale with which the pipeline combines the branches at the present step, None where unknown.
+        boundary: The timestep below which a second transformer takes over, None if there is none.
     """
 
     def __init__(self, call: LoopCall) -> None:
         self.total = len(call.timesteps)
         self.data: dict[Any, Any] = {}
         self.guidance: float | None = None
+        self.boundary = call.boundary
         self._timesteps = weakref.ref(call.timesteps)
         self._scheduler = weakref.ref(call.scheduler) if call.scheduler is not None else lambda: None
         self._owner = weakref.ref(call.owner) if _has_weakrefs(call.owner) else None
@@ -51,6 +53,14 @@ class Run:
     def timesteps(self) -> Any:
         """The timesteps of the run, `[S]` on the run's device; None if they are gone."""
         return self._timesteps()
+
+    def switch(self) -> int | None:
+        """The first step of the second transformer, None if there is none. Copies the timesteps from the device."""
+        timesteps = self._timesteps()
+        if self.boundary is None or timesteps is None:
+            return None
+        later = [step for step, timestep in enumerate(timesteps.tolist()) if timestep < self.boundary]
+        return later[0] if later else None
 
     def is_of(self, call: LoopCall) -> bool:
         """Whether the call belongs to this run: same loop, and not further back in it."""
