@@ -92,81 +92,94 @@ class Design:
 
 def design(mask: Sequence[bool], moments: Moments, settings: DesignSettings) -> Design:
     """Finds the weights for a mask, step by step, and the errors that are to be expected."""
-    state = _State(moments, settings)
-    for step, computed in enumerate(mask):
-        state.advance(step, bool(computed))
-    errors = np.sqrt(np.maximum(state.squares(), 0) / (moments.moved or 1.0))
-    return Design(tuple(map(bool, mask)), tuple(state.weights), tuple(map(float, errors)))
+    return Draft(moments, settings).then(mask).design()
 
 
-class _State:
-    """A run under design. Vectors are in the basis v_0 … v_{S-1}, n_0 … n_{S-1}."""
+class Draft:
+    """A run under design: the steps so far, and how far off they leave the latents.
+
+    What is off is a combination of v_0 … v_{S-1} and n_0 … n_{S-1}; the n are independent, of each other and of the v.
+
+    Args:
+        moments: Of the runs.
+        settings: See `DesignSettings`.
+
+    Attributes:
+        mask: The steps so far.
+    """
 
     def __init__(self, moments: Moments, settings: DesignSettings) -> None:
         steps = moments.steps
-        self._steps, self._settings = steps, settings
-        self._response, self._left = moments.response, moments.left
+        self.mask: tuple[bool, ...] = ()
+        self._moments, self._settings = moments, settings
         self._final = moments.response[-1].tolist()
-        self._gram = np.zeros((2 * steps, 2 * steps))
-        self._gram[:steps, :steps] = moments.gram
-        self._off = np.zeros((steps, 2 * steps))  # a_s - v_s
-        self._answers = np.zeros((steps, 2 * steps))  # y_c
-        self._nodes: list[int] = []
-        self._skipped: dict[int, Weights] = {}
+        self._disturbance = (settings.disturbance / moments.left) ** 2
+        self._noise = np.zeros(steps)  # mean square of n
+        self._off = np.zeros((2, steps, steps))  # a_s - v_s, in v and in n
         self._square = np.zeros(steps + 1)
-        self.weights: list[Weights] = []
+        self._weights: list[Weights] = []
 
-    def advance(self, step: int, computed: bool) -> None:
-        """Takes one step."""
-        delta = self._response[step, :step] @ self._off[:step]
-        self._square[step] = delta @ self._gram @ delta
+    def then(self, steps: Sequence[bool]) -> Draft:
+        """Takes further steps."""
+        for computed in steps:
+            self._advance(len(self.mask), bool(computed))
+            self.mask += (bool(computed),)
+        return self
+
+    def until(self, step: int) -> Draft:
+        """A copy that has come to a step, to go on differently."""
+        draft = Draft(self._moments, self._settings)
+        draft.mask, draft._weights = self.mask[:step], self._weights[:step]
+        draft._noise[:step] = self._noise[:step]
+        draft._off[:, :step] = self._off[:, :step]
+        draft._square[:step] = self._square[:step]
+        return draft
+
+    def design(self) -> Design:
+        """The design, once all steps are taken."""
+        self._square[-1] = self._mean_square(self._moments.response[-1] @ self._off)
+        errors = np.sqrt(np.maximum(self._square, 0) / (self._moments.moved or 1.0))
+        return Design(self.mask, tuple(self._weights), tuple(errors.tolist()))
+
+    def _advance(self, step: int, computed: bool) -> None:
+        self._square[step] = self._mean_square(self._moments.response[step, :step] @ self._off[:, :step])
         if computed:
-            self._compute(step)
-        weights = self._prior(step, computed)
-        if step and (not computed or self._skipped):
-            weights = self._fit(step, weights)
-        if computed:
-            self._skipped.clear()
-        else:
-            self._skipped[step] = weights
-        self.weights.append(weights)
+            self._noise[step] = self._disturbance[step] * self._square[step]
+        nodes = [node for node in range(step) if self.mask[node]][::-1]
+        skipped = {each: self._weights[each] for each in range(nodes[0] + 1 if nodes else 0, step)}
+        nodes = ([step, *nodes] if computed else nodes)[: self._settings.depth]
+        weights = self._prior(step, nodes, skipped)
+        if step and (not computed or skipped):
+            weights = self._fit(step, nodes, weights)
+        self._weights.append(weights)
         for node, weight in weights.items():
-            self._off[step] += weight * self._answers[node]
-        self._off[step, step] -= 1
+            self._off[:, step, node] += weight
+        self._off[0, step, step] -= 1
 
-    def squares(self) -> Matrix:
-        """Mean squares of the latents' errors, at the end of the run as well."""
-        delta = self._response[-1] @ self._off
-        self._square[-1] = delta @ self._gram @ delta
-        return self._square
+    def _mean_square(self, combination: Matrix) -> float:
+        """Mean square of a combination, `[2, S]`."""
+        in_v, in_n = combination
+        return float(in_v @ self._moments.gram @ in_v + self._noise @ in_n**2)
 
-    def _compute(self, step: int) -> None:
-        noise = self._steps + step
-        self._answers[step, step] = self._answers[step, noise] = 1
-        self._gram[noise, noise] = (self._settings.disturbance / self._left[step]) ** 2 * self._square[step]
-        self._nodes = [step, *self._nodes][: self._settings.depth]
+    def _prior(self, step: int, nodes: Sequence[int], skipped: dict[int, Weights]) -> Weights:
+        if step not in nodes:
+            return extrapolate(nodes, step)
+        known = all(node in nodes for taken in skipped.values() for node in taken)
+        return correct(nodes, skipped, self._final) if known else {step: 1.0}
 
-    def _prior(self, step: int, computed: bool) -> Weights:
-        if not computed:
-            return extrapolate(self._nodes, step)
-        known = all(node in self._nodes for taken in self._skipped.values() for node in taken)
-        return correct(self._nodes, self._skipped, self._final) if known else {step: 1.0}
-
-    def _fit(self, step: int, prior: Weights) -> Weights:
+    def _fit(self, step: int, nodes: list[int], prior: Weights) -> Weights:
         """Least squares for the latents of the next step and the final ones, with a ridge towards the prior."""
-        settings, nodes = self._settings, self._nodes
+        settings, response, gram = self._settings, self._moments.response, self._moments.gram
         start = np.array([prior.get(node, 0.0) for node in nodes])
-        answers = self._answers[nodes]
-        projected = answers @ self._gram
-        inner = projected @ answers.T
-        matrix = np.zeros_like(inner)
-        target = np.zeros(len(nodes))
+        inner = gram[np.ix_(nodes, nodes)] + np.diag(self._noise[nodes])
+        size, target = 0.0, np.zeros(len(nodes))
         for row, share in ((step + 1, 1 - settings.foresight), (-1, settings.foresight)):
-            width = self._response[row, step]
-            before = self._response[row, :step] @ self._off[:step]
-            before[step] -= width
-            matrix += share * width * width * inner
-            target -= share * width * (projected @ before)
+            width = response[row, step]
+            in_v, in_n = response[row, :step] @ self._off[:, :step]
+            in_v[step] -= width
+            size += share * width * width
+            target -= share * width * (gram[nodes] @ in_v + self._noise[nodes] * in_n[nodes])
+        matrix = size * inner
         weight = settings.ridge * max(matrix.trace() / len(nodes), 1e-30)
         solved = np.linalg.solve(matrix + weight * np.eye(len(nodes)), target + weight * start)
-        return dict(zip(nodes, map(float, solved), strict=True))
+        return dict(zip(nodes, solved.tolist(), strict=True))

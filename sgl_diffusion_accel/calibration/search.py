@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments, design
+from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Draft, Moments
 
 _ROUNDS = 3
 _NEAR, _FAR = 3, 4  # exchanges tried for each computed step: with its neighbours, and with some drawn at random
@@ -29,11 +29,7 @@ def best_design(computed: int, moments: Moments, settings: DesignSettings | None
     steps = moments.steps
     start = np.zeros(steps, dtype=bool)
     start[np.round(np.linspace(0, steps - 1, computed)).astype(int)] = True
-
-    def cost(mask: tuple[bool, ...]) -> float:
-        return design(mask, moments, settings).error
-
-    return design(_descend(tuple(map(bool, start)), cost), moments, settings)
+    return _descend(Draft(moments, settings).then(start.tolist())).design()
 
 
 def fewest_steps(error: Callable[[int], float], steps: int, wanted: float) -> int:
@@ -51,26 +47,31 @@ def fewest_steps(error: Callable[[int], float], steps: int, wanted: float) -> in
     return low
 
 
-def _descend(mask: tuple[bool, ...], cost: Callable[[tuple[bool, ...]], float]) -> tuple[bool, ...]:
+def _descend(draft: Draft) -> Draft:
     random = np.random.default_rng(0)
-    best = cost(mask)
+    best = draft.design().error
     for _ in range(_ROUNDS):
         improved = False
-        for step in random.permutation([step for step, computed in enumerate(mask) if computed and step]):
-            free = [other for other, computed in enumerate(mask) if not computed]
+        for step in random.permutation(
+            [step for step, computed in enumerate(draft.mask) if computed and step]
+        ).tolist():
+            free = [other for other, computed in enumerate(draft.mask) if not computed]
             near = [other for other in free if abs(other - step) <= _NEAR]
             far = [other for other in free if abs(other - step) > _NEAR]
             drawn = random.choice(far, min(_FAR, len(far)), replace=False).tolist() if far else []
-            tried = {exchanged: cost(exchanged) for exchanged in (_exchange(mask, step, o) for o in near + drawn)}
-            if tried and min(tried.values()) < _BETTER * best:
-                mask = min(tried, key=tried.__getitem__)
-                best, improved = tried[mask], True
+            tried = [_exchanged(draft, step, other) for other in near + drawn]
+            errors = [each.design().error for each in tried]
+            if tried and min(errors) < _BETTER * best:
+                best = min(errors)
+                draft, improved = tried[errors.index(best)], True
         if not improved:
             break
-    return mask
+    return draft
 
 
-def _exchange(mask: tuple[bool, ...], off: int, on: int) -> tuple[bool, ...]:
-    changed = list(mask)
+def _exchanged(draft: Draft, off: int, on: int) -> Draft:
+    """The same steps but for two, from the first of them on designed anew."""
+    changed = list(draft.mask)
     changed[off], changed[on] = False, True
-    return tuple(changed)
+    first = min(off, on)
+    return draft.until(first).then(changed[first:])
