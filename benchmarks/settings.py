@@ -102,6 +102,31 @@ def teacache_settings(model: str) -> list[TeaCacheSetting]:
     return [TeaCacheSetting(wanted, order, ret) for ret in signals for order in (0, 1) for wanted in TEACACHE_SPEEDUPS]
 
 
+@dataclass(frozen=True)
+class MagCacheSetting:
+    """One setting of MagCache, with ratios recorded from the model; the names are those of `apply_magcache`."""
+
+    threshold: float = 0.06
+    skips: int = 3
+    order: int = 0
+
+    @property
+    def name(self) -> str:
+        """A short name, such as `MagCache .06 MS3, calibrated, TS1`."""
+        threshold = f"{self.threshold:g}".removeprefix("0")
+        return f"MagCache {threshold} MS{self.skips}, calibrated, " + (f"TS{self.order}" if self.order else "reuse")
+
+
+def magcache_settings() -> list[MagCacheSetting]:
+    """Three thresholds and two limits, with reuse as published and with first-order prediction."""
+    return [
+        MagCacheSetting(threshold, skips, order)
+        for order in (0, 1)
+        for threshold in (0.06, 0.12, 0.24)
+        for skips in (3, 5)
+    ]
+
+
 TOLERANCES = (0.0003, 0.0006, 0.001, 0.002, 0.004, 0.008)
 """Tolerances of the adaptive cache, the default among them."""
 

@@ -16,6 +16,7 @@ _LINES = {
     "best peer found": ("cache-dit", "diffusers"),
     "DBCache and step masks": ("DBCache",),
     "TeaCache, fitted, with prediction": ("TeaCache",),
+    "MagCache, calibrated, with prediction": ("MagCache",),
     "**adaptive, nothing tuned**": ("adaptive",),
     "**calibrated plan**": ("plan",),
 }
@@ -60,8 +61,9 @@ def kind_of(row: dict[str, Any]) -> str:
         return "carried plan" if "Euler steps" in name else "plan"
     if name.startswith("adaptive"):
         return "adaptive"
-    if "TeaCache" in name:
-        return "TeaCache" if ", TS" in name else "TeaCache, reuse"
+    for kind in ("TeaCache", "MagCache"):
+        if kind in name:
+            return kind if ", TS" in name else f"{kind}, reuse"
     return "DBCache"
 
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.caching.checks import count, real
+from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.plan_file import number, read, refuse, text, triangle, whole
 from sgl_diffusion_accel.calibration.search import best_design, fewest_steps
-from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 
 FORMAT = 1
 
@@ -40,6 +41,7 @@ class CachePlan:
         gram: Mean products ⟨v_s, v_t⟩ / elements of what the scheduler was given at each step, upper triangle by rows.
         response: Weight of the output at each step in the latents after each step, lower triangle by rows.
         teacache: Coefficients for `apply_teacache` from the same runs, None if they were not recorded.
+        magnitudes: Magnitude ratios for `apply_magcache` from the same runs, None if they were not recorded.
         library: Version of this library that made it.
     """
 
@@ -54,6 +56,7 @@ class CachePlan:
     gram: tuple[float, ...]
     response: tuple[float, ...]
     teacache: TeaCacheCoefficients | None = None
+    magnitudes: MagnitudeRatios | None = None
     library: str = __version__
 
     @property
@@ -89,6 +92,21 @@ class CachePlan:
                 "teacache=False. Type: plan = calibrate(pipe, calls, teacache=True)"
             )
         return self.teacache
+
+    @property
+    def magnitude_ratios(self) -> MagnitudeRatios:
+        """Magnitude ratios for `apply_magcache`, with their spread over the calls.
+
+        Raises:
+            ConfigError: They were not recorded.
+        """
+        if self.magnitudes is None:
+            raise ConfigError(
+                "this plan has no magnitude ratios: the model has no blocks that can be watched, its runs have fewer "
+                "than 3 steps, or calibrate was told magnitudes=False. Type: plan = calibrate(pipe, calls, "
+                "magnitudes=True)"
+            )
+        return self.magnitudes
 
     def design(self, computed_steps: int) -> Design:
         """The steps to compute and the weights, for runs like those recorded.
@@ -142,7 +160,9 @@ class CachePlan:
         calls = sum(plan.calls for plan in plans)
         products = np.sum([np.asarray(plan.gram) * (plan.calls / calls) for plan in plans], axis=0)
         teacache = max(plans, key=lambda plan: plan.calls if plan.teacache else 0).teacache
-        return replace(self, calls=calls, gram=tuple(products.tolist()), teacache=teacache)
+        ratios = [plan.magnitudes for plan in plans if plan.magnitudes is not None]
+        magnitudes = ratios[0].merge(*ratios[1:]) if ratios else None
+        return replace(self, calls=calls, gram=tuple(products.tolist()), teacache=teacache, magnitudes=magnitudes)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, of some tens of kilobytes."""
@@ -182,6 +202,7 @@ class CachePlan:
                 gram=triangle(path, "gram", fields["gram"], steps),
                 response=triangle(path, "response", fields["response"], steps),
                 teacache=_teacache(fields["teacache"]),
+                magnitudes=_magnitudes(path, fields["magnitudes"]),
                 library=text(path, "library", fields["library"]),
             )
         except (TypeError, ValueError, KeyError) as error:
@@ -228,6 +249,13 @@ def _teacache_fields(fit: TeaCacheCoefficients) -> dict[str, Any]:
     secondary = fields.pop("secondary")
     fields["thresholds"] = sorted(map(list, fit.thresholds.items()))
     return {**fields, "secondary": None if secondary is None else _teacache_fields(secondary)}
+
+
+def _magnitudes(path: str | Path, fields: dict[str, Any] | None) -> MagnitudeRatios | None:
+    try:
+        return None if fields is None else MagnitudeRatios(**fields)
+    except (ConfigError, ConfigTypeError) as error:
+        raise refuse(path, f"magnitudes is damaged: {error}") from error
 
 
 def _teacache(fields: dict[str, Any] | None) -> TeaCacheCoefficients | None:
