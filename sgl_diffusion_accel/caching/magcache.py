@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from sgl_diffusion_accel.caching.cache_patch import CachePatch, apply_cache, ref
 from sgl_diffusion_accel.caching.cached_model import Parts
 from sgl_diffusion_accel.caching.checks import count, real
 from sgl_diffusion_accel.caching.magnitude_policy import MagnitudePolicy
-from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
+from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios, Ratios
 from sgl_diffusion_accel.caching.predictors import Reuse, Taylor
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 from sgl_diffusion_accel.targets import find_transformers, unwrap
@@ -80,10 +80,11 @@ def apply_magcache(
     return apply_cache(title, transformers, parts)
 
 
-def _parts(module: nn.Module, ratios: MagnitudeRatios, component: str, make: Any, order: int) -> Parts:
+def _parts(
+    module: nn.Module, ratios: MagnitudeRatios, component: str, make: Callable[[Ratios], MagnitudePolicy], order: int
+) -> Parts:
     def by_branch(branch: str) -> MagnitudePolicy:
-        policy: MagnitudePolicy = make(ratios.of(component, branch))
-        return policy
+        return make(ratios.of(component, branch))
 
     return Parts(
         layout=divide(module, 0, 0),
