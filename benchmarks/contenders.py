@@ -180,7 +180,7 @@ def apply_calibrated_magcache(
 ) -> AbstractContextManager[object]:
     """Applies MagCache with recorded ratios."""
     ratios = magnitudes_of(model, steps, scheduler)
-    return apply_magcache(pipe, ratios, setting.threshold, setting.skips, taylorseer_order=setting.order)
+    return apply_magcache(pipe, ratios, setting.threshold, setting.skips, setting.retention, setting.order)
 
 
 def teacache_fits(model: str, steps: int, scheduler: str = "euler") -> list[dict[str, Any]]:

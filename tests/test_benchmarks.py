@@ -75,7 +75,8 @@ def test_names_of_settings_are_unique() -> None:
     settings = dbcache_settings() + preset_settings() + late_settings() + sigma_settings()
     assert len({setting.name for setting in settings}) == len(settings)
     magcache = [setting.name for setting in magcache_settings()]
-    assert len(set(magcache)) == len(magcache) == 12
+    assert len(set(magcache)) == len(magcache) == 15
+    assert "MagCache .12 MS2 RR.06, calibrated, TS1" in magcache
     assert "MagCache .06 MS3, calibrated, TS1" in magcache
     assert Setting(order=1).name == "F1 W4 MC3 R.24, TS1"
 
