@@ -15,10 +15,12 @@ import torch
 from miniatures import call_kwargs, captions, load_miniature
 from sgl_diffusion_accel import (
     CachePlan,
+    MagnitudeRatios,
     TeaCacheCoefficients,
     apply_adaptive_cache,
     apply_cache_dit,
     apply_cache_plan,
+    apply_magcache,
     apply_teacache,
     calibrate,
     check_plan,
@@ -29,10 +31,12 @@ from .peers import cache_dit, diffusers_caches
 from .settings import (
     PLANNED,
     TOLERANCES,
+    MagCacheSetting,
     Setting,
     TeaCacheSetting,
     dbcache_settings,
     late_settings,
+    magcache_settings,
     preset_settings,
     sigma_settings,
     teacache_settings,
@@ -88,6 +92,9 @@ def contenders(model: str, steps: int, scheduler: str = "euler") -> list[Contend
             found.append(Contender(OURS, f"{title}, {speedup:g}x", carried))
     for teacache in teacache_settings(model):
         found.append(Contender(OURS, teacache.name, partial(apply_fitted_teacache, model, steps, scheduler, teacache)))
+    for magcache in magcache_settings():
+        apply_it = partial(apply_calibrated_magcache, model, steps, scheduler, magcache)
+        found.append(Contender(OURS, magcache.name, apply_it))
     if cache_dit.installed():
         apply = partial(cache_dit.apply, steps=steps)
         found += [Contender("cache-dit", setting.name, partial(apply, setting=setting)) for setting in settings]
@@ -147,8 +154,16 @@ def plan_of(model: str, steps: int, scheduler: str, count: int = _FIT_CAPTIONS) 
         for call in calls:
             pipe(**call)
         middle = time.thread_time()
-        plan = calibrate(pipe, calls, teacache=False)
+        plan = calibrate(pipe, calls, teacache=False, magnitudes=False)
         return plan, (time.thread_time() - middle) / (middle - begin)
+
+
+@functools.cache
+def magnitudes_of(model: str, steps: int, scheduler: str) -> MagnitudeRatios:
+    """Magnitude ratios of a miniature, from the same calls."""
+    with torch.no_grad():
+        pipe = load_miniature(model, scheduler=scheduler)
+        return calibrate(pipe, _fit_calls(model, steps), teacache=False).magnitude_ratios
 
 
 def adaptive(tolerance: float, pipe: Any) -> AbstractContextManager[object]:
@@ -170,6 +185,14 @@ def apply_fitted_teacache(
     """Applies TeaCache with fitted coefficients."""
     fit = teacache_fit(model, steps, scheduler, setting.use_ret_steps)
     return apply_teacache(pipe, setting.speedup, coefficients=fit, taylorseer_order=setting.order)
+
+
+def apply_calibrated_magcache(
+    model: str, steps: int, scheduler: str, setting: MagCacheSetting, pipe: Any
+) -> AbstractContextManager[object]:
+    """Applies MagCache with recorded ratios."""
+    ratios = magnitudes_of(model, steps, scheduler)
+    return apply_magcache(pipe, ratios, setting.threshold, setting.skips, setting.retention, setting.order)
 
 
 def teacache_fits(model: str, steps: int, scheduler: str = "euler") -> list[dict[str, Any]]:

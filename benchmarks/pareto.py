@@ -17,6 +17,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "adaptive": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "TeaCache with TaylorSeer": {"color": "#E69F00", "marker": "^", "linestyle": "none"},
     "TeaCache as published": {"color": "#CC79A7", "marker": "v", "linestyle": "none"},
+    "MagCache with TaylorSeer": {"color": "#E69F00", "marker": "P", "linestyle": "none"},
+    "MagCache as published": {"color": "#CC79A7", "marker": "X", "linestyle": "none"},
     "late masks": {"color": "#56B4E9", "marker": "D", "linestyle": "none"},
     "DBCache, the peers' settings": {"color": "#56B4E9", "marker": "o", "linestyle": "none", "fillstyle": "none"},
     "cache-dit": {"color": "#000000", "marker": "+", "linestyle": "none", "markeredgewidth": 1.6},
@@ -33,8 +35,9 @@ def series_of(row: dict[str, Any]) -> str:
             return "plan of another schedule" if "Euler steps" in name else "plan"
         if name.startswith("adaptive"):
             return "adaptive"
-        if "TeaCache" in name:
-            return f"TeaCache {'with TaylorSeer' if ', TS' in name else 'as published'}"
+        for kind in ("TeaCache", "MagCache"):
+            if kind in name:
+                return f"{kind} {'with TaylorSeer' if ', TS' in name else 'as published'}"
         return "late masks" if "late-" in name else "DBCache, the peers' settings"
     names = {"fewer steps": "simply fewer steps", "diffusers": "diffusers' own caches"}
     return str(names.get(family, family))

@@ -102,6 +102,34 @@ def teacache_settings(model: str) -> list[TeaCacheSetting]:
     return [TeaCacheSetting(wanted, order, ret) for ret in signals for order in (0, 1) for wanted in TEACACHE_SPEEDUPS]
 
 
+@dataclass(frozen=True)
+class MagCacheSetting:
+    """One setting of MagCache, with ratios recorded from the model; the names are those of `apply_magcache`."""
+
+    threshold: float = 0.06
+    skips: int = 3
+    order: int = 0
+    retention: float = 0.2
+
+    @property
+    def name(self) -> str:
+        """A short name, such as `MagCache .06 MS3, calibrated, TS1`."""
+        order = f"TS{self.order}" if self.order else "reuse"
+        retention = "" if self.retention == MagCacheSetting.retention else f" RR{self.retention:g}"
+        return f"MagCache {self.threshold:g} MS{self.skips}{retention}, calibrated, {order}".replace("0.", ".")
+
+
+def magcache_settings() -> list[MagCacheSetting]:
+    """Three thresholds and two limits, with reuse as published and with first-order prediction, which retains less."""
+    published = [
+        MagCacheSetting(threshold, skips, order)
+        for order in (0, 1)
+        for threshold in (0.06, 0.12, 0.24)
+        for skips in (3, 5)
+    ]
+    return published + [MagCacheSetting(each, skips, 1, 0.06) for each, skips in ((0.06, 1), (0.12, 2), (0.12, 3))]
+
+
 TOLERANCES = (0.0003, 0.0006, 0.001, 0.002, 0.004, 0.008)
 """Tolerances of the adaptive cache, the default among them."""
 

@@ -16,6 +16,7 @@ _LINES = {
     "best peer found": ("cache-dit", "diffusers"),
     "DBCache and step masks": ("DBCache",),
     "TeaCache, fitted, with prediction": ("TeaCache",),
+    "MagCache, calibrated, with prediction": ("MagCache",),
     "**adaptive, nothing tuned**": ("adaptive",),
     "**calibrated plan**": ("plan",),
     "plan from one caption, 50 Euler steps, 16×16": ("carried plan",),
@@ -63,8 +64,9 @@ def kind_of(row: dict[str, Any]) -> str:
         return "plan of 50 Euler steps" if name.startswith("plan of") else "plan"
     if name.startswith("adaptive"):
         return "adaptive"
-    if "TeaCache" in name:
-        return "TeaCache" if ", TS" in name else "TeaCache, reuse"
+    for kind in ("TeaCache", "MagCache"):
+        if kind in name:
+            return kind if ", TS" in name else f"{kind}, reuse"
     return "DBCache"
 
 

@@ -8,6 +8,8 @@ from sgl_diffusion_accel.caching.adaptive import apply_adaptive_cache
 from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.config import CacheDiTConfig
+from sgl_diffusion_accel.caching.magcache import apply_magcache
+from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.masks import StepsMask
 from sgl_diffusion_accel.caching.teacache import apply_teacache
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients, TeaCacheConfig
@@ -40,6 +42,7 @@ __all__ = [
     "ComparisonReport",
     "ConfigError",
     "ConfigTypeError",
+    "MagnitudeRatios",
     "MissingPackageError",
     "Patch",
     "Profile",
@@ -53,6 +56,7 @@ __all__ = [
     "apply_adaptive_cache",
     "apply_cache_dit",
     "apply_cache_plan",
+    "apply_magcache",
     "apply_teacache",
     "attention_backends",
     "calibrate",

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from benchmarks.metrics import computed_steps, psnr, ssim
+from benchmarks.pareto import STYLES, series_of
 from benchmarks.settings import (
     Setting,
     dbcache_settings,
     late_settings,
+    magcache_settings,
     preset_settings,
     sigma_settings,
 )
-from benchmarks.summary import best
+from benchmarks.summary import best, kind_of
 from benchmarks.summary import table as summary_table
 from benchmarks.table import BEGIN, END, chapter, fewer_steps_psnr, insert, profiling
 from sgl_diffusion_accel.comparing.work import BlockWork
@@ -72,6 +74,10 @@ def test_computed_steps_is_a_mean_over_branches() -> None:
 def test_names_of_settings_are_unique() -> None:
     settings = dbcache_settings() + preset_settings() + late_settings() + sigma_settings()
     assert len({setting.name for setting in settings}) == len(settings)
+    magcache = [setting.name for setting in magcache_settings()]
+    assert len(set(magcache)) == len(magcache) == 15
+    assert "MagCache .12 MS2 RR.06, calibrated, TS1" in magcache
+    assert "MagCache .06 MS3, calibrated, TS1" in magcache
     assert Setting(order=1).name == "F1 W4 MC3 R.24, TS1"
 
 
@@ -114,6 +120,22 @@ def test_table_goes_between_its_markers() -> None:
     assert insert(text, "new") == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
     with pytest.raises(ValueError, match="no place"):
         insert("nothing", "new")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "series"),
+    [
+        ("MagCache .06 MS3, calibrated, TS1", "MagCache", "MagCache with TaylorSeer"),
+        ("MagCache .06 MS3, calibrated, reuse", "MagCache, reuse", "MagCache as published"),
+        ("TeaCache 2x, fitted, TS1", "TeaCache", "TeaCache with TaylorSeer"),
+        ("F1 W4 MC3 R.24, TS1", "DBCache", "DBCache, the peers' settings"),
+    ],
+)
+def test_each_of_our_caches_has_a_line_and_a_series_of_its_own(name: str, kind: str, series: str) -> None:
+    row = {"family": "sgl-diffusion-accel", "name": name}
+    assert kind_of(row) == kind
+    assert series_of(row) == series
+    assert series in STYLES
 
 
 def test_the_summary_shows_the_best_that_is_at_least_as_cheap() -> None:

@@ -23,7 +23,9 @@ def dynamic(pipe: Any) -> CachePatch:
 
 @two_branch()
 @pytest.mark.parametrize(
-    "apply", [dynamic, CACHES["taylor"], CACHES["teacache"]], ids=["dynamic", "taylor", "teacache"]
+    "apply",
+    [dynamic, CACHES["taylor"], CACHES["teacache"], CACHES["magcache, Taylor"]],
+    ids=["dynamic", "taylor", "teacache", "magcache"],
 )
 def test_branches_that_change_places_give_the_same(family: Family, apply: Apply) -> None:
     """On a fixed path through the latents the prompt's calls return the same, whichever branch the prompt is on."""

@@ -108,7 +108,7 @@ def test_nothing_is_changed(family: Family) -> None:
             seen.setdefault(teacache, []).append(output[0])
 
         hook = pipe.transformer.register_forward_hook(keep)
-        calibrate(pipe, [family.call(pipe, steps=STEPS)], teacache=teacache)
+        calibrate(pipe, [family.call(pipe, steps=STEPS)], teacache=teacache, magnitudes=teacache)
         hook.remove()
         assert_same(before, pipe)
         assert set(vars(pipe.scheduler)) == scheduler
@@ -217,6 +217,18 @@ def test_resumed_calibration_has_the_coefficients_of_its_larger_part(tmp_path: P
     assert first.teacache is not None
     assert calibrate(family.make(), given, path).teacache == rest.teacache != first.teacache
     assert CachePlan.load(path).teacache == rest.teacache
+
+
+def test_resumed_calibration_has_the_ratios_of_all_calls(tmp_path: Path) -> None:
+    family, path = present("wan"), tmp_path / "plan.json"
+    given = calls(family, 3)
+    whole = calibrate(family.make(), given, teacache=False).magnitude_ratios
+    calibrate(family.make(), given[:1], path, teacache=False)
+    resumed = calibrate(family.make(), given, path, teacache=False).magnitude_ratios
+    assert resumed.calls == whole.calls == 3
+    assert resumed.spread["transformer"]["cond"] == pytest.approx(whole.spread["transformer"]["cond"])
+    assert resumed.of("transformer", "uncond")[1:-1] == pytest.approx(whole.of("transformer", "uncond")[1:-1])
+    assert CachePlan.load(path).magnitudes == resumed
 
 
 def test_interrupted_calibration_keeps_the_coefficients_of_what_it_has_seen(tmp_path: Path) -> None:

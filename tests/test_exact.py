@@ -51,8 +51,16 @@ def wan() -> tuple[Family, Any]:
     return family, family.make()
 
 
-ONE_OF_EACH = [("wan", "reuse"), ("wan", "teacache"), ("flux", "teacache"), ("wan", "adaptive"), ("wan", "plan")]
-"""By the first blocks' residual, by the time embedding, by the modulated input, by the whole output, and by plan."""
+ONE_OF_EACH = [
+    ("wan", "reuse"),
+    ("wan", "teacache"),
+    ("flux", "teacache"),
+    ("wan", "magcache"),
+    ("wan", "adaptive"),
+    ("wan", "plan"),
+]
+"""By the first blocks' residual, by the time embedding, by the modulated input, by ratios, by the whole output, and by
+plan."""
 
 
 @pytest.mark.parametrize(("name", "cache"), ONE_OF_EACH)

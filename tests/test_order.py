@@ -97,6 +97,7 @@ CASES = [
     *(("flux", step, "taylor") for step in ("block_offload", "adapter", "bfloat16")),
     *(("wan", step, "teacache") for step in ("sequential_offload", "leaf_offload", "layerwise_casting", "bfloat16")),
     *(("flux", step, "teacache") for step in STEPS if step != "model_offload"),
+    *(("wan", step, "magcache, Taylor") for step in ("sequential_offload", "bfloat16")),
     *(("ltx", step, "teacache, Taylor") for step in ("sequential_offload", "leaf_offload", "bfloat16")),
 ]
 """LTX has blocks with parameters of their own, which its modulated input depends on."""

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from invariants.families import present
 from invariants.ranks import on_ranks
-from sgl_diffusion_accel import CachePatch, apply_cache_dit, apply_teacache
+from sgl_diffusion_accel import CachePatch, apply_cache_dit, apply_teacache, calibrate
 from sgl_diffusion_accel.caching import measuring
 
 CASES = {
@@ -27,12 +27,15 @@ Qwen-Image hands its first block all tokens."""
 ORDERS = ("patch first", "parallel first")
 
 
+def even_prompts(name: str, pipe: Any) -> dict[str, torch.Tensor]:
+    """Prompts whose tokens divide by two."""
+    call = present(name).call(pipe)
+    return {k: torch.cat([v, v[:, :1]], dim=1) for k, v in call.items() if "prompt_embeds" in k and "pooled" not in k}
+
+
 def run(name: str, pipe: Any) -> torch.Tensor:
     """A run whose tokens, those of the prompt too, divide by two."""
-    family = present(name)
-    call = family.call(pipe)
-    even = {k: torch.cat([v, v[:, :1]], dim=1) for k, v in call.items() if "prompt_embeds" in k and "pooled" not in k}
-    return family.run(pipe, **even)
+    return present(name).run(pipe, **even_prompts(name, pipe))
 
 
 def parallel(pipe: Any) -> None:
@@ -107,6 +110,29 @@ def patched_run(name: str, cache: str, order: str, threshold: float) -> dict[str
         "alone": alone,
         "held": patch.held_bytes(),
     }
+
+
+def ratios_on_every_rank(rank: int, shared: bool = True) -> Any:
+    """Magnitude ratios that a rank records, of a model whose tokens are divided; None where that does not run here."""
+    pipe = present("wan").make()
+    try:
+        if shared:
+            parallel(pipe)
+            run("wan", pipe)
+    except Exception:
+        return None
+    call = {**present("wan").call(pipe), **even_prompts("wan", pipe)}
+    return calibrate(pipe, [call], teacache=False).magnitude_ratios.of("transformer", "cond")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no context parallelism")
+def test_ranks_record_the_same_magnitudes_as_one_process() -> None:
+    one, other = on_ranks(ratios_on_every_rank)
+    if one is None:
+        pytest.skip("diffusers' context parallelism does not run here")
+    assert one == other
+    assert one[1:-1] == pytest.approx(ratios_on_every_rank(0, shared=False)[1:-1], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sgl_diffusion_accel import CachePlan, ConfigError, ConfigTypeError, TeaCacheCoefficients
+from sgl_diffusion_accel import CachePlan, ConfigError, ConfigTypeError, MagnitudeRatios, TeaCacheCoefficients
 from sgl_diffusion_accel.caching.response import euler
 from sgl_diffusion_accel.calibration.checks import Check
 from test_design import smooth
@@ -20,6 +20,18 @@ from test_design import smooth
 FIT = TeaCacheCoefficients(
     (1.0, -2.0, 0.5, 1 / 3, 0.1), thresholds={2.0: 0.15, 3.0: 0.3}, low=0.01, high=0.5, r_squared=0.9
 )
+
+RATIOS = MagnitudeRatios(
+    {"transformer": {"cond": [None, *[1 / 3] * 10, None], "uncond": [None, *[1.01] * 10, None]}},
+    {"transformer": {"cond": 0.1, "uncond": 1e-5}},
+    calls=6,
+)
+
+
+def ratios_of(steps: int) -> MagnitudeRatios:
+    """Of two transformers and three branches."""
+    branches = {branch: [None, *[1 / 3] * (steps - 1)] for branch in ("cond", "uncond", "skip")}
+    return MagnitudeRatios({"transformer": branches, "transformer_2": branches})
 
 
 def made(steps: int = 12, seed: int = 0, **fields: Any) -> CachePlan:
@@ -44,7 +56,7 @@ def made(steps: int = 12, seed: int = 0, **fields: Any) -> CachePlan:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "plan.json"
-    made(teacache=FIT).save(path)
+    made(teacache=FIT, magnitudes=RATIOS).save(path)
     return path
 
 
@@ -56,9 +68,11 @@ def file(tmp_path: Path) -> Path:
         made(teacache=FIT),
         made(checks=(Check(4, 0.01, 0.03, 2), Check(6, 0.005, 0.004, 2))),
         made(teacache=dataclasses.replace(FIT, secondary=FIT)),
+        made(magnitudes=RATIOS),
+        made(teacache=FIT, magnitudes=ratios_of(12)),
         made(guidance=None, transformers=("WanTransformer3DModel",) * 2),
     ],
-    ids=["plain", "one step", "teacache", "checks", "teacache of two", "two experts"],
+    ids=["plain", "one step", "teacache", "checks", "teacache of two", "magnitudes", "all of them", "two experts"],
 )
 def test_plan_comes_back_from_its_file_exactly(plan: CachePlan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
@@ -81,7 +95,7 @@ def test_file_is_small_readable_and_holds_no_code(file: Path) -> None:
     assert content["library"]
     assert made(50).steps == 50
     big = file.with_name("big.json")
-    made(50, teacache=FIT).save(big)
+    made(50, teacache=FIT, magnitudes=ratios_of(50)).save(big)
     assert big.stat().st_size <= 100 * 1024
 
 
@@ -148,6 +162,15 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "check of half a step": (lambda c: _check(c, computed_steps=0.5), "checks.computed_steps has 0.5"),
     "check that is not finite": (lambda c: _check(c, measured=float("inf")), "not finite"),
     "check with a negative error": (lambda c: _check(c, expected=-1.0), "negative"),
+    "no magnitudes": (without("magnitudes"), "missing: magnitudes"),
+    "magnitudes of text": (changed(magnitudes="x"), "damaged"),
+    "magnitudes empty": (changed(magnitudes={}), "damaged"),
+    "magnitudes with a strange field": (lambda c: _mag(c, strange=1), "damaged"),
+    "magnitudes without calls": (lambda c: _mag(c, calls=0), "magnitudes is damaged: calls=0"),
+    "magnitude of text": (lambda c: _mag(c, ratios={"transformer": {"cond": ["1"]}}), "magnitudes is damaged"),
+    "magnitude nan": (lambda c: _mag(c, ratios={"transformer": {"cond": [float("nan")]}}), "magnitudes is damaged"),
+    "magnitudes as a list": (lambda c: _mag(c, ratios=[1.0]), "magnitudes is damaged"),
+    "magnitudes without a spread": (lambda c: _mag(c, spread={"transformer": {}}), "magnitudes is damaged"),
     "teacache of text": (changed(teacache="x"), "damaged"),
     "teacache empty": (changed(teacache={}), "damaged"),
     "teacache with a coefficient too few": (lambda c: _tea(c, coefficients=[1, 2]), "."),
@@ -159,6 +182,10 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def _check(content: dict[str, Any], **fields: Any) -> dict[str, Any]:
     good = {"computed_steps": 4, "expected": 0.1, "measured": 0.1, "calls": 1}
     return {**content, "checks": [{**good, **fields}]}
+
+
+def _mag(content: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**content, "magnitudes": {**content["magnitudes"], **fields}}
 
 
 def _tea(content: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -261,6 +288,14 @@ def test_merging_is_like_calibrating_on_all_calls() -> None:
     assert made().merge() == made()
 
 
+def test_merged_plan_has_the_ratios_of_all_parts_that_have_some() -> None:
+    other = MagnitudeRatios({"transformer": {"cond": [None, *[1.0] * 10, None]}}, calls=2)
+    merged = made(magnitudes=RATIOS).merge(made(), made(magnitudes=other)).magnitude_ratios
+    assert merged == RATIOS.merge(other)
+    assert merged.of("transformer", "cond")[1] == pytest.approx((6 / 3 + 2) / 8)
+    assert made().merge(made()).magnitudes is None
+
+
 def test_merged_plan_has_the_coefficients_of_the_larger_part() -> None:
     assert made(calls=9).merge(made(teacache=FIT)).teacache == FIT
     other = dataclasses.replace(FIT, r_squared=0.5)
@@ -338,6 +373,12 @@ def test_coefficients_that_were_not_recorded_are_told_of() -> None:
     assert made(teacache=FIT).teacache_coefficients is FIT
     with pytest.raises(ConfigError, match="teacache=True"):
         _ = made().teacache_coefficients
+
+
+def test_ratios_that_were_not_recorded_are_told_of() -> None:
+    assert made(magnitudes=RATIOS).magnitude_ratios is RATIOS
+    with pytest.raises(ConfigError, match="magnitudes=True"):
+        _ = made().magnitude_ratios
 
 
 def test_plan_prints_what_each_budget_costs() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from sgl_diffusion_accel import StepsMask
-from sgl_diffusion_accel.caching import policies
+from sgl_diffusion_accel.caching import magnitude_policy, policies
+from sgl_diffusion_accel.caching.magnitude_policy import MagnitudePolicy
 from sgl_diffusion_accel.caching.policies import (
     AccumulatingPolicy,
     Decision,
@@ -366,6 +367,69 @@ def test_too_short_a_run_is_remarked_on_with_what_to_type():
         assert "Give start_skipping and end_skipping" in remark
 
 
+# MagCache
+
+
+def magcache(ratios, *, threshold, most, retention):
+    """What MagCache does, from its description; steps are computed where nothing has been computed before, and last."""
+    computed, product, error, skipped = [], 1.0, 0.0, 0
+    for step in range(len(ratios)):
+        compute = step < retention or step in (0, len(ratios) - 1)
+        if not compute:
+            product, skipped = product * ratios[step], skipped + 1
+            error += abs(1 - product)
+            compute = error >= threshold or skipped > most
+        if compute:
+            product, error, skipped = 1.0, 0.0, 0
+        computed.append(compute)
+    return computed
+
+
+def test_magcache_decides_as_its_description_does_on_random_ratios():
+    generator = random.Random(23)
+    kinds, skipped = set(), 0
+    for _ in range(1500):
+        steps = generator.randint(1, 30)
+        # products and sums of these are exact
+        ratios = [generator.choice([0.0, 0.5, 0.75, 1.0, 1.0, 1.25, 1.5, 2.0]) for _ in range(steps)]
+        threshold, most = generator.choice([0.0, 0.25, 0.5, 1.0, 4.0]), generator.randint(0, 5)
+        retention = generator.choice([0, 0.1, 0.2, 0.5, 1])
+        expected = magcache(ratios, threshold=threshold, most=most, retention=int(retention * steps + 0.5))
+        policy = MagnitudePolicy((None, *ratios[1:]), threshold, most, retention) if steps > 1 else None
+        if policy is None:
+            continue
+        decisions, measured = run(policy, ratios)
+        assert [decision.compute for decision in decisions] == expected, (ratios, policy)
+        assert not measured
+        assert {decision.change for decision in decisions} == {None}
+        kinds |= {decision.reason for decision in decisions}
+        skipped += expected.count(False)
+    assert len(kinds) == 5, kinds  # every reason came up
+    assert skipped > 1000
+
+
+def test_error_of_a_magnitude_is_that_of_the_product_since_the_last_computed_step():
+    policy = MagnitudePolicy((None, 1.25, 1.5, 0.5, 2.0, 1.0, 1.0), 10.0, 9, 0.0)
+    decisions, _ = run(policy, [0.0] * 7)
+    assert [decision.charge for decision in decisions] == [None, 0.25, 0.875, 0.0625, 0.875, 0.875, None]
+
+
+def test_retention_steps_are_a_share_of_the_run_rounded_as_in_diffusers():
+    policy = MagnitudePolicy((None, *[1.0] * 9), 1.0, 99, 0.25)
+    assert bits(run(policy, [0.0] * 10)[0]) == "1110000001"
+    assert bits(run(policy, [0.0] * 9)[0]) == "110000001"
+
+
+def test_ratios_of_other_runs_are_remarked_on_with_what_to_type():
+    policy = MagnitudePolicy((None, *[1.0] * 49), 1.0)
+    assert policy.prepare(50) is None
+    assert policy.prepare(45) is None
+    assert "those of 50 steps, and this run has 20" in policy.prepare(20)
+    assert "Calibrate with as many steps" in policy.prepare(20)
+    assert "no step of a run of 2 steps may be skipped" in policy.prepare(2)
+    assert "retention_ratio=1" in MagnitudePolicy(policy.ratios, 1.0, 3, 1.0).prepare(50)
+
+
 # All of them
 
 POLICIES = {
@@ -374,13 +438,16 @@ POLICIES = {
     "static mask": MaskPolicy(StepsMask.of([1, 1, 0, 0, 1, 0, 1, 0, 1, 1])),
     "dynamic mask": MaskPolicy(StepsMask.of([1, 1, 0, 0, 1, 0, 1, 0, 1, 1]), ThresholdPolicy(0.3)),
     "mask of threshold 0": MaskPolicy(StepsMask.of([1, 1, 0, 0, 1, 0, 1, 0, 1, 1]), ThresholdPolicy(0.0)),
+    "magnitudes": MagnitudePolicy((None, *[1.2] * 9), 0.5, 2),
+    "magnitudes, threshold 0": MagnitudePolicy((None, *[1.0] * 9), 0.0),
     "accumulating": accumulating(0.5, window=(3, -2), high=0.9),
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
 
 
 def test_every_policy_is_among_those_under_test():
-    defined = {each for each in vars(policies).values() if isinstance(each, type) and issubclass(each, Policy)}
+    found = [*vars(policies).values(), *vars(magnitude_policy).values()]
+    defined = {each for each in found if isinstance(each, type) and issubclass(each, Policy)}
     assert {type(policy) for policy in POLICIES.values()} == defined - {Policy}
 
 

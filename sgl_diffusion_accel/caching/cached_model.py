@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,8 +37,11 @@ class Parts:
         signal: What the policy's changes are measured on; None for a policy that needs none.
         spacing: The predictor's clock: steps, or the scheduler's sigmas.
         observe: Sees each output of the transformer, with the number of the run, the branch and the step.
+        observe_residuals: Sees what the blocks have added to the hidden states, one tensor a block list, after each
+            step whose residuals are kept; with the same numbers.
         by_latents: Chooses the policy of a run by the shape of its latents, `[B, C, (F,) H, W]`, with a word on it for
             the user; None where one policy does for all.
+        by_branch: Chooses the policy of a branch by its name; None where one policy does for all.
     """
 
     layout: Layout
@@ -47,7 +50,9 @@ class Parts:
     signal: Signal | TimeEmbedding | None
     spacing: Spacing = "step"
     observe: Callable[[int, str, int, Any], None] | None = None
+    observe_residuals: Callable[[int, str, int, Sequence[Tensor]], None] | None = None
     by_latents: Callable[[torch.Size], tuple[Policy, str]] | None = None
+    by_branch: Callable[[str], Policy] | None = None
 
 
 @dataclass
@@ -123,16 +128,17 @@ class CachedModel:
             branch.wirings[list_index] = Wiring(self._parameters[list_index], self.where(list_index))
         return branch.wirings[list_index]
 
-    def policy(self, run: Run, branch: Branch, latents: torch.Size | None) -> Policy:
+    def policy(self, run: Run, name: str, branch: Branch, latents: torch.Size | None) -> Policy:
         """Returns what decides on a branch; at its first step, checks that it fits the run.
 
         Args:
             run: The run.
+            name: Of the branch.
             branch: The branch.
             latents: Shape of what the transformer is called with, if it takes a tensor.
         """
         if branch.policy is None:
-            branch.policy = self.parts.policy
+            branch.policy = self.parts.policy if self.parts.by_branch is None else self.parts.by_branch(name)
             if self.parts.by_latents is not None and latents is not None:
                 branch.policy, choice = self.parts.by_latents(latents)
                 self._tell(run, choice, logging.INFO)

@@ -121,6 +121,15 @@ class TransformerCall:
                 history.drop_oldest()
         branch.recorded += bool(self._residuals)
 
+    def hidden_residuals(self) -> list[Tensor]:
+        """What each block list has added to the hidden states, as far as it was kept."""
+        found = []
+        for list_index, residuals in self._residuals.items():
+            if any(residual is not None for residual in residuals):
+                residual = residuals[self._branch.wirings[list_index].hidden(residuals)]
+                found += [] if residual is None else [residual]
+        return found
+
     def abandon(self) -> None:
         """Lets go of all tensors: the call failed, and its traceback may keep this object for long."""
         self._branch.forget()

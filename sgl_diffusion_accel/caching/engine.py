@@ -98,7 +98,7 @@ class Controller(PatchHandler):
         self, module: nn.Module, run: Run, step: int, branch: str, latents: torch.Size | None
     ) -> TransformerCall:
         kept = run.data.setdefault((self._model.name, branch), Branch())
-        policy = self._model.policy(run, kept, latents)
+        policy = self._model.policy(run, branch, kept, latents)
         return TransformerCall(self._model, module, run, step, branch, policy)
 
     def leave(self, _: nn.Module, token: TransformerCall | None, output: Any) -> Any:
@@ -107,13 +107,19 @@ class Controller(PatchHandler):
             self._threads.current = None
             try:
                 token.finish()
-                observe = self._model.parts.observe
-                if observe is not None:
-                    observe(token.run.data["number"], token.branch, token.step, output)
+                self._observe(token, output)
             except BaseException:
                 self._drop(token)
                 raise
         return output
+
+    def _observe(self, token: TransformerCall, output: Any) -> None:
+        """Shows a call to those who record."""
+        parts, at = self._model.parts, (token.run.data["number"], token.branch, token.step)
+        if parts.observe is not None:
+            parts.observe(*at, output)
+        if parts.observe_residuals is not None and (residuals := token.hidden_residuals()):
+            parts.observe_residuals(*at, residuals)
 
     def fail(self, _: nn.Module, token: TransformerCall | None) -> None:
         """Ends a transformer call that raised, and with it the run's memory."""

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from sgl_diffusion_accel.caching.block_record import BlockRecording, Trace, check_calls
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
 from sgl_diffusion_accel.caching.policies import AccumulatingPolicy, Policy, Position, Tally
 from sgl_diffusion_accel.caching.polynomial import DEGREE
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients, TeaCacheConfig
 from sgl_diffusion_accel.caching.teacache_models import family_of
-from sgl_diffusion_accel.caching.teacache_record import TeaCacheRecording, Trace, check_calls
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.targets import find_transformers, unwrap
 
@@ -60,13 +60,13 @@ def fit_teacache(
     """
     calls = check_calls(pipe, calls, "fit_teacache")
     refuse_cached(find_transformers(pipe), "a fit")
-    with TeaCacheRecording(pipe, use_ret_steps) as recording:
+    with BlockRecording(pipe, use_ret_steps) as recording:
         for call in calls:
             recording.run(call)
     return fit_recording(recording)
 
 
-def fit_recording(recording: TeaCacheRecording) -> TeaCacheCoefficients:
+def fit_recording(recording: BlockRecording) -> TeaCacheCoefficients:
     """The coefficients that the runs recorded so far give.
 
     Raises:

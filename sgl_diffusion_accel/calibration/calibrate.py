@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from sgl_diffusion_accel.caching.block_record import BlockRecording, check_calls
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
 from sgl_diffusion_accel.caching.loop import guidance_of
+from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.response import adds_noise, response_of
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
 from sgl_diffusion_accel.caching.teacache_fit import fit_recording
-from sgl_diffusion_accel.caching.teacache_record import TeaCacheRecording, check_calls
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.record import Recording, recording
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
@@ -27,6 +28,7 @@ from sgl_diffusion_accel.targets import find_transformers, unwrap
 
 logger = logging.getLogger(__name__)
 
+_NOISY = 1.0  # spread of the magnitude ratios, relative to their distance from 1, above which the user is warned
 _GUIDANCE = ("true_cfg_scale", "guidance_scale")
 
 
@@ -36,14 +38,15 @@ def calibrate(
     path: str | Path | None = None,
     *,
     teacache: bool = True,
+    magnitudes: bool = True,
     progress: bool = True,
 ) -> CachePlan:
     """Learns from a few uncached runs how a pipeline moves, for plans at every speed-up.
 
     Each call is run as it is, and what the scheduler is given at each step, guidance and all, is kept as a sketch (at
-    most 1 MiB a step on the host, one run at a time). On the device nothing is kept, but for the fit of TeaCache, which
-    holds the last signal, output and residual of each branch. Only the products between steps remain:
-    a plan has some tens of kilobytes whatever the model.
+    most 1 MiB a step on the host, one run at a time). On the device nothing is kept, but for TeaCache and MagCache: the
+    last residual of each branch, for TeaCache the last signal and output too. Only the products between steps remain: a
+    plan has some tens of kilobytes whatever the model.
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2, planned together), with no cache on it.
@@ -53,6 +56,7 @@ def calibrate(
             interrupted calibration goes on where it was.
         teacache: Also fit the coefficients of TeaCache on the same runs, where the model has a signal for them. Where a
             calibration goes on, they are from its larger part.
+        magnitudes: Also record the magnitude ratios of MagCache in the same runs, where the model has blocks to watch.
         progress: Log each call as it is done.
 
     Returns:
@@ -81,21 +85,46 @@ def calibrate(
             return known
     if done:
         logger.info("%s holds %d calls: going on with the others", path, done)
-    tea = TeaCacheRecording(pipe) if teacache and TeaCacheRecording.is_possible(transformers) else None
+    blocks = _blocks(pipe, transformers, teacache, magnitudes)
     plans = [known] if known is not None else []
-    with tea or nullcontext(), recording(pipe) as runs:
+    with blocks or nullcontext(), recording(pipe) as runs:
         for number, call in enumerate(calls[done:], done + 1):
             runs.clear()
-            if tea is None:
+            if blocks is None:
                 pipe(**call)
             else:
-                tea.run(call)
+                blocks.run(call)
             found = _plan(pipe, transformers, call, runs)
-            plans.append(found if tea is None else replace(found, teacache=_fit(tea)))
+            plans.append(found if blocks is None else replace(found, teacache=_fit(blocks), magnitudes=_last(blocks)))
             if path is not None:
                 _joined(plans, done).save(path)
             logger.log(logging.INFO if progress else logging.DEBUG, "calibrated: call %d of %d", number, len(calls))
-    return _joined(plans, done)
+    plan = _joined(plans, done)
+    _warn_of_noise(plan)
+    return plan
+
+
+def _blocks(
+    pipe: Any, transformers: Mapping[str, nn.Module], teacache: bool, magnitudes: bool
+) -> BlockRecording | None:
+    """What watches the blocks; None where nothing is wanted of them, or they cannot be watched."""
+    signals = teacache and BlockRecording.has_signals(transformers)
+    magnitudes = magnitudes and BlockRecording.has_blocks(transformers)
+    return BlockRecording(pipe, signals=signals, magnitudes=magnitudes) if signals or magnitudes else None
+
+
+def _last(blocks: BlockRecording) -> MagnitudeRatios | None:
+    """The magnitude ratios of the last run."""
+    return blocks.magnitudes[-1] if blocks.magnitudes else None
+
+
+def _warn_of_noise(plan: CachePlan) -> None:
+    if plan.magnitudes is not None and plan.magnitudes.noise > _NOISY:
+        logger.warning(
+            "the magnitude ratios differ from call to call by %.0f %% of their mean distance from 1: MagCache will "
+            "choose its steps little better than at random.",
+            plan.magnitudes.noise * 100,
+        )
 
 
 def _joined(plans: list[CachePlan], done: int) -> CachePlan:
@@ -132,9 +161,11 @@ def _check_setting(
                 )
 
 
-def _fit(tea: TeaCacheRecording) -> TeaCacheCoefficients | None:
+def _fit(blocks: BlockRecording) -> TeaCacheCoefficients | None:
+    if not blocks.retained:  # no signals were recorded
+        return None
     try:
-        return fit_recording(tea)
+        return fit_recording(blocks)
     except ConfigError as error:  # too few steps, for example: the plan does not need it
         logger.info("no TeaCache coefficients: %s", error)
         return None

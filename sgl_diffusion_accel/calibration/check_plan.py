@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from sgl_diffusion_accel.caching.block_record import check_calls
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
 from sgl_diffusion_accel.caching.checks import real
-from sgl_diffusion_accel.caching.teacache_record import check_calls
 from sgl_diffusion_accel.calibration.apply import apply_cache_plan, check_model
 from sgl_diffusion_accel.calibration.checks import Check
 from sgl_diffusion_accel.calibration.plan import CachePlan

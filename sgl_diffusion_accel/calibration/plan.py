@@ -15,12 +15,13 @@ import numpy as np
 
 from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.caching.checks import count, real
+from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.checks import Check, factor_at
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.plan_file import check, number, read, refuse, text, triangle, whole
 from sgl_diffusion_accel.calibration.search import best_design, fewest_steps
-from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 
 FORMAT = 1
 
@@ -42,6 +43,7 @@ class CachePlan:
         response: Weight of the output at each step in the latents after each step, lower triangle by rows.
         checks: How far runs by the plan were measured to be off, see `check_plan`.
         teacache: Coefficients for `apply_teacache` from the same runs, None if they were not recorded.
+        magnitudes: Magnitude ratios for `apply_magcache` from the same runs, None if they were not recorded.
         library: Version of this library that made it.
     """
 
@@ -57,6 +59,7 @@ class CachePlan:
     response: tuple[float, ...]
     checks: tuple[Check, ...] = ()
     teacache: TeaCacheCoefficients | None = None
+    magnitudes: MagnitudeRatios | None = None
     library: str = __version__
 
     @property
@@ -92,6 +95,21 @@ class CachePlan:
                 "teacache=False. Type: plan = calibrate(pipe, calls, teacache=True)"
             )
         return self.teacache
+
+    @property
+    def magnitude_ratios(self) -> MagnitudeRatios:
+        """Magnitude ratios for `apply_magcache`, with their spread over the calls.
+
+        Raises:
+            ConfigError: They were not recorded.
+        """
+        if self.magnitudes is None:
+            raise ConfigError(
+                "this plan has no magnitude ratios: the model has no blocks that can be watched, its runs have fewer "
+                "than 3 steps, or calibrate was told magnitudes=False. Type: plan = calibrate(pipe, calls, "
+                "magnitudes=True)"
+            )
+        return self.magnitudes
 
     def design(self, computed_steps: int) -> Design:
         """The steps to compute and the weights, for runs like those recorded.
@@ -161,7 +179,10 @@ class CachePlan:
         products = np.sum([np.asarray(plan.gram) * (plan.calls / calls) for plan in plans], axis=0)
         teacache = max(plans, key=lambda plan: plan.calls if plan.teacache else 0).teacache
         checks = () if others else self.checks
-        return replace(self, calls=calls, gram=tuple(products.tolist()), checks=checks, teacache=teacache)
+        ratios = [plan.magnitudes for plan in plans if plan.magnitudes is not None]
+        magnitudes = ratios[0].merge(*ratios[1:]) if ratios else None
+        gram = tuple(products.tolist())
+        return replace(self, calls=calls, gram=gram, checks=checks, teacache=teacache, magnitudes=magnitudes)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, of some tens of kilobytes."""
@@ -202,6 +223,7 @@ class CachePlan:
                 response=triangle(path, "response", fields["response"], steps),
                 checks=tuple(check(path, each) for each in _list(path, fields, "checks")),
                 teacache=_teacache(fields["teacache"]),
+                magnitudes=_magnitudes(path, fields["magnitudes"]),
                 library=text(path, "library", fields["library"]),
             )
         except (TypeError, ValueError, KeyError) as error:
@@ -250,6 +272,13 @@ def _teacache_fields(fit: TeaCacheCoefficients) -> dict[str, Any]:
     secondary = fields.pop("secondary")
     fields["thresholds"] = sorted(map(list, fit.thresholds.items()))
     return {**fields, "secondary": None if secondary is None else _teacache_fields(secondary)}
+
+
+def _magnitudes(path: str | Path, fields: dict[str, Any] | None) -> MagnitudeRatios | None:
+    try:
+        return None if fields is None else MagnitudeRatios(**fields)
+    except (ConfigError, ConfigTypeError) as error:
+        raise refuse(path, f"magnitudes is damaged: {error}") from error
 
 
 def _teacache(fields: dict[str, Any] | None) -> TeaCacheCoefficients | None:

@@ -14,6 +14,7 @@ from sgl_diffusion_accel import (
     apply_adaptive_cache,
     apply_cache_dit,
     apply_cache_plan,
+    apply_magcache,
     apply_teacache,
     calibrate,
 )
@@ -70,6 +71,16 @@ def teacache_empty_window(pipe: Any) -> CachePatch:
     return apply_teacache(pipe, 0.5, coefficients=[0, 0, 0, 0, 0], start_skipping=STEPS - 1)
 
 
+def magcache(pipe: Any) -> CachePatch:
+    """The magnitude ratios decide: errors of 0.1 and 0.21, which together are too many."""
+    return apply_magcache(pipe, [1.1] * STEPS, threshold=0.25)
+
+
+def magcache_taylor(pipe: Any) -> CachePatch:
+    """The limit decides, where nothing seems to change; two of six steps are retained."""
+    return apply_magcache(pipe, [1.0] * STEPS, max_skip_steps=1, retention_ratio=0.3, taylorseer_order=1)
+
+
 def adaptive(pipe: Any, tolerance: float = 10.0) -> CachePatch:
     """Gap control on runs of 6 steps; `apply_adaptive_cache` computes all of so few, and offers no way round that."""
     settings = GapSettings(tolerance, warm_up=2, longest_gap=1, fewest_steps=1)
@@ -116,6 +127,8 @@ CACHES: dict[str, Apply] = {
     "static": static,
     "teacache": teacache,
     "teacache, Taylor": teacache_taylor,
+    "magcache": magcache,
+    "magcache, Taylor": magcache_taylor,
     "adaptive": adaptive,
     "plan": planned,
 }
@@ -128,6 +141,8 @@ NEVER_SKIPPING: dict[str, Apply] = {
     "dynamic mask of ones": lambda pipe: apply_cache_dit(pipe, steps_mask=[1] * STEPS, residual_diff_threshold=10.0),
     "teacache, always over": teacache_always_over,
     "teacache, empty window": teacache_empty_window,
+    "magcache, threshold 0": lambda pipe: apply_magcache(pipe, [1.0] * STEPS, threshold=0.0),
+    "magcache, all retained": lambda pipe: apply_magcache(pipe, [1.0] * STEPS, retention_ratio=1.0),
     "adaptive, too few steps": apply_adaptive_cache,
     "adaptive, tolerance 0": lambda pipe: adaptive(pipe, 0.0),
     "plan, all steps": lambda pipe: apply_cache_plan(pipe, plan_for(_family_of(pipe)), computed_steps=STEPS),
@@ -139,6 +154,8 @@ WHOLE_CALLS = ("adaptive", "plan")
 
 NEEDS_NO_VALUE = (
     "static",
+    "magcache",
+    "magcache, Taylor",
     *(
         name
         for name in NEVER_SKIPPING

@@ -1,10 +1,11 @@
-"""Records uncached runs for the fit of TeaCache: how much the signal changes, and how much the output."""
+"""Records uncached runs for fits: how much TeaCache's signal, the output and the blocks' residual change."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from sgl_diffusion_accel.caching.blocks import divide
 from sgl_diffusion_accel.caching.cache_patch import apply_cache
 from sgl_diffusion_accel.caching.cached_model import Parts
+from sgl_diffusion_accel.caching.magnitude_record import MagnitudeRecorder, ratios_of
+from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
+from sgl_diffusion_accel.caching.parallel import signal_reduction
 from sgl_diffusion_accel.caching.policies import Change, Decision, Policy, Position, Tally
 from sgl_diffusion_accel.caching.predictors import Reuse
-from sgl_diffusion_accel.caching.signals import relative_l1
+from sgl_diffusion_accel.caching.signals import Signal, TimeEmbedding, relative_l1
 from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.caching.teacache import check_signal, uses_ret_steps
 from sgl_diffusion_accel.caching.teacache_models import family_of
@@ -26,14 +30,16 @@ from sgl_diffusion_accel.targets import find_transformers, unwrap
 @final
 @dataclass(frozen=True)
 class _Recording(Policy):
-    """Computes every step and measures every change."""
+    """Computes every step and measures every change of a signal, if there is one."""
+
+    measures: bool
 
     @property
     def needs_signal(self) -> bool:
-        return True
+        return self.measures
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:  # noqa: ARG002
-        return Decision(True, "recording", change())
+        return Decision(True, "recording", change() if self.measures else None)
 
 
 Trace = list[tuple[int, float, float]]
@@ -57,6 +63,11 @@ class _Recorder:
         self.outputs = {each: kept for each, kept in self.outputs.items() if each[0] >= run - 1}
         self.outputs[key] = now.clone()
 
+    def clear(self) -> None:
+        """Forgets all runs."""
+        self.outputs.clear()
+        self.changes.clear()
+
 
 def _first_tensor(output: Any) -> Tensor:
     """The tensor that a transformer has predicted; several of one shape, one a sample, as one."""
@@ -70,38 +81,69 @@ def _first_tensor(output: Any) -> Tensor:
     raise UnsupportedModelError(f"the transformer returns a {type(output).__name__}, and no tensor in it.")
 
 
-class TeaCacheRecording:
-    """Records the changes of signal and output of a pipeline's runs, for a fit; a context manager.
+class BlockRecording:
+    """Records the changes of signal, output and residual of a pipeline's runs, for fits; a context manager.
 
     Args:
         pipe: The pipeline, with no cache on it.
         use_ret_steps: See `fit_teacache`.
+        signals: Whether to record signal and output, for TeaCache.
+        magnitudes: Whether to record the magnitudes of the residual, for MagCache.
 
     Attributes:
         transformers: Component name to transformer.
         traces: Component name to (steps of the run, trace) of each branch of each run so far.
+        magnitudes: Ratios of each run so far.
         retained: Component name to whether the signal is the one with retention steps.
     """
 
-    def __init__(self, pipe: Any, use_ret_steps: bool | None = None) -> None:
+    def __init__(
+        self, pipe: Any, use_ret_steps: bool | None = None, *, signals: bool = True, magnitudes: bool = False
+    ) -> None:
         self._pipe = pipe
         self.transformers = find_transformers(pipe)
-        self._recorders = {name: _Recorder() for name in self.transformers}
         self.traces: dict[str, list[tuple[int, Trace]]] = {name: [] for name in self.transformers}
+        self.magnitudes: list[MagnitudeRatios] = []
         self.retained: dict[str, bool] = {}
+        self._recorders: dict[str, _Recorder] = {}
+        self._magnitude_recorders: dict[str, MagnitudeRecorder] = {}
         parts = {}
-        for name, module in self.transformers.items():
-            family = family_of(unwrap(module))
-            self.retained[name] = retains = uses_ret_steps(unwrap(module), use_ret_steps)
-            signal = family.retained if retains and family.retained is not None else family.signal
-            check_signal(unwrap(module), signal)
-            layout = divide(unwrap(module), 0, 0)
-            parts[name] = Parts(layout, _Recording(), Reuse(), signal, observe=self._recorders[name])
-        self._patch = apply_cache("TeaCache, recording", self.transformers, parts)
+        for name, wrapped in self.transformers.items():
+            module = unwrap(wrapped)
+            if signals:
+                self._recorders[name] = _Recorder()
+            if magnitudes:
+                self._magnitude_recorders[name] = MagnitudeRecorder(partial(signal_reduction, module))
+            parts[name] = Parts(
+                layout=divide(module, 0, 0),
+                policy=_Recording(signals),
+                predictor=Reuse(),
+                signal=self._signal(name, module, use_ret_steps) if signals else None,
+                observe=self._recorders.get(name),
+                observe_residuals=self._magnitude_recorders.get(name),
+            )
+        self._patch = apply_cache("recording", self.transformers, parts)
+
+    def _signal(self, name: str, module: nn.Module, use_ret_steps: bool | None) -> Signal | TimeEmbedding:
+        family = family_of(module)
+        self.retained[name] = retains = uses_ret_steps(module, use_ret_steps)
+        signal = family.retained if retains and family.retained is not None else family.signal
+        check_signal(module, signal)
+        return signal
 
     @staticmethod
-    def is_possible(transformers: Mapping[str, nn.Module]) -> bool:
-        """Whether the models have blocks and a signal."""
+    def has_blocks(transformers: Mapping[str, nn.Module]) -> bool:
+        """Whether the models have blocks whose residual can be recorded."""
+        try:
+            for module in transformers.values():
+                divide(unwrap(module), 0, 0)
+        except UnsupportedModelError:
+            return False
+        return True
+
+    @staticmethod
+    def has_signals(transformers: Mapping[str, nn.Module]) -> bool:
+        """Whether the models have blocks and a signal for TeaCache."""
         try:
             for module in transformers.values():
                 divide(unwrap(module), 0, 0)
@@ -110,7 +152,7 @@ class TeaCacheRecording:
             return False
         return True
 
-    def __enter__(self) -> TeaCacheRecording:
+    def __enter__(self) -> BlockRecording:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,12 +173,15 @@ class TeaCacheRecording:
             raise UnsupportedModelError(
                 f"{type(self._pipe).__name__} ran without a denoising loop that is known: nothing was recorded."
             )
-        for name, recorder in self._recorders.items():
-            runs = patch.stats.runs[started - patch.stats.started :]
-            for number, run in enumerate(runs, patch.stats.started - len(runs) + 1):
+        runs = patch.stats.runs[started - patch.stats.started :]
+        for number, run in enumerate(runs, patch.stats.started - len(runs) + 1):
+            for name, recorder in self._recorders.items():
                 self.traces[name] += _traces(run, number, name, recorder)
-            recorder.outputs.clear()
-            recorder.changes.clear()
+            found = ratios_of(run, number, self._magnitude_recorders)
+            self.magnitudes += [] if found is None else [found]
+        for recorders in (self._recorders, self._magnitude_recorders):
+            for each in recorders.values():
+                each.clear()
 
 
 def check_calls(pipe: Any, calls: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
