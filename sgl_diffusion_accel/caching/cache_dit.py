@@ -62,7 +62,7 @@ def apply_cache_dit(pipe: object, config: CacheDiTConfig | None = None, **knobs:
             "Leave secondary out."
         )
     parts = {
-        name: _parts(unwrap(transformer), config.for_component(name)) for name, transformer in transformers.items()
+        name: parts_of(unwrap(transformer), config.for_component(name)) for name, transformer in transformers.items()
     }
     if not config.enabled:
         logger.warning("apply_cache_dit: the config says enabled=False; nothing is cached.")
@@ -84,7 +84,8 @@ def _merge(config: CacheDiTConfig | None, knobs: dict[str, Any]) -> CacheDiTConf
     return dataclasses.replace(config, **knobs)
 
 
-def _parts(transformer: nn.Module, config: CacheDiTConfig) -> Parts:
+def parts_of(transformer: nn.Module, config: CacheDiTConfig) -> Parts:
+    """What a config makes of a cache on one transformer."""
     policy, by_run = _policy(config), None
     predictor = Taylor(config.taylorseer_order) if config.taylorseer_order else Reuse()
     if config.tolerance is not None:
