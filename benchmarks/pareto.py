@@ -15,6 +15,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "plan": {"color": "#D55E00", "marker": "*", "linestyle": "-", "markersize": 11},
     "plan of another schedule": {"color": "#D55E00", "marker": "*", "linestyle": ":", "fillstyle": "none"},
     "adaptive": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "gap control on residuals": {"color": "#0072B2", "marker": "o", "linestyle": "none", "fillstyle": "none"},
     "TeaCache with TaylorSeer": {"color": "#E69F00", "marker": "^", "linestyle": "none"},
     "TeaCache as published": {"color": "#CC79A7", "marker": "v", "linestyle": "none"},
     "late masks": {"color": "#56B4E9", "marker": "D", "linestyle": "none"},
@@ -33,6 +34,8 @@ def series_of(row: dict[str, Any]) -> str:
             return "plan of another schedule" if "Euler steps" in name else "plan"
         if name.startswith("adaptive"):
             return "adaptive"
+        if name.startswith("gap control"):
+            return "gap control on residuals"
         if "TeaCache" in name:
             return f"TeaCache {'with TaylorSeer' if ', TS' in name else 'as published'}"
         return "late masks" if "late-" in name else "DBCache, the peers' settings"

@@ -13,6 +13,7 @@ from benchmarks.metrics import computed_steps, psnr, ssim
 from benchmarks.settings import (
     Setting,
     dbcache_settings,
+    gap_settings,
     late_settings,
     preset_settings,
     sigma_settings,
@@ -70,9 +71,10 @@ def test_computed_steps_is_a_mean_over_branches() -> None:
 
 
 def test_names_of_settings_are_unique() -> None:
-    settings = dbcache_settings() + preset_settings() + late_settings() + sigma_settings()
+    settings = dbcache_settings() + preset_settings() + late_settings() + sigma_settings() + gap_settings()
     assert len({setting.name for setting in settings}) == len(settings)
     assert Setting(order=1).name == "F1 W4 MC3 R.24, TS1"
+    assert Setting(fn=0, order=2, tolerance=0.008).name == "gap control .008, F0, TS2"
 
 
 def result() -> dict:

@@ -238,6 +238,7 @@ def test_teacache_keeps_no_time_embedding_and_one_modulated_input(family: Family
     [
         *((name, "taylor") for name in ("wan", "flux", "hunyuan", "sd3", "kandinsky5")),
         *((name, "teacache") for name in ("wan", "flux", "kandinsky5")),
+        *((name, "gap control") for name in ("wan", "flux")),
     ],
 )
 def test_nothing_else_is_alive(name: str, cache: str) -> None:
@@ -267,7 +268,12 @@ def test_nothing_else_is_alive(name: str, cache: str) -> None:
 @pytest.mark.parametrize("place", ["block", "scheduler", "callback"])
 @pytest.mark.parametrize(
     ("cache", "error"),
-    [("taylor", Interrupted), ("taylor", KeyboardInterrupt), ("teacache, Taylor", KeyboardInterrupt)],
+    [
+        ("taylor", Interrupted),
+        ("taylor", KeyboardInterrupt),
+        ("teacache, Taylor", KeyboardInterrupt),
+        ("gap control", KeyboardInterrupt),
+    ],
 )
 def test_nothing_is_held_after_an_error(family: Family, place: str, cache: str, error: type[BaseException]) -> None:
     pipe = family.make()

@@ -191,13 +191,38 @@ def warmed(errors: Sequence[float]) -> GapPolicy:
     return policy
 
 
-def test_branches_share_the_decision_and_one_that_is_new_changes_nothing() -> None:
+def test_branches_share_the_decision() -> None:
     policy = warmed([1e-6, 1e-6])
     first = decide(policy, 3)
     assert not first.compute
-    policy.restart(Position(3, STEPS, 0))
     assert decide(policy, 3) is first
     assert decide(policy, 4).reason == "estimated error within tolerance"
+
+
+def test_branch_that_comes_later_has_all_computed_until_it_can_be_predicted() -> None:
+    policy = warmed([1e-6])
+    first = decide(policy, 3)
+    policy.restart(Position(3, STEPS, 0))
+    assert decide(policy, 3) is first, "the others go on as they began"
+    for step in (4, 5):
+        assert decide(policy, step).reason == "nothing to predict from"
+    observe(policy, "branch 0", 1e-6)
+    observe(policy, "branch 1", 1e-6)
+    assert not decide(policy, 6).compute
+
+
+def test_error_at_the_step_where_a_branch_comes_is_of_no_use() -> None:
+    policy = warmed([1e-6])
+    policy.restart(Position(3, STEPS, 3))
+    observe(policy, "branch 0", 1e-6)
+    assert decide(policy, 4).reason == "nothing to predict from"
+
+
+def test_second_branch_of_the_first_step_takes_nothing_back() -> None:
+    policy = gaps()
+    for _ in range(2):
+        policy.restart(Position(0, STEPS, 0))
+        assert decide(policy, 0) == Decision(True, "nothing to reuse")
 
 
 def test_one_branch_that_errs_is_enough_to_compute() -> None:

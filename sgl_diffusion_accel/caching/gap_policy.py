@@ -96,15 +96,14 @@ class GapPolicy(Policy, Kept):
         return self._decision
 
     def restart(self, position: Position) -> None:
-        """See `Policy.restart`. A branch that comes later in a step changes nothing for the others."""
-        if position.step == self._step:
-            return
+        """See `Policy.restart`. From a step with a branch that is new, all are computed until it can be predicted."""
         self._error.forget()
-        if self._seen:
-            self._pace.restart(position.step)
-        else:
+        if position.step != self._step:
+            self._enter(position.step, Decision(True, "nothing to reuse"))
+        if self._seen == 1:
             self._pace.compute(position.step)
-        self._enter(position.step, Decision(True, "nothing to reuse"))
+        else:
+            self._pace.restart(position.step)
 
     def observe(self, seen: Comparison) -> None:
         """See `Policy.observe`."""
@@ -150,7 +149,9 @@ def gap_control(
         predictor: What stands in for the residuals.
         spacing: Its clock.
     """
-    settings = GapSettings(tolerance, warm_up=0, interpolation=1.0)
+    # Nothing is put right: the whole error remains, and goes on to disturb the steps after the gap. The weight of that
+    # was found by trying: at a compute ratio of 2.8, 3 was better than 1 on all three miniatures by 0.6 to 2.6 dB.
+    settings = GapSettings(tolerance, warm_up=0, interpolation=1.0, propagation=3.0)
 
     def policy(run: Run) -> Policy:
         response = response_of(run.scheduler, run.total) if tolerance > 0 else None

@@ -175,7 +175,8 @@ class GapControl(Pace):
 
     def observe(self, step: int, error: float) -> None:
         """See `Pace.observe`."""
-        growth = self.growth([node for node in self._computed if node < step], step)
+        earlier = [node for node in self._computed if node < step]
+        growth = self.growth(earlier, step) if earlier else 0.0
         curvature = error / growth if growth else np.inf
         if not np.isfinite(curvature):
             self._curvature = None
