@@ -54,7 +54,7 @@ def taylor(pipe: Any) -> CachePatch:
 
 def gaps(pipe: Any, tolerance: float = 10.0) -> CachePatch:
     """Gap control on runs of 6 steps, which by itself computes all of so few."""
-    config = CacheDiTConfig(fn_compute_blocks=2, taylorseer_order=1, tolerance=1.0, max_warmup_steps=2)
+    config = CacheDiTConfig(fn_compute_blocks=1, taylorseer_order=1, tolerance=1.0, max_warmup_steps=2)
     transformers = find_transformers(pipe)
     settings = GapSettings(tolerance, warm_up=0, longest_gap=2, fewest_steps=1, interpolation=1.0)
 
