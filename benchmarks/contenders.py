@@ -35,6 +35,7 @@ from .settings import (
     Setting,
     TeaCacheSetting,
     dbcache_settings,
+    gap_settings,
     late_settings,
     magcache_settings,
     preset_settings,
@@ -80,7 +81,7 @@ def contenders(model: str, steps: int, scheduler: str = "euler") -> list[Contend
     found = [Contender(UNPATCHED, f"{steps} steps")]
     found += [Contender(FEWER, f"{n} steps", steps=n) for n in _SHORTER if n < steps]
     settings = [one for one in dbcache_settings() + preset_settings() if one.fn <= _FIRST_LIST[model]]
-    ours = settings + late_settings() + sigma_settings()
+    ours = settings + late_settings() + sigma_settings() + gap_settings()
     found += [Contender(OURS, setting.name, partial(apply_ours, setting=setting)) for setting in ours]
     for tolerance in TOLERANCES:
         found.append(Contender(OURS, f"adaptive, tolerance {tolerance:g}", partial(adaptive, tolerance)))
@@ -124,6 +125,7 @@ def apply_ours(pipe: Any, setting: Setting) -> AbstractContextManager[object]:
         steps_mask=setting.preset,
         steps_policy=setting.policy,
         taylorseer_spacing=setting.spacing,
+        tolerance=setting.tolerance,
     )
 
 

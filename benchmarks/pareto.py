@@ -15,6 +15,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "plan": {"color": "#D55E00", "marker": "*", "linestyle": "-", "markersize": 11},
     "plan of another schedule": {"color": "#D55E00", "marker": "*", "linestyle": ":", "fillstyle": "none"},
     "adaptive": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "gap control on residuals": {"color": "#0072B2", "marker": "o", "linestyle": "none", "fillstyle": "none"},
     "TeaCache with TaylorSeer": {"color": "#E69F00", "marker": "^", "linestyle": "none"},
     "TeaCache as published": {"color": "#CC79A7", "marker": "v", "linestyle": "none"},
     "MagCache with TaylorSeer": {"color": "#E69F00", "marker": "P", "linestyle": "none"},
@@ -35,6 +36,8 @@ def series_of(row: dict[str, Any]) -> str:
             return "plan of another schedule" if "Euler steps" in name else "plan"
         if name.startswith("adaptive"):
             return "adaptive"
+        if name.startswith("gap control"):
+            return "gap control on residuals"
         for kind in ("TeaCache", "MagCache"):
             if kind in name:
                 return f"{kind} {'with TaylorSeer' if ', TS' in name else 'as published'}"

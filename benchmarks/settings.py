@@ -22,13 +22,16 @@ class Setting:
     preset: str | None = None
     policy: str = "dynamic"
     spacing: str = "step"
+    tolerance: float | None = None
 
     @property
     def name(self) -> str:
-        """A short name, such as `F1 W4 MC3 R.24 TS1` or `fast, static, TS1`."""
+        """A short name, such as `F1 W4 MC3 R.24 TS1`, `fast, static, TS1` or `gap control .008, F0, TS2`."""
         order = f"TS{self.order}" if self.order else "reuse"
         if self.spacing != "step":
             order += f" in {self.spacing}"
+        if self.tolerance is not None:
+            return f"gap control {self.tolerance:g}, F{self.fn}, {order}".replace(" 0.", " .")
         if self.preset:
             return f"SCM {self.preset} {self.policy}, {order}"
         limit = "" if self.continuous is None else f" MC{self.continuous}"
@@ -76,6 +79,16 @@ def sigma_settings() -> list[Setting]:
     """Prediction that counts in noise levels and not in steps, which the peers do not have."""
     late = [Setting(fn=0, preset=preset, policy="static", order=2, spacing="sigma") for preset in LATE_PRESETS]
     return [Setting(order=1, spacing="sigma"), Setting(order=2, spacing="sigma"), *late]
+
+
+def gap_settings() -> list[Setting]:
+    """Gap control in place of the threshold, which the peers do not have."""
+    return [
+        Setting(fn=fn, order=order, tolerance=tolerance)
+        for fn in (0, 1)
+        for order in (1, 2)
+        for tolerance in GAP_TOLERANCES
+    ]
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,9 @@ def magcache_settings() -> list[MagCacheSetting]:
 
 TOLERANCES = (0.0003, 0.0006, 0.001, 0.002, 0.004, 0.008)
 """Tolerances of the adaptive cache, the default among them."""
+
+GAP_TOLERANCES = (0.004, 0.008, 0.016)
+"""Tolerances of gap control on residuals. Nothing is put right there, so the same number costs more steps."""
 
 PLANNED = (1.5, 2.0, 2.4, 2.8, 3.3, 3.8, 5.0, 6.25)
 """Speed-ups that are asked of a calibrated plan."""

@@ -14,6 +14,7 @@ from benchmarks.pareto import STYLES, series_of
 from benchmarks.settings import (
     Setting,
     dbcache_settings,
+    gap_settings,
     late_settings,
     magcache_settings,
     preset_settings,
@@ -72,13 +73,14 @@ def test_computed_steps_is_a_mean_over_branches() -> None:
 
 
 def test_names_of_settings_are_unique() -> None:
-    settings = dbcache_settings() + preset_settings() + late_settings() + sigma_settings()
+    settings = dbcache_settings() + preset_settings() + late_settings() + sigma_settings() + gap_settings()
     assert len({setting.name for setting in settings}) == len(settings)
     magcache = [setting.name for setting in magcache_settings()]
     assert len(set(magcache)) == len(magcache) == 15
     assert "MagCache .12 MS2 RR.06, calibrated, TS1" in magcache
     assert "MagCache .06 MS3, calibrated, TS1" in magcache
     assert Setting(order=1).name == "F1 W4 MC3 R.24, TS1"
+    assert Setting(fn=0, order=2, tolerance=0.008).name == "gap control .008, F0, TS2"
 
 
 def result() -> dict:

@@ -107,6 +107,7 @@ def test_one_code_for_all_blocks_over_many_patches(first: str) -> None:
         ("wan", "patch first", TEACACHE),
         ("wan", "wrapper first", TEACACHE),
         ("ltx", "compile first", TEACACHE),
+        ("wan", "compile first", CACHES["gap control"]),
     ],
 )
 def test_compiled_transformer(name: str, first: str, apply: Apply) -> None:

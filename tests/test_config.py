@@ -8,6 +8,7 @@ import dataclasses
 import math
 import pickle
 
+import numpy as np
 import pytest
 
 from sgl_diffusion_accel import CacheDiTConfig, ConfigError, ConfigTypeError, StepsMask
@@ -38,6 +39,7 @@ GOOD = {
     "steps_policy": "static",
     "secondary": {"fn_compute_blocks": 4},
     "enabled": False,
+    "tolerance": None,  # not beside a static mask; it has its own tests
 }
 
 
@@ -57,6 +59,7 @@ def test_defaults_are_those_of_sglang():
         "steps_policy": "dynamic",
         "secondary": None,
         "enabled": True,
+        "tolerance": None,
     }
 
 
@@ -162,6 +165,33 @@ def test_no_first_blocks_only_where_no_signal_is_needed():
         CacheDiTConfig(fn_compute_blocks=0, steps_mask="slow")
     assert CacheDiTConfig(fn_compute_blocks=0, steps_mask="slow", steps_policy="static").fn_compute_blocks == 0
     assert CacheDiTConfig(fn_compute_blocks=0, residual_diff_threshold=0).fn_compute_blocks == 0
+
+
+@pytest.mark.parametrize("value", [0, 0.002, 1, np.float32(0.5)])
+def test_tolerance_from_0_to_1_is_taken_and_needs_no_first_block(value):
+    config = CacheDiTConfig(fn_compute_blocks=0, tolerance=value)
+    assert config.tolerance == float(value)
+    assert type(config.tolerance) is float
+    assert CacheDiTConfig(secondary={"tolerance": value}).for_component("transformer_2").tolerance == float(value)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5, math.inf, math.nan, 10**400])
+def test_tolerance_out_of_range_is_refused_with_what_is_allowed(wrong):
+    with pytest.raises(ConfigError, match=r"^tolerance=.*allowed: a number from 0 .*to 1, such as 0.002"):
+        CacheDiTConfig(tolerance=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["0.1", True, [0.1], 1j])
+def test_tolerance_of_another_type_is_refused_as_such(wrong):
+    with pytest.raises(ConfigTypeError, match=r"^tolerance.*allowed: a number from 0"):
+        CacheDiTConfig(tolerance=wrong)
+
+
+def test_tolerance_beside_what_it_cannot_go_with_is_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match=r"tolerance=0.01 .*steps_policy='static'.*Type: steps_policy='dynamic'"):
+        CacheDiTConfig(tolerance=0.01, steps_mask="slow", steps_policy="static")
+    with pytest.raises(ConfigError, match=r"max_accumulated_residual_diff=1.5 .*tolerance=0.01.*Leave one of them out"):
+        CacheDiTConfig(tolerance=0.01, max_accumulated_residual_diff=1.5)
 
 
 def test_unknown_name_is_a_type_error_as_of_any_dataclass():

@@ -34,10 +34,10 @@ STEPS = 6
 def cached(cache: str, *names: str, teacache: tuple[str, ...] = ("wan", "flux")) -> Any:
     """Parametrises a test over families under a cache, and over some under TeaCache, one for each of its signals.
 
-    The caches of whole calls, and MagCache, join on the first family.
+    The caches of whole calls, MagCache and gap control join on the first family.
     """
     cases = [*((name, cache) for name in names), *((name, "teacache") for name in teacache)]
-    cases += [(names[0], kind) for kind in ("magcache", *WHOLE_CALLS)]
+    cases += [(names[0], kind) for kind in ("magcache", "gap control", *WHOLE_CALLS)]
     params = [
         pytest.param(*family(name).values, CACHES[kind], id=f"{name}-{kind}", marks=family(name).marks)
         for name, kind in cases
@@ -191,7 +191,7 @@ PAIRS = [("wan", "wan"), ("wan", "wan_v2v"), ("wan_v2v", "wan"), ("flux", "flux_
 TEACACHE_PAIRS = [
     (*PAIRS[1], TEACACHE),
     (*PAIRS[3], TEACACHE),
-    *((*PAIRS[1], CACHES[name]) for name in ("magcache", *WHOLE_CALLS)),
+    *((*PAIRS[1], CACHES[name]) for name in ("magcache", "gap control", *WHOLE_CALLS)),
 ]
 
 

@@ -94,6 +94,7 @@ def run(family: Family, pipe: Any) -> torch.Tensor:
 
 CASES = [
     *(("wan", step, "taylor") for step in STEPS),
+    *(("wan", step, "gap control") for step in STEPS),
     *(("flux", step, "taylor") for step in ("block_offload", "adapter", "bfloat16")),
     *(("wan", step, "teacache") for step in ("sequential_offload", "leaf_offload", "layerwise_casting", "bfloat16")),
     *(("flux", step, "teacache") for step in STEPS if step != "model_offload"),
@@ -128,7 +129,8 @@ def test_before_and_after(name: str, step: str, cache: str) -> None:
             assert torch.equal(run(family, pipe), expected)
         return outputs[0]
 
-    never = NEVER_SKIPPING["threshold 0" if cache == "taylor" else "teacache, always over"]
+    exact = {"taylor": "threshold 0", "gap control": "gap control, tolerance 0"}
+    never = NEVER_SKIPPING[exact.get(cache, "teacache, always over")]
     assert torch.equal(patched(never, True), expected)
     assert torch.equal(patched(never, False), expected)
     skipping = patched(CACHES[cache], True)

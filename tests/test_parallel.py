@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from typing import Any
 
@@ -14,6 +15,7 @@ from invariants.families import present
 from invariants.ranks import on_ranks
 from sgl_diffusion_accel import CachePatch, apply_cache_dit, apply_teacache, calibrate
 from sgl_diffusion_accel.caching import measuring
+from sgl_diffusion_accel.caching.prediction_error import PredictionError
 
 CASES = {
     ("wan", "dbcache"): True,
@@ -21,10 +23,16 @@ CASES = {
     ("wan", "teacache"): False,
     ("flux", "teacache"): True,
     ("qwen", "teacache"): False,
+    ("wan", "gap control"): True,
+    ("flux", "gap control"): True,
 }
 """Family and cache, to whether each rank sees a part of the signal alone. Every rank knows the time embedding, and
 Qwen-Image hands its first block all tokens."""
 ORDERS = ("patch first", "parallel first")
+
+
+STEPS = {"gap control": 12}
+"""Denoising steps where they are not the family's own: gap control computes all of a run of fewer than 10."""
 
 
 def even_prompts(name: str, pipe: Any) -> dict[str, torch.Tensor]:
@@ -33,9 +41,10 @@ def even_prompts(name: str, pipe: Any) -> dict[str, torch.Tensor]:
     return {k: torch.cat([v, v[:, :1]], dim=1) for k, v in call.items() if "prompt_embeds" in k and "pooled" not in k}
 
 
-def run(name: str, pipe: Any) -> torch.Tensor:
+def run(name: str, cache: str, pipe: Any) -> torch.Tensor:
     """A run whose tokens, those of the prompt too, divide by two."""
-    return present(name).run(pipe, **even_prompts(name, pipe))
+    steps = {"steps": STEPS[cache]} if cache in STEPS else {}
+    return present(name).run(pipe, **even_prompts(name, pipe), **steps)
 
 
 def parallel(pipe: Any) -> None:
@@ -45,6 +54,8 @@ def parallel(pipe: Any) -> None:
 def apply(pipe: Any, cache: str, threshold: float) -> CachePatch:
     if cache == "teacache":
         return apply_teacache(pipe, threshold, [0, 0, 0, 1, 0])
+    if cache == "gap control":
+        return apply_cache_dit(pipe, tolerance=threshold, max_warmup_steps=1, taylorseer_order=1)
     return apply_cache_dit(pipe, residual_diff_threshold=threshold, max_warmup_steps=1, max_continuous_cached_steps=2)
 
 
@@ -71,7 +82,7 @@ def one_case(name: str, cache: str, order: str) -> dict[str, Any]:
     if order == "unpatched":
         pipe = present(name).make()
         parallel(pipe)
-        return {"output": run(name, pipe).numpy()}
+        return {"output": run(name, cache, pipe).numpy()}
     first = patched_run(name, cache, order, 1e-6)
     # a distance as this rank alone sees it, or as it is known beforehand
     mine = (first["alone"] or [change for change in first["changes"] if change is not None])[0]
@@ -83,15 +94,23 @@ def one_case(name: str, cache: str, order: str) -> dict[str, Any]:
 
 
 def patched_run(name: str, cache: str, order: str, threshold: float) -> dict[str, Any]:
-    """A cached run; `alone` is what this rank's own part of the signal would have said."""
+    """A cached run; `alone` is what this rank's own part would have said, of the signal or of the error."""
     alone: list[float] = []
-    measure = measuring.relative_l1
+    measure, take = measuring.relative_l1, PredictionError.take
 
     def listen(now: Any, reference: Any, reduce: Any = None) -> float:
         alone.append(measure(now, reference))
         return measure(now, reference, reduce)
 
+    def listen_to_errors(self: PredictionError, reduce: Any = None) -> float | None:
+        mine, whole = copy.deepcopy(self), take(self, reduce)
+        if whole is not None:
+            errors.append((take(mine) or 0.0) / whole)
+        return whole
+
+    errors: list[float] = []
     measuring.relative_l1 = listen
+    PredictionError.take = listen_to_errors  # type: ignore[method-assign]
     try:
         pipe = present(name).make()
         if order == "parallel first":
@@ -99,14 +118,18 @@ def patched_run(name: str, cache: str, order: str, threshold: float) -> dict[str
         patch = apply(pipe, cache, threshold)
         if order == "patch first":
             parallel(pipe)
-        output = run(name, pipe).numpy()
+        output = run(name, cache, pipe).numpy()
     finally:
         measuring.relative_l1 = measure
+        PredictionError.take = take  # type: ignore[method-assign]
     branches = patch.stats.runs[-1].branches.values()
+    changes = [change for branch in branches for change in branch.changes]
+    if errors:  # the estimate grows as the error does, and the first estimate comes of the first error
+        alone = [errors[0] * next(change for change in changes if change is not None)]
     return {
         "output": output,
         "decisions": [branch.computed for branch in branches],
-        "changes": [change for branch in branches for change in branch.changes],
+        "changes": changes,
         "alone": alone,
         "held": patch.held_bytes(),
     }
@@ -118,7 +141,7 @@ def ratios_on_every_rank(rank: int, shared: bool = True) -> Any:
     try:
         if shared:
             parallel(pipe)
-            run("wan", pipe)
+            run("wan", "magcache", pipe)
     except Exception:
         return None
     call = {**present("wan").call(pipe), **even_prompts("wan", pipe)}
@@ -150,7 +173,7 @@ def check(ranks: Any, name: str, cache: str, order: str) -> None:
             reason = rank[name, cache, "unpatched"]["error"].strip().splitlines()[-1]
             pytest.skip(f"diffusers' context parallelism does not run here: {reason}")
     pipe = present(name).make()
-    expected = run(name, pipe)
+    expected = run(name, cache, pipe)
     for rank in ranks:
         unpatched = torch.from_numpy(rank[name, cache, "unpatched"]["output"])
         torch.testing.assert_close(unpatched, expected, rtol=0, atol=1e-3)
@@ -166,7 +189,7 @@ def check(ranks: Any, name: str, cache: str, order: str) -> None:
     assert one["held"] == other["held"] == 0
 
     patch = apply(pipe, cache, threshold)
-    single = run(name, pipe)
+    single = run(name, cache, pipe)
     assert [branch.computed for branch in patch.stats.runs[-1].branches.values()] == one["decisions"]
     assert {True, False} <= {flag for branch in one["decisions"] for flag in branch[1:-1]}
     for rank in (one, other):

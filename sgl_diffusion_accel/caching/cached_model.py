@@ -39,6 +39,7 @@ class Parts:
         observe: Sees each output of the transformer, with the number of the run, the branch and the step.
         observe_residuals: Sees what the blocks have added to the hidden states, one tensor a block list, after each
             step whose residuals are kept; with the same numbers.
+        by_run: Makes the policy that all branches of a run share; None where one that remembers nothing does for all.
         by_latents: Chooses the policy of a run by the shape of its latents, `[B, C, (F,) H, W]`, with a word on it for
             the user; None where one policy does for all.
         by_branch: Chooses the policy of a branch by its name; None where one policy does for all.
@@ -51,6 +52,7 @@ class Parts:
     spacing: Spacing = "step"
     observe: Callable[[int, str, int, Any], None] | None = None
     observe_residuals: Callable[[int, str, int, Sequence[Tensor]], None] | None = None
+    by_run: Callable[[Run], Policy] | None = None
     by_latents: Callable[[torch.Size], tuple[Policy, str]] | None = None
     by_branch: Callable[[str], Policy] | None = None
 
@@ -138,7 +140,8 @@ class CachedModel:
             latents: Shape of what the transformer is called with, if it takes a tensor.
         """
         if branch.policy is None:
-            branch.policy = self.parts.policy if self.parts.by_branch is None else self.parts.by_branch(name)
+            chosen = self.parts.policy if self.parts.by_branch is None else self.parts.by_branch(name)
+            branch.policy = self._shared(run) or chosen
             if self.parts.by_latents is not None and latents is not None:
                 branch.policy, choice = self.parts.by_latents(latents)
                 self._tell(run, choice, logging.INFO)
@@ -146,6 +149,16 @@ class CachedModel:
             if remark is not None:
                 self._tell(run, remark, logging.WARNING)
         return branch.policy
+
+    def _shared(self, run: Run) -> Policy | None:
+        """The policy that the run's branches share, made at its first step and let go with it."""
+        if self.parts.by_run is None:
+            return None
+        key = f"policy of {self.name}"
+        if key not in run.data:
+            run.data[key] = self.parts.by_run(run)
+        shared: Policy = run.data[key]
+        return shared
 
     def _tell(self, run: Run, remark: str, level: int) -> None:
         """Puts a remark into the statistics of its run, and logs it once."""

@@ -18,8 +18,8 @@ from sgl_diffusion_accel.caching.entry import Entry
 from sgl_diffusion_accel.caching.history import History, Residuals
 from sgl_diffusion_accel.caching.measuring import Measurement
 from sgl_diffusion_accel.caching.order import BlockOrder
-from sgl_diffusion_accel.caching.parallel import local_part
-from sgl_diffusion_accel.caching.policies import Decision, Policy, Position
+from sgl_diffusion_accel.caching.parallel import local_part, signal_reduction
+from sgl_diffusion_accel.caching.policies import Comparison, Decision, Policy, Position
 from sgl_diffusion_accel.caching.runs import Run
 from sgl_diffusion_accel.caching.wiring import Call, elements, form_of
 from sgl_diffusion_accel.errors import UnsupportedModelError
@@ -111,9 +111,9 @@ class TransformerCall:
         if not self._keeps:
             branch.forget(branch.signature)
             return
-        time = float(self._position.step)
-        if self._parts.spacing == "sigma":
-            time = self.run.sigmas()[self._position.step]
+        time = self._time()
+        if self._policy.needs_error:
+            self._compare(time)
         for list_index, residuals in self._residuals.items():
             history = branch.histories.setdefault(list_index, History(self._parts.predictor.depth))
             history.append(time, residuals)
@@ -136,6 +136,7 @@ class TransformerCall:
         for kept in (self._previous, self._inputs, self._residuals, self._skipped):
             kept.clear()
         self._measurement.drop()
+        self._policy.forget()
 
     def _decide(self, call: Call) -> Decision:
         branch, policy, measurement = self._branch, self._policy, self._measurement
@@ -144,6 +145,7 @@ class TransformerCall:
             branch.forget()
         branch.signature = signature
         if not branch.histories and policy.may_skip(self._position):
+            policy.restart(self._position)
             decision = Decision(True, "nothing to reuse")
         else:
             decision = policy.decide(self._position, branch.tally, measurement.change)
@@ -181,10 +183,32 @@ class TransformerCall:
             return branch.forms[list_index, True](self._skipped.pop(list_index))
         return branch.forms[list_index, False](inputs)
 
+    def _time(self) -> float:
+        """When this call is, in the predictor's clock."""
+        step = self._position.step
+        return self.run.sigmas()[step] if self._parts.spacing == "sigma" else float(step)
+
+    def _compare(self, time: float) -> None:
+        """Tells the policy what would have been predicted, beside what was computed."""
+        predicted, computed = [], []
+        for list_index, residuals in self._residuals.items():
+            history = self._branch.histories.get(list_index)
+            if history is None or len(history) < min(self._parts.predictor.depth, 2):
+                return
+            if all(residual is None for residual in residuals):
+                continue
+            hidden = self._branch.wirings[list_index].hidden(residuals)
+            guess = history.combine(hidden, self._parts.predictor.weights(history.times, time))
+            residual = residuals[hidden]
+            if guess is not None and residual is not None:
+                predicted.append(guess)
+                computed.append(residual)
+        reduce = signal_reduction(self._module)
+        seen = Comparison(self.branch, tuple(predicted), tuple(computed), self.run.guidance, reduce)
+        self._policy.observe(seen)
+
     def _predict(self, history: History, inputs: list[Any]) -> list[Any]:
-        position = self._position.step
-        target = self.run.sigmas()[position] if self._parts.spacing == "sigma" else float(position)
-        weights = self._parts.predictor.weights(history.times, target)
+        weights = self._parts.predictor.weights(history.times, self._time())
         outputs = []
         for index, entering in enumerate(inputs):
             residual = history.combine(index, weights)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sgl_diffusion_accel.caching.checks import FrozenSettings, count
+from sgl_diffusion_accel.caching.checks import FrozenSettings, count, real
 from sgl_diffusion_accel.caching.masks import StepsMask
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
 
@@ -21,7 +21,7 @@ class CacheDiTConfig:
 
     Attributes:
         fn_compute_blocks: First blocks that are computed at every step; what they add is the signal. 0 only with a
-            static mask, which needs no signal.
+            tolerance or a static mask, which need no signal.
         bn_compute_blocks: Last blocks that are computed at every step; they correct the prediction.
         max_warmup_steps: Steps at the start that are computed in full.
         warmup_interval: Compute every n-th step of the warm-up; the others may be skipped.
@@ -39,6 +39,10 @@ class CacheDiTConfig:
             a 0 is a skip, and the mask alone decides.
         secondary: Settings of `transformer_2` that differ, by the same names; None for none.
         enabled: False makes `apply_cache_dit` change nothing (for SGLANG_CACHE_DIT_ENABLED=false).
+        tolerance: Gap control instead of the threshold, and without a signal: skip while the error that a gap leaves in
+            the final latents stays below, as estimated from the errors of the last predictions, relative to how far
+            the latents move in the run; 0 never skips. Warm-up, limits and a dynamic mask hold as well. None leaves
+            it to the threshold.
 
     Raises:
         ConfigError: A value is not allowed.
@@ -59,6 +63,7 @@ class CacheDiTConfig:
     steps_policy: Literal["dynamic", "static"] = "dynamic"
     secondary: Mapping[str, Any] | None = None
     enabled: bool = True
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -72,11 +77,8 @@ class CacheDiTConfig:
             raise ConfigError(
                 "steps_policy='static' needs a steps_mask. Type: steps_mask='medium', or a list of 0 and 1."
             )
-        if self.fn_compute_blocks == 0 and self.steps_policy != "static" and self.residual_diff_threshold > 0:
-            raise ConfigError(
-                "fn_compute_blocks=0 leaves no block to take the signal from. Type: fn_compute_blocks=1, or give a "
-                "steps_mask with steps_policy='static'."
-            )
+        self._check_tolerance()
+        self._check_signal()
         self._check_secondary()
 
     def _check_numbers(self) -> None:
@@ -89,6 +91,32 @@ class CacheDiTConfig:
         for name in ("residual_diff_threshold", "max_accumulated_residual_diff"):
             if name == "residual_diff_threshold" or getattr(self, name) is not None:
                 object.__setattr__(self, name, _real(name, getattr(self, name)))
+
+    def _check_tolerance(self) -> None:
+        if self.tolerance is None:
+            return
+        value = real("tolerance", self.tolerance, _TOLERANCES)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"tolerance={self.tolerance!r}; allowed: {_TOLERANCES}.")
+        object.__setattr__(self, "tolerance", value)
+        if self.steps_policy == "static":
+            raise ConfigError(
+                f"tolerance={value:g} has nothing to decide under steps_policy='static', where the mask alone decides. "
+                "Type: steps_policy='dynamic', or leave tolerance out."
+            )
+        if self.max_accumulated_residual_diff is not None:
+            raise ConfigError(
+                f"max_accumulated_residual_diff={self.max_accumulated_residual_diff:g} sums up the changes of a "
+                f"signal, and with tolerance={value:g} none is taken. Leave one of them out."
+            )
+
+    def _check_signal(self) -> None:
+        is_free = self.steps_policy == "static" or self.tolerance is not None or self.residual_diff_threshold == 0
+        if self.fn_compute_blocks == 0 and not is_free:
+            raise ConfigError(
+                "fn_compute_blocks=0 leaves no block to take the signal from. Type: fn_compute_blocks=1, or give a "
+                "tolerance, or a steps_mask with steps_policy='static'."
+            )
 
     def _check_secondary(self) -> None:
         if self.secondary is None:
@@ -158,6 +186,7 @@ _COUNTS = {
     "taylorseer_order": 0,
 }
 _LIMITS = ("max_continuous_cached_steps", "max_cached_steps")
+_TOLERANCES = "a number from 0 (computes every step) to 1, such as 0.002, or None"
 
 
 def _real(name: str, value: Any) -> float:

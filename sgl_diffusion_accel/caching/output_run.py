@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.multistep import Weights
 from sgl_diffusion_accel.caching.outputs import Tensors, combine, take_apart
 from sgl_diffusion_accel.caching.pacing import DEPTH, Pace
 from sgl_diffusion_accel.caching.policies import Decision
+from sgl_diffusion_accel.caching.prediction_error import PredictionError
 from sgl_diffusion_accel.caching.runs import Kept
-
-_GUIDED = ("cond", "uncond")
 
 
 @dataclass
@@ -51,7 +49,7 @@ class OutputRun(Kept):
         self._signature: tuple[Any, ...] = ()
         self._decision = Decision(True, "first step")
         self._weights: Weights | None = None
-        self._error = _Error()
+        self._error = PredictionError()
 
     def nbytes(self) -> int:
         """Bytes of the outputs that are kept."""
@@ -132,58 +130,3 @@ class OutputRun(Kept):
         keeps = self.pace.needs_later(self._step)
         kept.outputs = {node: each for node, each in kept.outputs.items() if keeps and node in self._nodes}
         return output
-
-
-class _Error:
-    """How far predictions were from what was computed, over the branches of a step as guidance combines them.
-
-    With guidance g the pipeline goes along u + g(c - u), so that is what is compared where both are known. Sums stay on
-    the device until they are asked for.
-    """
-
-    def __init__(self) -> None:
-        self._mixed: list[tuple[Tensor, Tensor]] | None = None
-        self._sums: list[Tensor] = []
-
-    def nbytes(self) -> int:
-        return sum(2 * one.numel() * one.element_size() for one, _ in self._mixed or ())
-
-    def add(self, branch: str, guess: Tensors, output: Tensors, guidance: float | None) -> None:
-        """Takes one branch of a step: what was predicted, and what was computed."""
-        pairs = [(one.float() - other.float(), other.float()) for one, other in zip(guess, output, strict=True)]
-        if guidance is None or guidance <= 1:
-            self._sum(pairs)
-        elif branch in _GUIDED:
-            factor = guidance if branch == "cond" else 1 - guidance
-            pairs = [(error * factor, value * factor) for error, value in pairs]
-            if self._mixed is None:
-                self._mixed = pairs
-            else:
-                self._sum([(a + c, b + d) for (a, b), (c, d) in zip(self._mixed, pairs, strict=True)])
-                self._mixed = None
-        else:  # both in one batch, the unconditional half first
-            halves = [(error.chunk(2), value.chunk(2)) for error, value in pairs]
-            is_even = all(len(error) == 2 and error[0].shape == error[1].shape for error, _ in halves)
-            self._sum([(_mix(error, guidance), _mix(value, guidance)) for error, value in halves] if is_even else pairs)
-
-    def _sum(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        for pair in pairs:
-            self._sums.append(torch.stack([part.square().sum() for part in pair]))
-
-    def take(self) -> float | None:
-        """The relative error ‖guess - output‖ / ‖output‖ of the step that is over; None if none was measured.
-
-        Waits for the device.
-        """
-        if self._mixed is not None:  # the other branch did not come
-            self._sum(self._mixed)
-            self._mixed = None
-        if not self._sums:
-            return None
-        error, size = torch.stack([each.to(self._sums[0].device) for each in self._sums]).sum(0).tolist()
-        self._sums.clear()
-        return float("inf") if size == 0 else (error / size) ** 0.5
-
-
-def _mix(halves: Sequence[Tensor], guidance: float) -> Tensor:
-    return torch.lerp(halves[0], halves[1], guidance)

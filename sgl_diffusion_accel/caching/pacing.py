@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -15,6 +15,17 @@ from sgl_diffusion_accel.caching.policies import Decision
 
 DEPTH = 4
 """Computed outputs that are kept of each branch."""
+
+Growth = Callable[[Sequence[int], int], float]
+"""How the error of a prediction grows: computed steps, newest first, and a step after them to the error there, for
+outputs of unit curvature (unit slope where the last output is repeated)."""
+
+
+def growth_of_line(nodes: Sequence[int], step: int) -> float:
+    """The growth for the line through the last two nodes, q(q + d)/2 at q steps past them, d being their distance."""
+    ahead = step - nodes[0]
+    width = nodes[0] - nodes[1] if len(nodes) > 1 else ahead
+    return ahead * (ahead + width) / 2
 
 
 class Pace(ABC):
@@ -88,9 +99,10 @@ class GapControl(Pace):
 
     At a computed step c the line through the two computed steps before it, b and a, is held against the output:
     e = ‖line(c) - y_c‖ / ‖y_c‖. With d = c - b and h = b - a the curvature is K = e / (d(d + h)/2), and q steps past c
-    the line will err by about K·q(q + d)/2. These errors, weighed as the scheduler weighs the outputs into the final
-    latents, are summed over the gap. What remains of the sum after the correction is a share of it; more remains the
-    further the gap reaches towards the end of the run, where little is left to put it right.
+    the line will err by about K·q(q + d)/2 (where another prediction runs, by what its `growth` says). These errors,
+    weighed as the scheduler weighs the outputs into the final latents, are summed over the gap. What remains of the
+    sum after the correction is a share of it; more remains the further the gap reaches towards the end of the run,
+    where little is left to put it right.
 
     Attributes:
         settings: How it steers.
@@ -98,12 +110,14 @@ class GapControl(Pace):
         corrects: Whether computed steps put the gap before them right.
         switch: The first step of a second expert; the last step of the first one is computed, since nothing that the
             second one says could put right what was skipped before.
+        growth: How the error of the predictor that runs grows.
     """
 
     settings: GapSettings
     final: npt.NDArray[np.float64]
     corrects: bool = True
     switch: int | None = None
+    growth: Growth = growth_of_line
     _computed: list[int] = field(default_factory=list)
     _skipped: dict[int, Weights] = field(default_factory=dict)
     _curvature: float | None = None
@@ -119,8 +133,12 @@ class GapControl(Pace):
         """See `Pace.decide`."""
         decision = self._decide(step)
         if decision.compute:
-            self._computed.insert(0, step)
+            self.compute(step)
         return decision
+
+    def compute(self, step: int) -> None:
+        """Learns that a step is computed; for steps that it is not asked about."""
+        self._computed.insert(0, step)
 
     def _decide(self, step: int) -> Decision:
         last = len(self.final) - 1
@@ -138,9 +156,8 @@ class GapControl(Pace):
         gap = step - newest
         if gap > min(self.settings.longest_gap, self.settings.growth * (newest - before)):
             return Decision(True, "longest gap")
-        ahead = np.arange(1, gap + 1)
-        errors = self._curvature * ahead * (ahead + newest - before) / 2
-        predicted = float((self._share[newest + 1 : step + 1] * errors).sum())
+        growth = [self.growth(self._computed, skipped) for skipped in range(newest + 1, step + 1)]
+        predicted = self._curvature * float((self._share[newest + 1 : step + 1] * growth).sum())
         reach = float(self._share[newest : step + 1].sum()) / max(float(self._left[step]), 1e-9)
         estimate = predicted * (self.settings.interpolation + self.settings.propagation * reach)
         if estimate > self.settings.tolerance:
@@ -163,10 +180,9 @@ class GapControl(Pace):
 
     def observe(self, step: int, error: float) -> None:
         """See `Pace.observe`."""
-        now, before, *older = [node for node in self._computed if node <= step]
-        gap = now - before
-        width = before - older[0] if older else gap
-        curvature = error / (gap * (gap + width) / 2)
+        earlier = [node for node in self._computed if node < step]
+        growth = self.growth(earlier, step) if earlier else 0.0
+        curvature = error / growth if growth else np.inf
         if not np.isfinite(curvature):
             self._curvature = None
         elif self._curvature is None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from sgl_diffusion_accel.caching.masks import StepsMask
+from sgl_diffusion_accel.caching.outputs import Tensors
 from sgl_diffusion_accel.caching.polynomial import Polynomial
+from sgl_diffusion_accel.caching.signals import Reduce
 from sgl_diffusion_accel.caching.window import Window
 
 _NEAR_ENOUGH = 0.2  # by which the number of steps may differ from that of the fit
@@ -74,6 +76,25 @@ class Decision:
     charge: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What one branch would have been given at a step, and what was computed.
+
+    Attributes:
+        branch: Its name.
+        predicted: Residuals of the picture's stream that the predictor gives, one for each block list, `[B, T, C]`.
+        computed: Those that were computed, in the same order.
+        guidance: The scale with which the pipeline combines the branches, None where it is not known.
+        reduce: Adds up over devices, where each sees a part of the tokens; None where this one sees all.
+    """
+
+    branch: str
+    predicted: Tensors
+    computed: Tensors
+    guidance: float | None = None
+    reduce: Reduce | None = None
+
+
 class Policy(ABC):
     """Decides at each denoising step, once a residual is known."""
 
@@ -107,6 +128,20 @@ class Policy(ABC):
             tally: What was decided before.
             change: Measures the change of the signal; called at most once, and only where the value is needed.
         """
+
+    @property
+    def needs_error(self) -> bool:
+        """Whether it wants to know how far a prediction would have been from what a computed step gave."""
+        return False
+
+    def observe(self, seen: Comparison) -> None:  # noqa: B027  (most policies remember nothing)
+        """Learns the prediction and the residual of one branch at a computed step, after it was decided."""
+
+    def restart(self, position: Position) -> None:  # noqa: B027
+        """Learns that a step is computed because nothing is known of its branch; it is not asked to decide that."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Lets go of all tensors: a call failed."""
 
 
 @final

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sgl_diffusion_accel import (
+    CacheDiTConfig,
     CachePatch,
     CachePlan,
     apply_adaptive_cache,
@@ -18,11 +21,14 @@ from sgl_diffusion_accel import (
     apply_teacache,
     calibrate,
 )
-from sgl_diffusion_accel.caching.cache_patch import apply_output_cache
+from sgl_diffusion_accel.caching.cache_dit import parts_of
+from sgl_diffusion_accel.caching.cache_patch import apply_cache, apply_output_cache
+from sgl_diffusion_accel.caching.gap_policy import GapPolicy, ResidualGrowth
 from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings
+from sgl_diffusion_accel.caching.policies import ThresholdPolicy
 from sgl_diffusion_accel.caching.response import response_of
 from sgl_diffusion_accel.caching.runs import Run
-from sgl_diffusion_accel.targets import find_transformers
+from sgl_diffusion_accel.targets import find_transformers, unwrap
 from zoo import FAMILIES
 
 Apply = Callable[[Any], CachePatch]
@@ -45,6 +51,21 @@ def taylor(pipe: Any) -> CachePatch:
         max_continuous_cached_steps=1,
         taylorseer_order=1,
     )
+
+
+def gaps(pipe: Any, tolerance: float = 10.0) -> CachePatch:
+    """Gap control on runs of 6 steps, which by itself computes all of so few."""
+    config = CacheDiTConfig(fn_compute_blocks=1, taylorseer_order=1, tolerance=1.0, max_warmup_steps=2)
+    transformers = find_transformers(pipe)
+    settings = GapSettings(tolerance, warm_up=0, longest_gap=2, fewest_steps=1, interpolation=1.0)
+
+    def policy(run: Run) -> GapPolicy:
+        # An estimate to begin with, as for `adaptive`.
+        pace = GapControl(settings, np.ones(run.total), corrects=False, growth=ResidualGrowth(1), _curvature=1.0)
+        return GapPolicy(pace, ThresholdPolicy(math.inf, max_warmup_steps=2))
+
+    parts = {name: replace(parts_of(unwrap(one), config), by_run=policy) for name, one in transformers.items()}
+    return apply_cache("gap control, loosened", transformers, parts)
 
 
 def static(pipe: Any) -> CachePatch:
@@ -124,6 +145,7 @@ def planned(pipe: Any) -> CachePatch:
 CACHES: dict[str, Apply] = {
     "reuse": reuse,
     "taylor": taylor,
+    "gap control": gaps,
     "static": static,
     "teacache": teacache,
     "teacache, Taylor": teacache_taylor,
@@ -137,6 +159,8 @@ CACHES: dict[str, Apply] = {
 NEVER_SKIPPING: dict[str, Apply] = {
     "threshold 0": lambda pipe: apply_cache_dit(pipe, residual_diff_threshold=0.0, max_warmup_steps=1),
     "threshold 0, Taylor": lambda pipe: apply_cache_dit(pipe, residual_diff_threshold=0.0, taylorseer_order=2),
+    "gap control, tolerance 0": lambda pipe: apply_cache_dit(pipe, tolerance=0.0, taylorseer_order=1),
+    "gap control, too few steps": lambda pipe: apply_cache_dit(pipe, tolerance=1.0, taylorseer_order=1),
     "mask of ones": lambda pipe: apply_cache_dit(pipe, steps_mask=[1] * STEPS, steps_policy="static"),
     "dynamic mask of ones": lambda pipe: apply_cache_dit(pipe, steps_mask=[1] * STEPS, residual_diff_threshold=10.0),
     "teacache, always over": teacache_always_over,
@@ -159,7 +183,8 @@ NEEDS_NO_VALUE = (
     *(
         name
         for name in NEVER_SKIPPING
-        if name not in ("teacache, always over", "adaptive, tolerance 0", "plan, all steps")
+        if name
+        not in ("gap control, too few steps", "teacache, always over", "adaptive, tolerance 0", "plan, all steps")
     ),
 )
 """Names of the caches that decide without measuring a change, on every model."""

@@ -1,0 +1,93 @@
+"""The error of predictions, combined as guidance combines the branches; see `test_output_run.py`, too."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from sgl_diffusion_accel.caching.prediction_error import PredictionError
+
+GUIDANCE = 4.0
+
+
+def pair(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """What was predicted, and what was computed."""
+    generator = torch.Generator().manual_seed(seed)
+    computed = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (computed + 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype), computed.to(dtype)
+
+
+def relative(predicted: Tensor, computed: Tensor) -> float:
+    return float((predicted.double() - computed.double()).norm() / computed.double().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_error_is_relative_in_every_precision(dtype: torch.dtype) -> None:
+    predicted, computed = pair(0, 2, 5, 3, dtype=dtype)
+    error = PredictionError()
+    error.add("cond", (predicted,), (computed,), None)
+    assert error.take() == pytest.approx(relative(predicted, computed), rel=1e-2)
+
+
+def test_nothing_measured_is_no_error_and_an_error_is_told_once() -> None:
+    error = PredictionError()
+    assert error.take() is None
+    predicted, computed = pair(0, 4)
+    error.add("cond", (predicted,), (computed,), GUIDANCE)
+    assert error.take() is not None
+    assert error.take() is None
+
+
+def test_errors_that_the_branches_share_weigh_less_than_opposite_ones() -> None:
+    """Guidance subtracts the branches: what is wrong in both alike is wrong once in the guided output."""
+    _, computed = pair(0, 4, 3)
+    off = pair(1, 4, 3)[1] * 0.1
+    found = []
+    for sign in (1, -1):
+        error = PredictionError()
+        error.add("uncond", (computed + off,), (computed,), GUIDANCE)
+        error.add("cond", (computed + sign * off,), (computed,), GUIDANCE)
+        found.append(error.take())
+    size = float(off.norm() / computed.norm())
+    assert found == pytest.approx([size, (2 * GUIDANCE - 1) * size], rel=1e-4)
+
+
+def test_branches_of_unlike_shapes_are_not_mixed() -> None:
+    pairs = [pair(0, 1, 6, 3), pair(1, 1, 4, 3)]
+    error = PredictionError()
+    for branch, (predicted, computed) in zip(("cond", "uncond"), pairs, strict=True):
+        error.add(branch, (predicted,), (computed,), GUIDANCE)
+    predicted, computed = (torch.cat(both, dim=1) for both in zip(*pairs, strict=True))
+    assert error.take() == pytest.approx(relative(predicted, computed), rel=1e-4)
+
+
+def test_two_devices_with_a_part_each_find_the_error_of_the_whole() -> None:
+    predicted, computed = pair(3, 1, 8, 3)
+    sums: list[Tensor] = []
+    parts = [PredictionError(), PredictionError()]
+    for part, half, whole in zip(parts, predicted.chunk(2, dim=1), computed.chunk(2, dim=1), strict=True):
+        part.add("cond", (half,), (whole,), None)
+    parts[0].take(lambda mine: sums.append(mine.clone()))
+    assert parts[1].take(lambda mine: mine.add_(sums[0])) == pytest.approx(relative(predicted, computed), rel=1e-4)
+
+
+def test_memory_is_the_error_of_the_branch_that_waits() -> None:
+    predicted, computed = pair(0, 5, 3)
+    error = PredictionError()
+    error.add("cond", (predicted,), (computed,), GUIDANCE)
+    assert error.nbytes() == 5 * 3 * 4
+    error.add("uncond", (predicted,), (computed,), GUIDANCE)
+    assert error.nbytes() == 0
+    error.add("cond", (predicted,), (computed,), GUIDANCE)
+    error.forget()
+    assert error.nbytes() == 0
+    assert error.take() is None
+
+
+def test_error_that_is_no_number_stays_none() -> None:
+    error = PredictionError()
+    error.add("cond", (torch.full((3,), math.nan),), (torch.ones(3),), None)
+    assert math.isnan(error.take() or 0.0)
