@@ -60,7 +60,8 @@ def apply_adaptive_cache(pipe: object, tolerance: float | None = None) -> CacheP
     def pace(run: Run) -> Pace:
         response = response_of(run.scheduler, run.total)
         final = np.ones(run.total) if response is None else response[-1]
-        return GapControl(settings, final, corrects=response is not None, switch=run.switch())
+        skips = settings.tolerance > 0 and run.total >= settings.fewest_steps
+        return GapControl(settings, final, corrects=response is not None, switch=run.switch() if skips else None)
 
     return apply_output_cache(f"adaptive cache (tolerance {settings.tolerance:g})", transformers, pace)
 
