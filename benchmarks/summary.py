@@ -17,6 +17,7 @@ _LINES = {
     "DBCache and step masks": ("DBCache",),
     "TeaCache, fitted, with prediction": ("TeaCache",),
     "MagCache, calibrated, with prediction": ("MagCache",),
+    "gap control on residuals": ("gap control",),
     "**adaptive, nothing tuned**": ("adaptive",),
     "**calibrated plan**": ("plan",),
     "plan from one caption, 50 Euler steps, 16×16": ("carried plan",),
@@ -62,8 +63,9 @@ def kind_of(row: dict[str, Any]) -> str:
         if name.startswith("plan of one caption"):
             return "carried plan"
         return "plan of 50 Euler steps" if name.startswith("plan of") else "plan"
-    if name.startswith("adaptive"):
-        return "adaptive"
+    for kind in ("adaptive", "gap control"):
+        if name.startswith(kind):
+            return kind
     for kind in ("TeaCache", "MagCache"):
         if kind in name:
             return kind if ", TS" in name else f"{kind}, reuse"
