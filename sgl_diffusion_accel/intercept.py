@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._dynamo import decorators
 
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
@@ -57,6 +58,22 @@ class Handler(Protocol):
         """Runs when the module raised, before the error goes on to its caller."""
 
 
+class Detour(threading.local):
+    """The short way past a module, while a handler has decided that it will not run.
+
+    A block cache decides once for tens of blocks. Sending each of them through its handlers to hear the same answer
+    costs more host time than a skipped step may take, so while `answer` is set its modules give that at once.
+
+    Attributes:
+        answer: Makes what the caller gets from the positional and the keyword arguments; None while there is no detour.
+            It runs inside of `torch.compile`'s regions: it calls no Python function that is not `eager`.
+        taken: How many calls have taken it since it was set.
+    """
+
+    answer: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+    taken: int = 0
+
+
 class Slot:
     """The handlers of one module, by kind; the one applied last is outermost.
 
@@ -64,14 +81,16 @@ class Slot:
         kinds: Those of its `__call__`, the one applied last at the end.
         handlers: The same, outermost first. Those that only watch (`is_watching`) are in front of all others, whenever
             they came: an answer that another one gives in the module's place is seen by them as well.
+        detour: Of the only handler; None where there are others, which have to see each call.
         methods: The slots of its other methods, by name.
     """
 
-    __slots__ = ("handlers", "kinds", "methods")
+    __slots__ = ("detour", "handlers", "kinds", "methods")
 
     def __init__(self) -> None:
         self.kinds: dict[str, Handler] = {}
         self.handlers: tuple[Handler, ...] = ()
+        self.detour: Detour | None = None
         self.methods: dict[str, Slot] = {}
 
     def __bool__(self) -> bool:
@@ -90,6 +109,7 @@ class Slot:
             self.kinds[kind] = handler
         applied = sorted(self.kinds.values(), key=lambda each: bool(getattr(each, "is_watching", False)))
         self.handlers = tuple(reversed(applied))
+        self.detour = getattr(applied[0], "detour", None) if len(applied) == 1 else None
 
     def of(self, method: str) -> tuple[Handler, ...]:
         """The handlers of a method, outermost first."""
@@ -103,12 +123,25 @@ _REASON = (
 )
 
 
-def _eager(function: Callable[..., Any], recursive: bool = True) -> Callable[..., Any]:
-    """Keeps `torch.compile` of a whole transformer out of a function and, if recursive, of what it calls."""
-    disable: Any = torch.compiler.disable
-    reason = {"reason": _REASON} if "reason" in inspect.signature(disable).parameters else {}  # torch 2.7 and newer
-    wrapped: Callable[..., Any] = disable(function, recursive=recursive, **reason)
+_disable: Any = torch.compiler.disable
+_skip: Any = getattr(decorators, "skip", functools.partial(_disable, recursive=False))
+_with_reason = {"reason": _REASON} if "reason" in inspect.signature(_disable).parameters else {}  # torch 2.7 and newer
+
+
+def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps `torch.compile` of a whole transformer out of a function and of what it calls."""
+    wrapped: Callable[..., Any] = _disable(function, **_with_reason)
     return wrapped
+
+
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps `torch.compile` of a whole transformer out of a function, but not of what it calls.
+
+    It marks the function's code and puts nothing around it: `torch.compiler.disable` costs a call more each time.
+    """
+    made: Any = _skip(function)
+    made._torchdynamo_disable_msg = _REASON
+    return made  # type: ignore[no-any-return]
 
 
 _enter = _eager(lambda handler, *rest: handler.enter(*rest))
@@ -138,7 +171,7 @@ def _run(
     return _leave(handler, module, token, output)
 
 
-_run = _eager(_run, recursive=False)
+_run = eager(_run)
 
 
 class _Contexts(threading.local):
@@ -227,7 +260,15 @@ def _intercepted_class(base: type, methods: frozenset[str]) -> Any:
 def _make_class(base: Any, methods: frozenset[str]) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         slot = self.__dict__.get(SLOT)
-        return _run(self, slot.handlers if slot else (), base.__call__, args, kwargs)
+        if slot is None:
+            return base.__call__(self, *args, **kwargs)
+        detour = slot.detour
+        if detour is not None:
+            answer = detour.answer
+            if answer is not None:
+                detour.taken += 1
+                return answer(args, kwargs)
+        return _run(self, slot.handlers, base.__call__, args, kwargs)
 
     def __getstate__(self: nn.Module) -> Any:
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
@@ -249,7 +290,7 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         "__doc__": base.__doc__,
     }
     if issubclass(base, nn.Module):
-        namespace[CALL] = _eager(__call__, recursive=False)
+        namespace[CALL] = eager(__call__)
     elif any(CALL in vars(each) for each in base.__mro__):  # hasattr would find that of the class's own class
         namespace[CALL] = _intercepted_method(base, CALL)
     namespace |= {name: _intercepted_method(base, name) for name in methods}
@@ -270,7 +311,7 @@ def _intercepted_method(base: Any, name: str) -> Callable[..., Any]:
         slot = self.__dict__.get(SLOT)
         return _run(self, slot.of(name) if slot else (), original, args, kwargs)
 
-    return _eager(method, recursive=False)
+    return eager(method)
 
 
 def _forbidden_enable_cache(base: Any) -> Callable[..., Any]:

@@ -91,7 +91,7 @@ def test_text_is_of_the_last_run():
 def test_text_tells_of_calls_outside_of_any_loop():
     stats = one_run()
     assert "outside" not in report.text("Cache-DiT", True, stats)
-    stats.outside = 3
+    stats.unplaced = {"it comes from nowhere": 3}
     assert "3 transformer calls outside" in report.text("Cache-DiT", True, stats)
 
 

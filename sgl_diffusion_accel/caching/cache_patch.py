@@ -75,6 +75,9 @@ class CachePatch(Patch):
     def __enter__(self) -> CachePatch:
         return self
 
+    def __repr__(self) -> str:
+        return report.line(self.title, self.components, self.active, self.stats)
+
     def __str__(self) -> str:
         return report.text(self.title, self.active, self.stats)
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion_accel.caching.loop import locate
+from sgl_diffusion_accel.caching.loop import LoopCall, locate
 from sgl_diffusion_accel.caching.runs import Run, Runs
 from sgl_diffusion_accel.caching.stats import StepRecord
 from sgl_diffusion_accel.patch import patches_of
@@ -144,12 +144,10 @@ class LoopProbe(Probe):
         """Tells the run, step and branch of a call, and begins the step; None outside of any loop."""
         module = unwrap(module)
         call = locate(module, args, kwargs)
-        if call is None:
+        if not isinstance(call, LoopCall) or call.step >= call.total:
             return None
         run, is_new = self._runs.find(call)
         step, branch = run.advance(module, call)
-        if step >= run.total:
-            return None
         if is_new:
             self._watch(call.scheduler)
         if self._recorder.call is None:
