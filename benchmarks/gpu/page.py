@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -49,27 +49,48 @@ _COLUMNS: tuple[Column, ...] = (
 """A column that is empty in every row of a table is left out."""
 
 
-def tables(result: Mapping[str, Any], level: int = 3) -> str:
-    """All parts of a result, in Markdown.
+def tables(result: Mapping[str, Any]) -> str:
+    """All parts of a result, in Markdown: on what they were measured, then each under a heading of its own.
 
     Args:
         result: A file of `benchmarks.gpu`.
-        level: Of the headings.
     """
-    shown = []
+    measured_on = dict.fromkeys(environment(part["environment"]) for part in result["parts"].values())
+    shown = [f"Measured on {'; '.join(measured_on)}."] if measured_on else []
     for name, part in result["parts"].items():
-        shown += [f"{'#' * level} {part['about'].get('title', name)}{_subject(name)}", _about(part)]
+        about = _about(part, several=len(measured_on) > 1)
+        shown += [f"### {part['about'].get('title', name)}{_subject(name)}", about]
         if "error" in part:
-            shown.append(f"Failed: {_cell(part['error'])}")
+            shown.append(f"Failed: {cell(part['error'])}")
         if part["rows"]:
             shown.append(_table(part))
     return "\n\n".join(each for each in shown if each)
 
 
-def environments(result: Mapping[str, Any]) -> str:
-    """On what a result was measured: one line, or one for each of several machines and days."""
-    found = dict.fromkeys(_environment(part["environment"]) for part in result["parts"].values())
-    return "; ".join(found)
+def heading(entries: Iterable[Row]) -> str:
+    """Devices and days of what was measured."""
+    return "; ".join(
+        dict.fromkeys(f"{_device(each['environment'])}, {each['environment']['date']}" for each in entries)
+    )
+
+
+def environment(found: Row) -> str:
+    """A device, a day and versions, in one line."""
+    versions = [
+        f"{name} {found['packages'][name]}"
+        for name in ("torch", "diffusers", "cache-dit", "sgl-diffusion-accel")
+        if name in found["packages"]
+    ]
+    return ", ".join([_device(found), found["date"], *versions])
+
+
+def _device(found: Row) -> str:
+    return str(found["gpu"] or found["cpu"])
+
+
+def cell(text: str) -> str:
+    """One line with nothing that Markdown takes for a column."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def glance(result: Mapping[str, Any]) -> str:
@@ -108,7 +129,7 @@ def kernel_table(kernels: Mapping[str, Sequence[Row]]) -> str:
                 numbers = f"{row['ms']:.2f} | {row['tflops']:.0f} | {row['share_of_peak']:.0%} | {row['error']:.1e}"
                 lines.append(f"| {shape} | {row['backend']} | {numbers} |")
             elif row["why_not"]:
-                missing[row["backend"]] = _cell(row["why_not"])
+                missing[row["backend"]] = cell(row["why_not"])
     told = [f"- `{backend}` did not run: {why}" for backend, why in missing.items()]
     return "\n".join(lines + (["", *told] if told else []))
 
@@ -121,7 +142,7 @@ def _table(part: Row) -> str:
     failed = []
     for name, row in part["rows"].items():
         if "error" in row:
-            failed.append(f"- {name} did not run: {_cell(row['error'])}")
+            failed.append(f"- {name} did not run: {cell(row['error'])}")
         else:
             lines.append(f"| {name} | " + " | ".join(read(row) for _, read in columns) + " |")
     return "\n".join(lines + (["", *failed] if failed else []))
@@ -139,7 +160,7 @@ def _subject(part: str) -> str:
     return asked.get(part, "")
 
 
-def _about(part: Row) -> str:
+def _about(part: Row, several: bool) -> str:
     about = part["about"]
     told = []
     if "blocks" in about:
@@ -152,23 +173,9 @@ def _about(part: Row) -> str:
     if "peak_tflops" in about:
         told.append(f"matrix product {about['peak_tflops']:,.0f} TFLOP/s")
     told += [about["dtype"]] if "dtype" in about else []
-    told.append(_environment(part["environment"]))
-    return ", ".join(told) + "." + (f" {about['note']}" if "note" in about else "")
-
-
-def _environment(found: Row) -> str:
-    versions = [
-        f"{name} {found['packages'][name]}"
-        for name in ("torch", "diffusers", "cache-dit", "sgl-diffusion-accel")
-        if name in found["packages"]
-    ]
-    return ", ".join([found["gpu"] or found["cpu"], found["date"], *versions])
+    told += [environment(part["environment"])] if several else []
+    return (", ".join(told) + "." if told else "") + (f" {about['note']}" if "note" in about else "")
 
 
 def _plus(counts: Sequence[int]) -> str:
     return " + ".join(map(str, counts))
-
-
-def _cell(text: str) -> str:
-    """One line, nothing that Markdown takes for a column."""
-    return " ".join(text.split()).replace("|", "\\|")
