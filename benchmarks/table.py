@@ -52,7 +52,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     if readme.exists():
         usual = [result for result in results if name_of(result) == result["model"]]
-        text = insert(readme.read_text(), summary.table(usual))
+        text = insert(insert(readme.read_text(), summary.table(usual)), docs.in_short(), "gpu")
         if (RESULTS / "host_cost.json").exists():
             text = insert(text, host_line(json.loads((RESULTS / "host_cost.json").read_text())), "host cost")
         readme.write_text(text)

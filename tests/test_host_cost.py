@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
+from benchmarks.gpu import docs
 from benchmarks.gpu.models import MODELS, Place, build
 from benchmarks.host_cost import LAYOUTS, RESULT, Side, measure
+from benchmarks.markers import insert
 from benchmarks.peers import cache_dit
 from benchmarks.table import host_cost, host_line
 
@@ -39,3 +41,9 @@ def test_table_and_sentence_hold_both_sides() -> None:
             assert f"| {row['layout']} | {row['predictor']} | {name} | {side['cpu_ms']['median']:.2f} (" in text
             if row["predictor"] == "reuse":
                 assert f"{name} {side['us_a_block']['median']:.0f} µs" in line
+
+
+def test_the_readme_shows_the_committed_figures() -> None:
+    text = (docs.ROOT / "README.md").read_text()
+    line = host_line(json.loads(RESULT.read_text()))
+    assert text == insert(text, line, "host cost"), "run python -m benchmarks.table"

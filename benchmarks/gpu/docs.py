@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.markers import insert
 
-from .page import cell, environment, glance, heading, tables
+from .page import WHOLE, cell, environment, glance, heading, never_skipping, tables
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,6 +38,14 @@ def chapters() -> str:
         else:
             shown += [f"## {heading(result['parts'].values())}", glance(result), tables(result)]
     return "\n\n".join(shown)
+
+
+def in_short() -> str:
+    """The newest measurement of all models at full depth, for the README."""
+    results = (json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"), key=_newest_first))
+    newest = next(each for each in results if all(name in each.get("parts", {}) for name in WHOLE))
+    on = environment(newest["parts"][WHOLE[0]]["environment"])
+    return f"{on}; bfloat16, random weights at true shapes:\n\n{glance(newest)}\n\n{never_skipping(newest)}"
 
 
 def _newest_first(path: Path) -> tuple[int, bool, str]:

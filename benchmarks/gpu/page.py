@@ -93,6 +93,24 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+WHOLE = ("flux", "qwen", "wan")
+"""Parts of models at full depth."""
+
+
+def never_skipping(result: Mapping[str, Any]) -> str:
+    """In a sentence: what a step takes that is patched and computed, over an unpatched one, and the outputs."""
+    ratios, equal = [], []
+    for name in WHOLE:
+        rows = result["parts"][name]["rows"]
+        for title, row in rows.items():
+            if title.startswith("never skipping") and "error" not in row:
+                ratios.append(row["computed_device_ms"] / rows["unpatched"]["computed_device_ms"])
+                equal.append(row["bitwise"])
+    outputs = "the outputs are bitwise equal" if all(equal) else f"{equal.count(False)} of {len(equal)} outputs differ"
+    span = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    return f"Patched and never skipping, a step takes {span} of an unpatched one, and {outputs}."
+
+
 def glance(result: Mapping[str, Any]) -> str:
     """One line for each model at full depth: a computed step, and a skipped one of each cache."""
     names = {
@@ -104,9 +122,7 @@ def glance(result: Mapping[str, Any]) -> str:
         "cache-dit's DBCache F1": "cache-dit DBCache F1",
     }
     chosen = {
-        part["about"]["title"]: part["rows"]
-        for name, part in result["parts"].items()
-        if name in ("flux", "qwen", "wan") and part["rows"]
+        part["about"]["title"]: part["rows"] for name, part in result["parts"].items() if name in WHOLE and part["rows"]
     }
     used = [label for label, name in names.items() if any(name in rows for rows in chosen.values())]
     lines = ["| milliseconds | computed step | " + " | ".join(f"{label}, skipped" for label in used) + " |"]
