@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import docs
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.__main__ import main, measure
 from benchmarks.gpu.caches import NEVER, SKIPPING
 from benchmarks.gpu.models import MODELS, Place, build, release
 from benchmarks.gpu.parts import PARTS, Part
-from benchmarks.gpu.store import PartLog
+from benchmarks.gpu.store import PartLog, Store
 from benchmarks.gpu.timing import per_step
 from benchmarks.markers import insert
 from benchmarks.peers import cache_dit
@@ -158,6 +158,18 @@ def test_each_row_is_in_the_file_as_soon_as_it_is_measured(tmp_path: Path) -> No
         main((*TINY, "--output", str(path)), {"one": Part("is cut off", 1, cut_off)})
     assert parts_of(path)["one"]["rows"] == {"first": {"computed_device_ms": 1.0}}
     assert "finished" not in parts_of(path)["one"]
+
+
+def test_a_part_that_would_not_fit_is_left_for_the_next_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path / "results.json")
+    place = Place(torch.device("cpu"), torch.float32)
+    parts = {name: Part("fits alone", 100, lambda log, place: None) for name in ("first", "second")}
+    for done in (["first"], ["first", "second"]):
+        measure(store, parts, place, seconds=90)
+        assert list(parts_of(store.path)) == done
+    assert "second: not begun, " in capsys.readouterr().out
 
 
 def test_unknown_part_is_refused_with_the_known_ones(tmp_path: Path) -> None:
