@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
 
-_ENDS = ("RETURN_", "RAISE_VARARGS", "RERAISE")
+_ENDS = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE")
 _GOES_ON = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")  # and nowhere else
 _HANDLERS = ("SETUP_",)  # Python 3.10: where an exception goes, which is no path of the loop
 _STORES = ("STORE_FAST", "STORE_DEREF", "STORE_NAME", "STORE_GLOBAL")
@@ -88,7 +88,7 @@ def _loops(code: CodeType) -> tuple[tuple[CodeLoop, ...], frozenset[int]]:
 def _successors(instructions: list[dis.Instruction], index: int, at: dict[int, int]) -> Iterator[int]:
     """Where an instruction may go on to, but for exceptions."""
     one = instructions[index]
-    if one.opname.startswith(_ENDS):
+    if one.opname in _ENDS:
         return
     jumps = one.opcode in dis.hasjrel or one.opcode in dis.hasjabs
     if jumps and not one.opname.startswith(_HANDLERS):
