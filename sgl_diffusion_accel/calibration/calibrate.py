@@ -205,6 +205,11 @@ def _plan(
 
 def no_plan(scheduler: Any) -> UnsupportedModelError:
     """The error for a scheduler that no plan can be made for."""
+    if scheduler is None:
+        return UnsupportedModelError(
+            "a plan goes by the scheduler, and this loop names none. Type: for t in denoising_steps("
+            "scheduler.timesteps, scheduler=scheduler):"
+        )
     return UnsupportedModelError(
         f"{type(scheduler).__name__} adds noise of its own, or is not linear in what it is given: there can be no plan "
         "for it. Use a deterministic scheduler, or apply_adaptive_cache(pipe)."
