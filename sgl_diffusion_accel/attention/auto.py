@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -68,6 +69,7 @@ class MeasuredChoice:
         self.timings: dict[str, list[Timing]] = {}
         self.picks: dict[str, str] = {}
         self.was_compiled = False
+        self._measuring = threading.Lock()
 
     def pick(self, facts: AttentionFacts, sides: tuple[Tensor, Tensor, Tensor], more: dict[str, Any]) -> Backend:
         """See `redirect.Choice`. In compiled code nothing can be timed: there it is PyTorch's own."""
@@ -77,7 +79,9 @@ class MeasuredChoice:
             if torch.compiler.is_compiling():
                 self.was_compiled = True
                 return find_backend("sdpa")
-            picked = self._picked[key] = self._find(facts, sides, more)
+            with self._measuring:  # other threads wait for what the first one finds, and do not disturb its clock
+                picked = self._picked.get(key) or self._find(facts, sides, more)
+                self._picked[key] = picked
         return picked
 
     def _find(self, facts: AttentionFacts, sides: tuple[Tensor, Tensor, Tensor], more: dict[str, Any]) -> Backend:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgl_diffusion_accel.attention.attention_patch import KIND, AttentionPatch, Steps
+from sgl_diffusion_accel.attention.attention_patch import KIND, AttentionPatch
 from sgl_diffusion_accel.attention.auto import MeasuredChoice, default_store
 from sgl_diffusion_accel.attention.backends import Backend, all_backends, find_backend, flash_family
+from sgl_diffusion_accel.attention.handlers import Steps
 from sgl_diffusion_accel.attention.redirect import OnUnsupported, Redirect
 from sgl_diffusion_accel.attention.requirements import AttentionFacts, capability
 from sgl_diffusion_accel.attention.sites import Site, find_scopes, find_sites
