@@ -258,18 +258,6 @@ def _intercepted_class(base: type, methods: frozenset[str]) -> Any:
 
 
 def _make_class(base: Any, methods: frozenset[str]) -> Any:
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        slot = self.__dict__.get(SLOT)
-        if slot is None:
-            return base.__call__(self, *args, **kwargs)
-        detour = slot.detour
-        if detour is not None:
-            answer = detour.answer
-            if answer is not None:
-                detour.taken += 1
-                return answer(args, kwargs)
-        return _run(self, slot.handlers, base.__call__, args, kwargs)
-
     def __getstate__(self: nn.Module) -> Any:
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
         return {key: value for key, value in state.items() if key != SLOT}
@@ -290,7 +278,7 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         "__doc__": base.__doc__,
     }
     if issubclass(base, nn.Module):
-        namespace[CALL] = eager(__call__)
+        namespace[CALL] = _intercepted_call(base)
     elif any(CALL in vars(each) for each in base.__mro__):  # hasattr would find that of the class's own class
         namespace[CALL] = _intercepted_method(base, CALL)
     namespace |= {name: _intercepted_method(base, name) for name in methods}
@@ -301,6 +289,22 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
     # diffusers looks classes up in lists and dicts, in `from_pipe` for example: there it must find the original.
     equality = {"__eq__": lambda cls, other: cls is other or other is base, "__hash__": lambda _: hash(base)}
     return type(type(base).__name__, (type(base),), equality)(base.__name__, (base,), namespace)
+
+
+def _intercepted_call(base: Any) -> Callable[..., Any]:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        slot = self.__dict__.get(SLOT)
+        if slot is None:
+            return base.__call__(self, *args, **kwargs)
+        detour = slot.detour
+        if detour is not None:
+            answer = detour.answer
+            if answer is not None:
+                detour.taken += 1
+                return answer(args, kwargs)
+        return _run(self, slot.handlers, base.__call__, args, kwargs)
+
+    return eager(__call__)
 
 
 def _intercepted_method(base: Any, name: str) -> Callable[..., Any]:

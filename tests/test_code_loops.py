@@ -1,5 +1,7 @@
 """Which loops are around a call, read from the bytecode of functions of many forms."""
 
+# ruff: noqa: B007  (the variables of the loops are what is looked at)
+
 from __future__ import annotations
 
 import sys
@@ -61,7 +63,7 @@ def within_try(timesteps):
 
 def after_another(timesteps):
     for k in range(3):
-        timesteps = list(timesteps) + [k]
+        timesteps = [*timesteps, k]
     for i, t in enumerate(timesteps):
         found = around()
     return found, i, t
@@ -106,7 +108,11 @@ def test_targets_may_be_nested_and_shared_with_a_closure():
     for i, (sigma, (following, _)) in enumerate([(1, (2, 3))]):
         found = around()
     assert only(found).targets == ("i", "sigma", "following", "_")
-    assert (lambda: (i, sigma, following))() == (0, 1, 2)
+
+    def closure():
+        return i, sigma, following
+
+    assert closure() == (0, 1, 2)
 
 
 @pytest.mark.parametrize(

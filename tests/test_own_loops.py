@@ -110,9 +110,8 @@ def told_by_context(pipe: Any, **kw: Any) -> torch.Tensor:
 
 
 def takes_details(pipe: Any) -> bool:
-    with contextlib.suppress(TypeError):
-        with pipe.transformer.cache_context("cond", step_index=0, num_inference_steps=1):
-            return True
+    with contextlib.suppress(TypeError), pipe.transformer.cache_context("x", step_index=0, num_inference_steps=1):
+        return True
     return False
 
 
@@ -160,10 +159,10 @@ def test_plan_without_a_scheduler_says_what_to_type() -> None:
     pipe = present("wan").make()
     call = present("wan").call(pipe)
     pipe.scheduler.set_timesteps(STEPS)
-    with apply_cache_plan(pipe, plan_for("wan"), speedup=2.0):
-        with pytest.raises(UnsupportedModelError, match=r"denoising_steps\(scheduler.timesteps, scheduler=scheduler"):
-            for t in denoising_steps(pipe.scheduler.timesteps):
-                pipe.transformer(call["latents"], t.expand(1), call["prompt_embeds"])
+    hint = r"denoising_steps\(scheduler.timesteps, scheduler=scheduler"
+    with apply_cache_plan(pipe, plan_for("wan"), speedup=2.0), pytest.raises(UnsupportedModelError, match=hint):
+        for t in denoising_steps(pipe.scheduler.timesteps):
+            pipe.transformer(call["latents"], t.expand(1), call["prompt_embeds"])
 
 
 def test_calibration_on_a_pipeline_whose_loop_is_one_s_own() -> None:
@@ -214,8 +213,8 @@ def test_profile_of_a_loop_of_one_s_own() -> None:
         by_hand("wan", pipe)
     (call,) = prof.report.calls
     assert [step.index for step in call.steps] == list(range(STEPS))
-    assert {one.branch for step in call.steps for one in step.calls} == {"cond", "uncond"}
-    assert [all(one.computed for one in step.calls) for step in call.steps][:3] == [True, True, False]
+    assert [[one.name for one in step.branches] for step in call.steps] == [["cond", "uncond"]] * STEPS
+    assert [step.branches[0].computed for step in call.steps][:3] == [True, True, False]
 
 
 # Many threads
@@ -288,7 +287,21 @@ def of_floats(self: Any, latents: Any, denoise: Any) -> None:
             denoise(i, t)
 
 
-@pytest.mark.parametrize(
+def of_elements(self: Any, latents: Any, denoise: Any) -> None:
+    timesteps = self.scheduler.timesteps
+    for timestep in timesteps:
+        for i in range(len(latents)):
+            denoise(i, timestep)
+
+
+def of_counts(self: Any, latents: Any, denoise: Any) -> None:
+    timesteps = self.scheduler.timesteps.tolist()
+    for step in range(len(timesteps)):
+        for i in range(len(latents)):
+            denoise(i, timesteps[step])
+
+
+TILED_CACHES = pytest.mark.parametrize(
     "apply",
     [
         lambda pipe: apply_cache_dit(pipe),
@@ -298,9 +311,37 @@ def of_floats(self: Any, latents: Any, denoise: Any) -> None:
     ],
     ids=["dbcache", "late-fast", "adaptive", "teacache"],
 )
-def test_tiles_that_cannot_be_placed_are_unpatched(apply: Apply) -> None:
-    """The loop is in a function that is no method of the pipeline: it was taken for one, with `i` for the step."""
-    pipe = tiled(of_floats)
+
+
+@pytest.mark.parametrize("own", [of_floats, of_elements], ids=lambda own: own.__name__)
+@TILED_CACHES
+def test_tiles_within_a_step_are_branches_of_one_run(own: Any, apply: Apply) -> None:
+    """`i`, which counts tiles, was taken for the step: outputs were off by a fifth."""
+    pipe = tiled(own)
+    alone = present("wan").make()
+    with apply(pipe) as patch:
+        output = pipe.sample()
+        assert (patch.stats.outside, patch.stats.started) == (0, 1)
+        branches = patch.stats.runs[0].branches
+    assert list(branches) == ["cond", "cond#2", "cond#3", "cond#4"]
+    pipe.transformer = alone.transformer
+    call = present("wan").call(pipe)
+    with apply(pipe.transformer) as patch:  # one tile by itself
+        pipe.scheduler.set_timesteps(10)
+        latents = torch.randn(call["latents"].shape, generator=torch.Generator().manual_seed(2))
+        for t in denoising_steps(pipe.scheduler.timesteps, scheduler=pipe.scheduler):
+            with torch.no_grad():
+                latents = latents - pipe.transformer(latents, t.reshape(1), call["prompt_embeds"])[0] / 10
+        computed = patch.stats.runs[0].branches["cond"].computed
+    if branches["cond#3"].computed == computed:  # the adaptive cache decides for all tiles of a step at once
+        assert torch.equal(output[2], latents)
+    else:
+        assert apply is apply_adaptive_cache
+
+
+@TILED_CACHES
+def test_tiles_whose_step_is_not_proved_are_unpatched(apply: Apply) -> None:
+    pipe = tiled(of_counts)
     plain = pipe.sample()
     with apply(pipe) as patch:
         assert torch.equal(pipe.sample(), plain)

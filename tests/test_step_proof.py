@@ -102,7 +102,7 @@ def by_count_of_steps(self):
 
 def by_pairs_of_sigmas(self):
     timesteps, sigmas = self.scheduler.timesteps, self.scheduler.sigmas
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):  # noqa: RUF007
         self.transformer(x(0), float(sigma - following))
     del timesteps
 

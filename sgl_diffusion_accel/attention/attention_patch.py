@@ -17,6 +17,8 @@ from sgl_diffusion_accel.attention.auto import MeasuredChoice, Timing
 from sgl_diffusion_accel.attention.handlers import ComponentHandler, ScopeHandler, Steps
 from sgl_diffusion_accel.attention.redirect import LAYER, Redirect
 from sgl_diffusion_accel.attention.sites import Site, find_others, find_scopes, processor_of, redirected
+from sgl_diffusion_accel.caching.engine import Session
+from sgl_diffusion_accel.caching.report import unplaced
 from sgl_diffusion_accel.patch import Patch, patches_of
 from sgl_diffusion_accel.targets import TRANSFORMERS, unwrap
 
@@ -55,6 +57,7 @@ class AttentionPatch(Patch):
 
     Attributes:
         backends: Component to the name of its backend.
+        session: Where its calls are, for one that acts at some denoising steps alone.
         unseen: Component to the calls of it that ended without any attention call in its redirected layers, as far as
             is known: neither by the backend nor by PyTorch's own. Compiled code is left out.
     """
@@ -62,6 +65,7 @@ class AttentionPatch(Patch):
     def __init__(self) -> None:
         super().__init__(KIND)
         self.backends: dict[str, str] = {}
+        self.session = Session("keep the model's own attention")
         self.unseen: Counter[str] = Counter()
         self._seen: set[str] = set()
         self._lock = threading.Lock()  # of these two
@@ -161,6 +165,7 @@ class AttentionPatch(Patch):
         return "something computes attention there that cannot be redirected."
 
     def _on_removed(self) -> None:
+        self.session.runs.clear()
         for redirect in self._redirects.values():  # somebody may have kept a redirected processor
             redirect.is_on = False
         while self._processors:
@@ -184,6 +189,15 @@ class AttentionPatch(Patch):
     def __enter__(self) -> AttentionPatch:
         return self
 
+    def __repr__(self) -> str:
+        backends = ", ".join(f"{name} on {component}" for component, name in self.backends.items())
+        parts = [f"attention: {backends}", "active" if self.active else "removed"]
+        if self.session.stats.outside:
+            parts.append(f"{self.session.stats.outside} calls not placed in a loop: see print(patch)")
+        if self.unseen:
+            parts.append(f"{sum(self.unseen.values())} calls that it served nothing of: see print(patch)")
+        return f"<{'; '.join(parts)}>"
+
     def __str__(self) -> str:
         lines = []
         for component, name in self.backends.items():
@@ -201,6 +215,7 @@ class AttentionPatch(Patch):
                 f"  {count} calls of {component} ended without any attention call in these places, and the backend "
                 f"served none of it: {self._why_unseen()}"
             )
+        lines += [f"  {told}" for told in unplaced(self.session.stats, "kept the model's own attention")]
         if any(choice.was_compiled for choice in self._choices.values()):
             lines.append(
                 "  compiled calls took PyTorch's own attention: nothing can be timed there; run once uncompiled"

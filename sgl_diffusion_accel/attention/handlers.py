@@ -10,7 +10,6 @@ from torch import nn
 from sgl_diffusion_accel.attention.redirect import Redirect
 from sgl_diffusion_accel.attention.sites import Scope
 from sgl_diffusion_accel.attention.underway import Outer
-from sgl_diffusion_accel.caching.engine import Session
 from sgl_diffusion_accel.patch import PatchHandler
 from sgl_diffusion_accel.targets import unwrap
 
@@ -50,7 +49,7 @@ class ComponentHandler(PatchHandler):
         self._redirect = redirect
         self._steps = steps
         self._is_scope = is_scope
-        self._session = Session()
+        self._session = patch.session
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outer, Any] | None:
         """Begins a call of the component."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgl_diffusion_accel.caching.checks import real
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 
 _TYPE = "for t in denoising_steps(scheduler.timesteps, scheduler=scheduler):"
@@ -184,16 +184,16 @@ def denoising_steps(
                 f"there are {len(schedule)} timesteps, and the scheduler has {len(known)}: set them first, with "
                 f"scheduler.set_timesteps({len(schedule)})."
             )
-    scales = {"guidance": guidance, "boundary": boundary}
-    for name, value in scales.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: a number, or None.")
-        if not math.isfinite(value):
-            raise ConfigError(f"{name}={value!r}; allowed: a finite number, or None.")
-        scales[name] = float(value)
-    return DenoisingSteps(timesteps, schedule, scheduler, scales["guidance"], scales["boundary"])
+    return DenoisingSteps(timesteps, schedule, scheduler, _number("guidance", guidance), _number("boundary", boundary))
+
+
+def _number(name: str, given: Any) -> float | None:
+    if given is None:
+        return None
+    value = real(name, given, "a number, or None")
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}={given!r}; allowed: a finite number, or None.")
+    return value
 
 
 def _schedule(given: Any) -> Tensor:
@@ -243,7 +243,7 @@ _branches: ContextVar[tuple[NamedBranch, ...]] = ContextVar("branch", default=()
 
 
 def branch(name: str) -> NamedBranch:
-    """Names the transformer calls that are made inside of `with branch("cond"):`, `with branch("uncond"):`, ….
+    """Tells which branch of a denoising step the transformer calls inside a `with` belong to.
 
     What a cache keeps of one branch never reaches another. In a loop by `denoising_steps` a call without a name is
     `"cond"`, and further ones in the same step are told apart by what they are given and by their order; with a name

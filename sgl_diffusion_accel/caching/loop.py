@@ -300,7 +300,8 @@ def _pipeline_of(code: CodeType, local: Mapping[str, Any]) -> Any:
 def _pipeline_class() -> type:
     from diffusers import DiffusionPipeline  # late: it imports much, and a module may be patched without it
 
-    return DiffusionPipeline
+    kind: type = DiffusionPipeline
+    return kind
 
 
 def _is_method(code: CodeType, kind: type) -> bool:

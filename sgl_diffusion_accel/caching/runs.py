@@ -30,6 +30,7 @@ class Run:
         data: What others keep for as long as the run lasts.
         guidance: The scale with which the pipeline combines the branches at the present step, None where unknown.
         boundary: The timestep below which a second transformer takes over, None if there is none.
+        ends_with_loop: Whether its end is sure to be seen, since the loop itself ends then.
     """
 
     def __init__(self, call: LoopCall) -> None:
@@ -37,6 +38,7 @@ class Run:
         self.data: dict[Any, Any] = {}
         self.guidance: float | None = None
         self.boundary = call.boundary
+        self.ends_with_loop = call.owner is call.loop
         self._loop = weakref.ref(call.loop)
         self._timesteps = weakref.ref(call.timesteps) if call.timesteps is not None else lambda: None
         self._scheduler = weakref.ref(call.scheduler) if call.scheduler is not None else lambda: None
@@ -138,7 +140,7 @@ class Run:
                 values = values[-self.total - 1 : -1]  # one more than steps, the last of them 0
             else:
                 values = timesteps
-            self.data["sigmas"] = values.tolist() if isinstance(values, Tensor) else []
+            self.data["sigmas"] = values.tolist()
         sigmas: list[float] = self.data["sigmas"]
         return sigmas
 
@@ -160,7 +162,8 @@ class Runs:
         if run is not None and run.is_of(call):
             return run, False
         for older in self:
-            if older.scheduler is call.scheduler is not None:  # it failed, and somebody keeps its traceback
+            if older.scheduler is call.scheduler is not None and not older.ends_with_loop:
+                # It failed, and somebody keeps its traceback.
                 self.discard(older)
         run = self._runs[key] = Run(call)
         for tied in {id(each): each for each in (call.loop, call.owner)}.values():

@@ -60,9 +60,7 @@ def schedule_of(timesteps: Tensor, scheduler: Any) -> Schedule:
     return Schedule(timesteps, sigmas if fits else None)
 
 
-def proved_step(
-    frame: FrameType, local: Mapping[str, Any], schedule: Schedule, passed: Iterable[Any]
-) -> int | None:
+def proved_step(frame: FrameType, local: Mapping[str, Any], schedule: Schedule, passed: Iterable[Any]) -> int | None:
     """Tells the step that a function is at.
 
     Args:

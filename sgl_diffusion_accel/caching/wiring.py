@@ -155,9 +155,7 @@ class Form:
 
     def __call__(self, values: Sequence[Any]) -> Any:
         """Puts parts together."""
-        parts = [
-            None if dtype is None else value.to(dtype) for value, dtype in zip(values, self.dtypes, strict=True)
-        ]
+        parts = [None if dtype is None else value.to(dtype) for value, dtype in zip(values, self.dtypes, strict=True)]
         return parts[0] if self.make is None else self.make(parts)
 
 
@@ -185,10 +183,10 @@ def passing(wiring: Wiring, form: Form) -> Callable[[tuple[Any, ...], dict[str, 
 
     It is the same as `form([wiring.get(call, key) for key in wiring.keys])`, in as little host time as may be.
     """
-    plan = tuple(
+    plan: list[tuple[Any, Any, torch.dtype | None]] = [
         (None, None, None) if key is None else (*wiring.places(key), dtype)
         for key, dtype in zip(wiring.keys, form.dtypes, strict=True)
-    )
+    ]
     make = form.make
 
     def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
