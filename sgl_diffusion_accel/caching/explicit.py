@@ -165,11 +165,13 @@ def denoising_steps(
         ConfigTypeError: Something has a wrong type.
 
     Example:
-        >>> scheduler.set_timesteps(20)
-        >>> for t in denoising_steps(scheduler.timesteps, scheduler=scheduler, guidance=4.0):
+        >>> pipe.scheduler.set_timesteps(20)
+        >>> for t in denoising_steps(pipe.scheduler.timesteps, scheduler=pipe.scheduler, guidance=4.0):
         ...     with branch("cond"):
-        ...         noise = transformer(latents, t, text)
-        ...     latents = scheduler.step(noise, t, latents).prev_sample
+        ...         noise = pipe.transformer(latents, t, text).sample
+        ...     with branch("uncond"):
+        ...         noise = noise * 4.0 - 3.0 * pipe.transformer(latents, t, no_text).sample
+        ...     latents = pipe.scheduler.step(noise, t, latents).prev_sample
     """
     schedule = _schedule(timesteps)
     if scheduler is not None:
@@ -254,13 +256,16 @@ def branch(name: str) -> NamedBranch:
     Args:
         name: Any name; the same one at every step.
 
+    Returns:
+        A context manager.
+
     Raises:
         ConfigError: The name is empty.
         ConfigTypeError: It is no string.
 
     Example:
         >>> with branch("uncond"):
-        ...     noise = transformer(latents, t, no_text)
+        ...     noise = pipe.transformer(latents, t, no_text).sample
     """
     given: object = name
     if not isinstance(given, str):
