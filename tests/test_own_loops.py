@@ -364,3 +364,33 @@ def test_tiles_in_a_told_loop_are_cached_each_by_itself() -> None:
     assert set(patch.stats.runs[0].branches) == {f"tile {i}" for i in range(4)}
     assert skips_some(patch)
     assert 0 < float((output - plain).norm() / plain.norm()) < 0.05
+
+
+def test_profile_of_two_threads_over_one_transformer_has_each_with_its_own_decisions() -> None:
+    family = present("wan")
+    pipe = family.make()
+    together = threading.Barrier(2, timeout=60)
+
+    def step(*given: Any) -> Any:
+        if given[1] < 6:
+            together.wait()
+        return given[3]
+
+    def run(steps: int) -> None:
+        twin = type(pipe)(**{**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)})
+        twin.set_progress_bar_config(disable=True)
+        family.run(twin, steps=steps, callback_on_step_end=step)
+
+    patch = apply_cache_dit(pipe, steps_mask="late-fast", steps_policy="static", fn_compute_blocks=0)
+    with profile(pipe, trace=False) as prof:
+        threads = [threading.Thread(target=run, args=(steps,)) for steps in (8, 13)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for done in patch.stats.runs:
+        (call,) = [each for each in prof.report.calls if len(each.steps) == done.steps]
+        for name, wanted in done.branches.items():
+            seen = [one.computed for step in call.steps for one in step.branches if one.name == name]
+            assert seen == list(wanted.computed)
+    assert len({done.branches["cond"].computed[:8] for done in patch.stats.runs}) == 2, "both decide alike"

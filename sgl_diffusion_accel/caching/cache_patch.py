@@ -13,7 +13,7 @@ from sgl_diffusion_accel.caching.cached_model import CachedModel, Parts
 from sgl_diffusion_accel.caching.engine import BlockHandler, Controller, Session
 from sgl_diffusion_accel.caching.foreign import has_foreign_cache
 from sgl_diffusion_accel.caching.output_cache import MakePace, OutputController
-from sgl_diffusion_accel.caching.stats import Stats
+from sgl_diffusion_accel.caching.stats import RunStats, Stats
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.patch import Patch, patches_of
 from sgl_diffusion_accel.targets import unwrap
@@ -41,6 +41,11 @@ class CachePatch(Patch):
     def stats(self) -> Stats:
         """What the cache did, run by run."""
         return self._session.stats
+
+    @property
+    def run_here(self) -> RunStats | None:
+        """What the cache did in the run whose call came last in this thread; None before any."""
+        return self._session.run_here
 
     def held_bytes(self) -> int:
         """Bytes of the tensors that are kept for the runs under way; 0 between runs."""

@@ -16,7 +16,7 @@ from sgl_diffusion_accel.caching.loop import HOW_TO_PLACE, LoopCall, Unplaced, l
 from sgl_diffusion_accel.caching.models import full_call_argument, full_call_remark
 from sgl_diffusion_accel.caching.policies import Decision
 from sgl_diffusion_accel.caching.runs import Kept, Run, Runs
-from sgl_diffusion_accel.caching.stats import Stats
+from sgl_diffusion_accel.caching.stats import RunStats, Stats
 from sgl_diffusion_accel.intercept import Detour
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.targets import unwrap
@@ -36,6 +36,12 @@ class Session:
         self.stats = Stats()
         self._otherwise = otherwise
         self._lock = threading.Lock()
+        self._threads = threading.local()
+
+    @property
+    def run_here(self) -> RunStats | None:
+        """What is noted of the run whose call came last in this thread."""
+        return getattr(self._threads, "run", None)
 
     def nbytes(self) -> int:
         """Bytes of the tensors that are kept for all runs under way."""
@@ -51,6 +57,7 @@ class Session:
                     if new:
                         run.data["stats"] = self.stats.start(run.total)
                         run.data["number"] = self.stats.started
+                    self._threads.run = run.data.get("stats")
                     return run, *run.advance(module, call)
                 call = Unplaced("its loop is over")
             is_new = self.stats.add_unplaced(call.missing)

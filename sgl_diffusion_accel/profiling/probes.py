@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.loop import LoopCall, locate
 from sgl_diffusion_accel.caching.runs import Run, Runs
 from sgl_diffusion_accel.caching.stats import StepRecord
@@ -292,9 +293,8 @@ class BlockProbe(Probe):
 def decision_of(module: nn.Module, step: int, branch: str) -> StepRecord | None:
     """What the cache on a transformer did at the call that has just ended, None without a cache."""
     for patch in patches_of(unwrap(module)):
-        stats = getattr(patch, "stats", None)
-        runs = stats.runs if patch.kind == "cache" and stats is not None else ()
-        known = runs[-1].branches.get(branch) if runs else None
+        run = patch.run_here if isinstance(patch, CachePatch) else None
+        known = run.branches.get(branch) if run is not None else None
         if known is not None and known.records and known.records[-1].step == step:
             record: StepRecord = known.records[-1]
             return record
