@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.attention.backends import Backend, all_backends, find_backend, fingerprint
+from sgl_diffusion_accel.attention.backends import all_backends, find_backend, fingerprint
 from sgl_diffusion_accel.attention.requirements import AttentionFacts
+from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.verify import relative_error, tolerance
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
@@ -110,7 +111,7 @@ class MeasuredChoice:
     def _may_run(self, backend: Backend, facts: AttentionFacts) -> bool:
         if not (backend.is_exact or self._allow_quantised):
             return False
-        return backend.lacks() is None and backend.requirements.refuses(facts) is None
+        return backend.hub is None and not (backend.lacks() or backend.requirements.refuses(facts))
 
     def _is_right(self, backend: Backend, sides: tuple[Tensor, Tensor, Tensor], more: dict[str, Any]) -> bool:
         """Whether a remembered choice still computes what it should."""

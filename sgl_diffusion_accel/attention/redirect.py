@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgl_diffusion_accel.attention.backends import Backend, all_backends
+from sgl_diffusion_accel.attention.backends import all_backends
 from sgl_diffusion_accel.attention.kernels import Kernel
 from sgl_diffusion_accel.attention.requirements import AttentionFacts, facts_of
+from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.underway import UnderWay
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
@@ -244,7 +245,7 @@ class Redirect:
             fit = [
                 each.name
                 for each in all_backends().values()
-                if each.lacks() is None and each.requirements.refuses(facts) is None
+                if not (each.lacks() or each.requirements.refuses(facts) or each.would_fetch())
             ]
             others = ", ".join(fit) or others
         layer = layer_in_call(self.component)

@@ -14,11 +14,12 @@ from torch import nn
 
 from sgl_diffusion_accel.attention.attention_patch import KIND, AttentionPatch
 from sgl_diffusion_accel.attention.auto import MeasuredChoice, default_store
-from sgl_diffusion_accel.attention.backends import Backend, all_backends, find_backend, flash_family
+from sgl_diffusion_accel.attention.backends import all_backends, find_backend, flash_family
 from sgl_diffusion_accel.attention.handlers import Steps
 from sgl_diffusion_accel.attention.redirect import OnUnsupported, Redirect
 from sgl_diffusion_accel.attention.requirements import AttentionFacts, capability
 from sgl_diffusion_accel.attention.sites import Site, find_scopes, find_sites
+from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.verify import check_output
 from sgl_diffusion_accel.errors import (
     ConfigError,
@@ -261,7 +262,7 @@ def _usable(pipe: object, module: nn.Module, sites: Sequence[Site]) -> list[str]
 
 def _why_not(backend: Backend, pipe: object, module: nn.Module, sites: Sequence[Site]) -> str | None:
     reasons = [backend.requirements.refuses(facts) for facts in _model_facts(pipe, module, sites, backend)]
-    return backend.lacks() or next((reason for reason in reasons if reason is not None), None)
+    return backend.lacks() or next((reason for reason in reasons if reason), None) or backend.would_fetch()
 
 
 def _model_facts(pipe: object, module: nn.Module, sites: Sequence[Site], backend: Backend) -> list[AttentionFacts]:
