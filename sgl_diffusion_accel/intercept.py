@@ -193,6 +193,11 @@ def release(module: object, kind: str, method: str = CALL) -> None:
         module.__dict__.pop(SLOT, None)
 
 
+def original_class(module: object) -> type:
+    """The class of an object as it is without interception."""
+    return _bases.get(type(module), type(module))
+
+
 def slot_of(module: object) -> Slot | None:
     """Returns the handlers of a module, None if it is not intercepted."""
     slot = module.__dict__.get(SLOT)

@@ -5,9 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from sgl_diffusion_accel.errors import ConfigTypeError, UnsupportedModelError
+from sgl_diffusion_accel.intercept import original_class
 
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Pipeline components that denoise, in the order in which a run uses them."""
+TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer", "transformer_ref")
+"""Pipeline components that denoise, in the order in which a run uses them.
+
+`transformer_2` is a second expert, which takes over in mid-run (Wan2.2). `unconditional_transformer` runs beside
+`transformer` at every step, as the branch without the prompt (Ideogram 4). `transformer_ref` runs in the place of
+`transformer` where the call has references (MiniMax H3).
+"""
+
+_BESIDE = {"unconditional_transformer": "transformer"}
+"""Components that run at the same steps as another one."""
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -16,14 +25,27 @@ def unwrap(module: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
+def expert_of(name: str) -> str:
+    """The component whose steps a component takes part in: its own name, unless it runs beside another one.
+
+    Example:
+        >>> expert_of("transformer_2"), expert_of("unconditional_transformer")
+        ('transformer_2', 'transformer')
+    """
+    return _BESIDE.get(name, name)
+
+
 def find_transformers(pipe: object) -> dict[str, nn.Module]:
     """Finds the diffusion transformers of a pipeline.
+
+    They are known by name (`TRANSFORMERS`). A component under another name is one of them if it is of the class of one
+    that was found: pipelines have a second model of that class for another part of the denoising.
 
     Args:
         pipe: A diffusers pipeline, or a transformer by itself.
 
     Returns:
-        Component name to module: `{"transformer": …}`, with `"transformer_2"` for models with two experts. What
+        Component name to module: `{"transformer": …}`, with further ones for models that have several. What
         `torch.compile` has wrapped is returned with its wrapper; see `unwrap`.
 
     Raises:
@@ -40,9 +62,11 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
         )
     found: dict[str, nn.Module] = {}
     for name in TRANSFORMERS:
-        part = components.get(name)
-        if isinstance(part, nn.Module) and unwrap(part) not in map(unwrap, found.values()):
-            found[name] = part
+        _add(found, name, components.get(name))
+    classes = {original_class(unwrap(part)) for part in found.values()}
+    for name, part in components.items():
+        if isinstance(part, nn.Module) and original_class(unwrap(part)) in classes:
+            _add(found, name, part)
     if not found:
         modules = [name for name, part in components.items() if isinstance(part, nn.Module)]
         raise UnsupportedModelError(
@@ -51,3 +75,9 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
             "a transformer under another name can be passed by itself."
         )
     return found
+
+
+def _add(found: dict[str, nn.Module], name: str, part: object) -> None:
+    """Adds a component, each module once."""
+    if isinstance(part, nn.Module) and all(unwrap(part) is not unwrap(other) for other in found.values()):
+        found[name] = part

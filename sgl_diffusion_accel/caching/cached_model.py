@@ -20,6 +20,7 @@ from sgl_diffusion_accel.caching.runs import Kept, Run
 from sgl_diffusion_accel.caching.signals import Signal, TimeEmbedding
 from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.caching.wiring import Wiring
+from sgl_diffusion_accel.targets import expert_of
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +152,10 @@ class CachedModel:
         return branch.policy
 
     def _shared(self, run: Run) -> Policy | None:
-        """The policy that the run's branches share, made at its first step and let go with it."""
+        """The policy that the branches of a run share, made at its first step and let go with it."""
         if self.parts.by_run is None:
             return None
-        key = f"policy of {self.name}"
+        key = f"policy of {expert_of(self.name)}"
         if key not in run.data:
             run.data[key] = self.parts.by_run(run)
         shared: Policy = run.data[key]

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.intercept import cache_context_of
+from sgl_diffusion_accel.targets import unwrap
 
 _PROGRESS_BARS = ("progress_bar", "pbar")
 _CALLBACKS = ("callback_on_step_end", "callback")
@@ -175,7 +176,7 @@ def _read(
         return LoopCall(scheduler, timesteps, owner, step, timestep, name.removeprefix("pred_"), (), guidance, boundary)
     values = (one for value in (*args, *kwargs.values()) for one in (value if isinstance(value, list) else [value]))
     passed = tuple(value for value in values if isinstance(value, Tensor))
-    branch = _branch_by_name(local, args, kwargs)
+    branch = "uncond" if _is_for_uncond(pipeline, module) else _branch_by_name(local, args, kwargs)
     return LoopCall(scheduler, timesteps, owner, step, timestep, branch, passed, guidance, boundary)
 
 
@@ -214,6 +215,12 @@ def _index_in(timesteps: Tensor, *candidates: Any) -> int | None:
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _is_for_uncond(pipeline: Any, module: nn.Module) -> bool:
+    """Whether the pipeline has the module for the branch without the prompt, by the name of the component."""
+    parts = ((name, part) for name, part in vars(pipeline).items() if isinstance(part, nn.Module))
+    return any(unwrap(part) is module for name, part in parts if _NEGATIVE.search(name))
 
 
 def _branch_by_name(local: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.intercept import Instead
 from sgl_diffusion_accel.patch import Patch, PatchHandler
-from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.targets import expert_of, unwrap
 
 MakePace = Callable[[Run], Pace]
 """Makes what decides the steps of a run, at its start."""
@@ -81,7 +81,7 @@ class OutputController(PatchHandler):
         kept = run.data.get(_KEY)
         if not isinstance(kept, OutputRun):
             kept = run.data[_KEY] = OutputRun(self._pace(run))
-        decision = kept.decide(step, self._name, branch, _signature(args, kwargs))
+        decision = kept.decide(step, expert_of(self._name), branch, _signature(args, kwargs))
         self._log(run, step, branch, decision)
         if not decision.compute:
             output = kept.skip(branch)
