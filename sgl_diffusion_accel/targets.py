@@ -35,6 +35,12 @@ def expert_of(name: str) -> str:
     return _BESIDE.get(name, name)
 
 
+def model_class(module: nn.Module) -> type:
+    """The class that a model was made with, without what interception and PyTorch's sharding have put on top."""
+    classes = (each for each in original_class(module).__mro__ if not each.__module__.startswith("torch.distributed."))
+    return next(classes)
+
+
 def find_transformers(pipe: object) -> dict[str, nn.Module]:
     """Finds the diffusion transformers of a pipeline.
 
@@ -63,9 +69,9 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name in TRANSFORMERS:
         _add(found, name, components.get(name))
-    classes = {original_class(unwrap(part)) for part in found.values()}
+    classes = {model_class(unwrap(part)) for part in found.values()}
     for name, part in components.items():
-        if isinstance(part, nn.Module) and original_class(unwrap(part)) in classes:
+        if isinstance(part, nn.Module) and model_class(unwrap(part)) in classes:
             _add(found, name, part)
     if not found:
         modules = [name for name, part in components.items() if isinstance(part, nn.Module)]

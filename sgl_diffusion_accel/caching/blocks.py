@@ -8,6 +8,7 @@ from torch import nn
 
 from sgl_diffusion_accel.caching.models import AUXILIARY_LISTS, ODD_MODELS, OddModel
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
+from sgl_diffusion_accel.targets import model_class
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]
     Raises:
         UnsupportedModelError: There are none, or the model is known not to work.
     """
-    name = type(transformer).__name__
+    name = model_class(transformer).__name__
     odd = ODD_MODELS.get(name, OddModel())
     if odd.refuse and (odd.only_with is None or getattr(transformer.config, odd.only_with, None)):
         raise UnsupportedModelError(f"{name} cannot be cached: {odd.refuse}.")
@@ -112,7 +113,7 @@ def divide(transformer: nn.Module, fn: int, bn: int) -> Layout:
         ConfigError: fn and bn leave nothing to skip, or reach beyond the list that they start in.
         UnsupportedModelError: See `find_block_lists`.
     """
-    name = type(transformer).__name__
+    name = model_class(transformer).__name__
     counts = {list_name: len(blocks) for list_name, blocks in find_block_lists(transformer).items()}
     sizes = ", ".join(f"{list_name}: {count}" for list_name, count in counts.items())
     first, last, total = next(iter(counts)), list(counts)[-1], sum(counts.values())

@@ -20,7 +20,7 @@ from sgl_diffusion_accel.caching.runs import Kept, Run
 from sgl_diffusion_accel.caching.signals import Signal, TimeEmbedding
 from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.caching.wiring import Wiring
-from sgl_diffusion_accel.targets import expert_of
+from sgl_diffusion_accel.targets import expert_of, model_class
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class CachedModel:
         self.writes_inputs = False
         self.warned = False
         self.said: set[str] = set()
-        self._class = type(module).__name__
+        self._class = model_class(module).__name__
         self._parameters = [_parameters(blocks[0]) for blocks in find_block_lists(module).values()]
 
     def where(self, list_index: int) -> str:
