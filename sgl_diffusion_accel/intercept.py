@@ -279,6 +279,7 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
     }
     if issubclass(base, nn.Module):
         namespace[CALL] = _eager(__call__, recursive=False)
+        namespace["_replicate_for_data_parallel"] = _refuse_to_replicate
     elif any(CALL in vars(each) for each in base.__mro__):  # hasattr would find that of the class's own class
         namespace[CALL] = _intercepted_method(base, CALL)
     namespace |= {name: _intercepted_method(base, name) for name in methods}
@@ -293,6 +294,14 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         "__hash__": lambda cls: hash(base) if _base_of(cls) is base else type.__hash__(cls),
     }
     return type(type(base).__name__, (type(base),), equality)(base.__name__, (base,), namespace)
+
+
+def _refuse_to_replicate(self: nn.Module) -> Any:
+    raise UnsupportedModelError(
+        f"torch.nn.DataParallel copies {type(self).__name__} to several devices at every call, and patches of "
+        "sgl_diffusion_accel cannot follow the copies. Type: remove(pipe). Or use "
+        "torch.nn.parallel.DistributedDataParallel, before or after patching."
+    )
 
 
 def _intercepted_method(base: Any, name: str) -> Callable[..., Any]:

@@ -19,10 +19,60 @@ _BESIDE = {"unconditional_transformer": "transformer"}
 """Components that run at the same steps as another one."""
 
 
+_COMPILED = "_orig_mod"
+_WRAPPED = (_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Under these names wrappers of PyTorch hold their only part: compiled, sharded, checkpointed."""
+
+
 def unwrap(module: nn.Module) -> nn.Module:
-    """Returns the module inside `torch.compile`'s wrapper, or the module itself."""
-    inner = getattr(module, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else module
+    """Returns the module inside the wrappers that hold nothing else, or the module itself.
+
+    Such wrappers are those of `torch.compile`, `DistributedDataParallel`, `FullyShardedDataParallel` and checkpointing.
+    """
+    inner = _inside(module)
+    while inner is not None:
+        module, inner = inner, _inside(inner)
+    return module
+
+
+def unwrap_but_compiled(module: nn.Module) -> nn.Module:
+    """The same, but for `torch.compile`'s wrapper, which may have kept the module's own `__call__`."""
+    while (inner := _inside(module)) is not None and _COMPILED not in module._modules:
+        module = inner
+    return module
+
+
+def is_in_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether one of a module's wrappers is that of `torch.compile`."""
+    return _COMPILED in unwrap_but_compiled(module)._modules
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a wrapper holds, None for a module that is no wrapper."""
+    parts = module._modules
+    if len(parts) != 1 or module._parameters:
+        return None
+    ((name, part),) = parts.items()
+    is_wrapper = name in _WRAPPED or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return part if is_wrapper else None
+
+
+def refuse_data_parallel(name: str, module: nn.Module) -> None:
+    """Raises UnsupportedModelError where a component is in a wrapper that copies it to several devices.
+
+    Args:
+        name: The component's name.
+        module: The component.
+    """
+    part: nn.Module | None = module
+    while part is not None:
+        if isinstance(part, nn.DataParallel):
+            raise UnsupportedModelError(
+                f"{name} is wrapped in torch.nn.DataParallel, which runs copies of it in threads, at every call anew: "
+                f"a patch can follow none of them. Hand over {name}.module and run without the wrapper, or use "
+                "torch.nn.parallel.DistributedDataParallel."
+            )
+        part = _inside(part)
 
 
 def expert_of(name: str) -> str:
@@ -51,14 +101,15 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
         pipe: A diffusers pipeline, or a transformer by itself.
 
     Returns:
-        Component name to module: `{"transformer": …}`, with further ones for models that have several. What
-        `torch.compile` has wrapped is returned with its wrapper; see `unwrap`.
+        Component name to module: `{"transformer": …}`, with further ones for models that have several. What is wrapped,
+        by `torch.compile` for example, is returned with its wrapper; see `unwrap`.
 
     Raises:
-        UnsupportedModelError: The pipeline has no transformer.
+        UnsupportedModelError: The pipeline has no transformer, or one in `torch.nn.DataParallel`.
         ConfigTypeError: Neither a pipeline nor a module was given.
     """
     if isinstance(pipe, nn.Module):
+        refuse_data_parallel("transformer", pipe)
         return {"transformer": pipe}
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
@@ -86,4 +137,5 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
 def _add(found: dict[str, nn.Module], name: str, part: object) -> None:
     """Adds a component, each module once."""
     if isinstance(part, nn.Module) and all(unwrap(part) is not unwrap(other) for other in found.values()):
+        refuse_data_parallel(name, part)
         found[name] = part

@@ -27,7 +27,7 @@ from sgl_diffusion_accel.errors import (
     unknown_name,
 )
 from sgl_diffusion_accel.patch import patches_of
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_transformers, refuse_data_parallel, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ def _named(
     for name in wanted:
         if name not in known:
             raise unknown_name("component", str(name), known, type(pipe).__name__)
+        refuse_data_parallel(name, known[name])
     if "transformer" in wanted:
         wanted = dict.fromkeys(find_transformers(pipe), wanted["transformer"]) | wanted
     for name in wanted.values():

@@ -8,7 +8,7 @@ from torch import nn
 
 from sgl_diffusion_accel.caching.models import AUXILIARY_LISTS, ODD_MODELS, OddModel
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
-from sgl_diffusion_accel.targets import model_class
+from sgl_diffusion_accel.targets import model_class, unwrap_but_compiled
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]
         transformer: A diffusion transformer.
 
     Returns:
-        Attribute name to blocks, in the order in which the model defines the lists.
+        Attribute name to blocks, in the order in which the model defines the lists. Blocks that are wrapped one by one
+        (`FullyShardedDataParallel`, checkpointing) are those inside of the wrappers.
 
     Raises:
         UnsupportedModelError: There are none, or the model is known not to work.
@@ -70,7 +71,7 @@ def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]
     if odd.refuse and (odd.only_with is None or getattr(transformer.config, odd.only_with, None)):
         raise UnsupportedModelError(f"{name} cannot be cached: {odd.refuse}.")
     lists = {
-        child_name: tuple(child)
+        child_name: tuple(map(unwrap_but_compiled, child))
         for child_name, child in transformer.named_children()
         if isinstance(child, nn.ModuleList) and child_name not in AUXILIARY_LISTS and _are_blocks(child)
     }

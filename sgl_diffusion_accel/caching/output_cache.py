@@ -67,7 +67,7 @@ class OutputController(PatchHandler):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begins a transformer call, or answers for it."""
-        if getattr(self._threads, "busy", False):  # the wrapper of `torch.compile` has entered this call already
+        if getattr(self._threads, "busy", False):  # a wrapper (`targets.unwrap`) has entered this call already
             return None
         where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:
