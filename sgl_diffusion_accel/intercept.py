@@ -207,12 +207,11 @@ def intercept(module: object, kind: str, handler: Handler, method: str = CALL) -
         method: Called instead of this method.
     """
     slot = slot_of(module)
-    is_new = slot is None
     if slot is None:
         slot = Slot()
         object.__setattr__(module, SLOT, slot)
     slot.put(kind, handler, method)
-    _settle(module, slot, is_new)
+    _settle(module, slot)
 
 
 def release(module: object, kind: str, method: str = CALL) -> None:
@@ -221,9 +220,14 @@ def release(module: object, kind: str, method: str = CALL) -> None:
     if slot is None:
         return
     slot.put(kind, None, method)
-    _settle(module, slot, is_new=False)
+    _settle(module, slot)
     if not slot:
         module.__dict__.pop(SLOT, None)
+
+
+def original_class(module: object) -> type:
+    """The class of an object as it is without interception."""
+    return _base_of(type(module)) or type(module)
 
 
 def slot_of(module: object) -> Slot | None:
@@ -232,29 +236,52 @@ def slot_of(module: object) -> Slot | None:
     return slot if isinstance(slot, Slot) else None
 
 
-def _settle(module: Any, slot: Slot, is_new: bool) -> None:
+def _settle(module: Any, slot: Slot) -> None:
     """Gives a module the class that its handlers need, without any its own."""
     present = type(module)
-    if not is_new and present not in _bases:
-        return  # something else has put a class of its own on top: leave it
-    base = _bases.get(present, present)
+    base = original_class(module)
+    if base is present and any(map(_base_of, present.__mro__)):
+        return  # something else has put a class of its own on top, which calls the handlers: leave it
     wanted = _intercepted_class(base, frozenset(slot.methods)) if slot else base
     if wanted is not present:
-        object.__setattr__(module, "__class__", wanted)
+        _CLASS.__set__(module, wanted)
 
 
-_classes: dict[tuple[type, frozenset[str]], Any] = {}
-_bases: dict[type, type] = {}
+_CLASS: Any = vars(object)["__class__"]
+
+
+def _assign_class(module: Any, wanted: type) -> None:
+    """Gives an intercepted module another class of its own, with the handlers in front of it again."""
+    _CLASS.__set__(module, wanted)
+    slot = slot_of(module)
+    if slot is not None:
+        _settle(module, slot)
+
+
+# Frameworks that mix something into an instance's class read `module.__class__`, make a class of it that they keep in a
+# table, and assign that: PyTorch's `fully_shard` does. They are to see and to keep the original, and the class that
+# they assign, which knows nothing of handlers, is to be intercepted in its turn.
+_PUBLIC_CLASS = property(original_class, _assign_class)
+
+
+# Not by the classes themselves: a class that is made compares equal to its original.
+_classes: dict[tuple[int, frozenset[str]], Any] = {}
+_BASE = "_sgl_diffusion_accel_original"
 _lock = threading.Lock()
 
 
 def _intercepted_class(base: type, methods: frozenset[str]) -> Any:
     with _lock:
-        made = _classes.get((base, methods))
+        made = _classes.get((id(base), methods))
         if made is None:
-            made = _classes[base, methods] = _make_class(base, methods)
-            _bases[made] = base
+            made = _classes[id(base), methods] = _make_class(base, methods)
         return made
+
+
+def _base_of(cls: type) -> type | None:
+    """What an intercepted class was made of, None for any other class."""
+    base: type | None = vars(cls).get(_BASE)
+    return base
 
 
 def _make_class(base: Any, methods: frozenset[str]) -> Any:
@@ -271,6 +298,8 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         return (base if function is own else function, tuple(base if a is own else a for a in arguments), *rest)
 
     namespace: dict[str, Any] = {
+        _BASE: base,
+        "__class__": _PUBLIC_CLASS,
         "__getstate__": __getstate__,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
@@ -279,6 +308,7 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
     }
     if issubclass(base, nn.Module):
         namespace[CALL] = _intercepted_call(base)
+        namespace["_replicate_for_data_parallel"] = _refuse_to_replicate
     elif any(CALL in vars(each) for each in base.__mro__):  # hasattr would find that of the class's own class
         namespace[CALL] = _intercepted_method(base, CALL)
     namespace |= {name: _intercepted_method(base, name) for name in methods}
@@ -286,8 +316,12 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         namespace["cache_context"] = _listening_cache_context(base)
     if hasattr(base, "enable_cache"):
         namespace["enable_cache"] = _forbidden_enable_cache(base)
-    # diffusers looks classes up in lists and dicts, in `from_pipe` for example: there it must find the original.
-    equality = {"__eq__": lambda cls, other: cls is other or other is base, "__hash__": lambda _: hash(base)}
+    # diffusers looks classes up in lists and dicts, in `from_pipe` for example: there it must find the original. What
+    # others derive from this class is no such stand-in.
+    equality = {
+        "__eq__": lambda cls, other: cls is other or (other is base and _base_of(cls) is base),
+        "__hash__": lambda cls: hash(base) if _base_of(cls) is base else type.__hash__(cls),
+    }
     return type(type(base).__name__, (type(base),), equality)(base.__name__, (base,), namespace)
 
 
@@ -305,6 +339,14 @@ def _intercepted_call(base: Any) -> Callable[..., Any]:
         return _run(self, slot.handlers, base.__call__, args, kwargs)
 
     return eager(__call__)
+
+
+def _refuse_to_replicate(self: nn.Module) -> Any:
+    raise UnsupportedModelError(
+        f"torch.nn.DataParallel copies {type(self).__name__} to several devices at every call, and patches of "
+        "sgl_diffusion_accel cannot follow the copies. Type: remove(pipe). Or use "
+        "torch.nn.parallel.DistributedDataParallel, before or after patching."
+    )
 
 
 def _intercepted_method(base: Any, name: str) -> Callable[..., Any]:

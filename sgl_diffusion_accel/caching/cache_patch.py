@@ -54,7 +54,8 @@ class CachePatch(Patch):
     def attach(self, name: str, transformer: nn.Module, parts: Parts) -> None:
         """Puts the cache on one transformer.
 
-        A wrapper of `torch.compile` may have kept the transformer's own `__call__`, so it is intercepted as well.
+        A wrapper (`targets.unwrap`) is intercepted as well: that of `torch.compile` may have kept the transformer's own
+        `__call__`, and others do work of theirs that a skipped call has no use for.
         """
         self.components.append(name)
         wrapper, transformer = transformer, unwrap(transformer)

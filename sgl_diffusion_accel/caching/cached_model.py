@@ -21,6 +21,7 @@ from sgl_diffusion_accel.caching.signals import Signal, TimeEmbedding
 from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.caching.wiring import Form, Wiring, passing
 from sgl_diffusion_accel.intercept import Detour
+from sgl_diffusion_accel.targets import expert_of, model_class
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class CachedModel:
         self.detours = [Detour() for _ in parts.layout.lists]
         self.warned = False
         self.said: set[str] = set()
-        self._class = type(module).__name__
+        self._class = model_class(module).__name__
         self._parameters = [_parameters(blocks[0]) for blocks in find_block_lists(module).values()]
 
     def where(self, list_index: int) -> str:
@@ -163,10 +164,10 @@ class CachedModel:
         return branch.policy
 
     def _shared(self, run: Run) -> Policy | None:
-        """The policy that the run's branches share, made at its first step and let go with it."""
+        """The policy that the branches of a run share, made at its first step and let go with it."""
         if self.parts.by_run is None:
             return None
-        key = f"policy of {self.name}"
+        key = f"policy of {expert_of(self.name)}"
         if key not in run.data:
             run.data[key] = self.parts.by_run(run)
         shared: Policy = run.data[key]

@@ -98,7 +98,7 @@ class Controller(PatchHandler):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransformerCall | None:
         """Begins a transformer call."""
-        if self.current is not None:  # the wrapper of `torch.compile` has entered this call already
+        if self.current is not None:  # a wrapper (`targets.unwrap`) has entered this call already
             return None
         where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:

@@ -24,6 +24,7 @@ from sgl_diffusion_accel.caching.context_loop import loop_of_context
 from sgl_diffusion_accel.caching.explicit import StepIterator, branches_entered, loops_entered
 from sgl_diffusion_accel.caching.step_proof import proved_step, schedule_of
 from sgl_diffusion_accel.intercept import cache_context_of
+from sgl_diffusion_accel.targets import unwrap
 
 _PROGRESS_BARS = ("progress_bar", "pbar")
 _CALLBACKS = ("callback_on_step_end", "callback")
@@ -169,7 +170,7 @@ class _Walk:
             loop=timesteps,
             total=len(timesteps),
             step=step,
-            branch=name or _branch_by_name(local, self._args, self._kwargs),
+            branch=name or self._branch_read(pipeline, local),
             timesteps=timesteps,
             scheduler=scheduler,
             owner=owner,
@@ -188,6 +189,13 @@ class _Walk:
         named = next((each.name for each in branches_entered() if each.frame in self._frames), None)
         guider = getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
         return named or (guider.removeprefix("pred_") if isinstance(guider, str) else None)
+
+    def _branch_read(self, pipeline: Any, local: Mapping[str, Any]) -> str:
+        """The branch by the name of the component that is called, else of the conditioning that it is given."""
+        for name, part in vars(pipeline).items():
+            if _is_negative(name) and isinstance(part, nn.Module) and unwrap(part) is self._module:
+                return "uncond"
+        return _branch_by_name(local, self._args, self._kwargs)
 
     def outcome(self, frame: FrameType) -> LoopCall | Unplaced:
         """Where the call is when no frame has told it at once."""
@@ -345,8 +353,13 @@ def _share_memory(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
+@functools.lru_cache(maxsize=1024)
+def _is_negative(name: str) -> bool:
+    return _NEGATIVE.search(name) is not None
+
+
 def _branch_by_name(local: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Tells cond from uncond by the name under which the pipeline holds the conditioning tensor that it passes."""
     passed = {id(value) for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, list))}
     names = [name for name, value in local.items() if id(value) in passed and _CONDITIONING.search(name)]
-    return "uncond" if any(_NEGATIVE.search(name) for name in names) else "cond"
+    return "uncond" if any(map(_is_negative, names)) else "cond"

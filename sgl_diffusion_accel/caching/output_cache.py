@@ -25,7 +25,7 @@ from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.intercept import Instead
 from sgl_diffusion_accel.patch import Patch, PatchHandler
-from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.targets import expert_of, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class OutputController(PatchHandler):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begins a transformer call, or answers for it."""
-        if getattr(self._threads, "busy", False):  # the wrapper of `torch.compile` has entered this call already
+        if getattr(self._threads, "busy", False):  # a wrapper (`targets.unwrap`) has entered this call already
             return None
         where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:
@@ -87,7 +87,7 @@ class OutputController(PatchHandler):
         kept = run.data.get(_KEY)
         if not isinstance(kept, OutputRun):
             kept = run.data[_KEY] = OutputRun(self._pace(run))
-        decision = kept.decide(step, self._name, branch, _signature(args, kwargs))
+        decision = kept.decide(step, expert_of(self._name), branch, _signature(args, kwargs))
         self._log(run, step, branch, decision)
         if not decision.compute:
             output = kept.skip(branch)

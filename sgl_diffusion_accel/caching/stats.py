@@ -16,7 +16,7 @@ class StepRecord:
 
     Attributes:
         step: Index of the denoising step.
-        component: `"transformer"` or `"transformer_2"`.
+        component: Which transformer, such as `"transformer_2"`.
         computed: Whether the span was computed.
         reason: Why.
         change: Relative change of the signal, where it was measured.

@@ -24,7 +24,7 @@ from sgl_diffusion_accel.caching.teacache_fit import fit_recording
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.record import Recording, recording
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _plan(
         raise no_plan(pipe.scheduler)
     return CachePlan(
         pipeline=type(pipe).__name__,
-        transformers=tuple(type(unwrap(module)).__name__ for module in transformers.values()),
+        transformers=tuple(model_class(unwrap(module)).__name__ for module in transformers.values()),
         config=digest(transformers),
         scheduler=type(pipe.scheduler).__name__,
         timesteps=tuple(run.timesteps),

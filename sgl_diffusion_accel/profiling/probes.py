@@ -184,7 +184,7 @@ class TransformerProbe(LoopProbe):
         recorder: Is told.
         runs: The runs that are under way.
         watch: Called with the scheduler of a new run.
-        component: `"transformer"` or `"transformer_2"`.
+        component: Which transformer, such as `"transformer_2"`.
         blocks: Of its blocks; None where they are not watched.
     """
 
