@@ -199,12 +199,17 @@ def slot_of(module: object) -> Slot | None:
     return slot if isinstance(slot, Slot) else None
 
 
+def class_of(module: object) -> type:
+    """The class of an instance, without the interception."""
+    return _bases.get(type(module), type(module))
+
+
 def _settle(module: Any, slot: Slot, is_new: bool) -> None:
     """Gives a module the class that its handlers need, without any its own."""
     present = type(module)
     if not is_new and present not in _bases:
         return  # something else has put a class of its own on top: leave it
-    base = _bases.get(present, present)
+    base = class_of(module)
     wanted = _intercepted_class(base, frozenset(slot.methods)) if slot else base
     if wanted is not present:
         object.__setattr__(module, "__class__", wanted)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from sgl_diffusion_accel.caching.response import euler, response_of
+from sgl_diffusion_accel.caching.response import adds_noise, euler, response_of
+from sgl_diffusion_accel.intercept import intercept
 
 STEPS = 7
 
@@ -209,6 +210,29 @@ def test_step_of_the_instance_is_not_called() -> None:
     np.testing.assert_array_equal(response_of(scheduler, STEPS), expected)
     assert not calls
     assert "step" in vars(scheduler)
+
+
+def test_who_intercepts_the_step_is_not_called() -> None:
+    class Handler:
+        calls = 0
+
+        def enter(self, *_: Any) -> None:
+            self.calls += 1
+
+        def leave(self, _: Any, token: Any, output: Any) -> Any:
+            return output
+
+        def fail(self, *_: Any) -> None:
+            pass
+
+    scheduler, handler = made(DETERMINISTIC[0]), Handler()
+    expected = response_of(scheduler, STEPS)
+    intercept(scheduler, "watch", handler, "step")
+    np.testing.assert_array_equal(response_of(scheduler, STEPS), expected)
+    assert not adds_noise(scheduler)
+    assert handler.calls == 0
+    scheduler.step(normal(1, 1, 1, 1), scheduler.timesteps[0], normal(1, 1, 1, 1))
+    assert handler.calls == 1
 
 
 def test_response_of_the_last_steps_of_a_schedule() -> None:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sgl_diffusion_accel.intercept import SLOT, class_of
+
 logger = logging.getLogger(__name__)
 
 Response = npt.NDArray[np.float64]
@@ -84,9 +86,9 @@ def euler(sigmas: list[float]) -> Response:
 
 def _fresh_copy(scheduler: Any) -> Any:
     """A copy as it is before the first step, with its tensors where numbers are quick."""
-    twin = object.__new__(type(scheduler))
+    twin: Any = object.__new__(class_of(scheduler))
     for name, value in vars(scheduler).items():
-        if name == "step":  # somebody watches the scheduler, but not its twin
+        if name in ("step", SLOT):  # somebody watches the scheduler, but not its twin
             continue
         if isinstance(value, Tensor):
             value = value.detach().to("cpu", copy=True)
