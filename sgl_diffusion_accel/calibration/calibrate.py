@@ -176,8 +176,9 @@ def _plan(
 ) -> CachePlan:
     if not runs or not runs[0].timesteps:
         raise UnsupportedModelError(
-            f"{type(pipe).__name__} ran without a step of its scheduler: nothing was recorded. Use "
-            "apply_adaptive_cache(pipe), which needs no calibration."
+            f"{type(pipe).__name__} ran without a step of its own scheduler; it may step copies of it, one for each "
+            "frame or part. Nothing was recorded, and there can be no plan. Use apply_adaptive_cache(pipe), which "
+            "needs no calibration."
         )
     if len(runs) > 1:
         raise ConfigError(f"one call made {len(runs)} denoising runs; give calls that make one each.")
