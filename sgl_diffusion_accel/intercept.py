@@ -67,11 +67,19 @@ class Detour(threading.local):
     Attributes:
         answer: Makes what the caller gets from the positional and the keyword arguments; None while there is no detour.
             It runs inside of `torch.compile`'s regions: it calls no Python function that is not `eager`.
-        taken: How many calls have taken it since it was set.
+        taken: How many calls have taken it since it was opened.
     """
 
     answer: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
     taken: int = 0
+
+    def open(self, answer: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        """From now on calls in this thread take it."""
+        self.answer, self.taken = answer, 0
+
+    def close(self) -> None:
+        """From now on they go through the handlers again."""
+        self.answer, self.taken = None, 0
 
 
 class Slot:

@@ -118,7 +118,8 @@ class CachedModel:
 
     Attributes:
         writes_inputs: Whether a block was seen to write over its input; then inputs are copied before they are kept.
-        detours: The short way past the blocks inside of each list's span, while they are skipped.
+        detours: The short ways past the skipped blocks of each list's span: past those between its first and its last
+            one, and past the last one.
         warned: Whether it has been said that the model runs without its blocks.
         said: Remarks on runs that have been logged.
     """
@@ -127,7 +128,7 @@ class CachedModel:
         self.name = name
         self.parts = parts
         self.writes_inputs = False
-        self.detours = [Detour() for _ in parts.layout.lists]
+        self.detours = [(Detour(), Detour()) for _ in parts.layout.lists]
         self.warned = False
         self.said: set[str] = set()
         self._class = model_class(module).__name__

@@ -8,6 +8,7 @@ them returns `span input + predicted residual`, whatever it was given.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from sgl_diffusion_accel.caching.policies import Comparison, Decision, Policy, P
 from sgl_diffusion_accel.caching.runs import Run
 from sgl_diffusion_accel.caching.wiring import Call, elements, form_of
 from sgl_diffusion_accel.errors import UnsupportedModelError
-from sgl_diffusion_accel.intercept import Instead
+from sgl_diffusion_accel.intercept import Detour, Instead, eager
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +66,13 @@ class TransformerCall:
         self._previous: dict[int, Any] = {}
         self._inputs: dict[int, Entry] = {}
         self._residuals: dict[int, Residuals] = {}
-        self._skipped: dict[int, list[Any]] = {}
+        self._skipped: dict[int, list[Any]] = {}  # what the last block of each list's span is to return, until it does
+        self._passing: int | None = None  # the list whose skipped blocks take the short way at present
 
     def before(self, list_index: int, index: int, block: nn.Module, call: Call) -> TransformerCall | Instead:
         """Sees a block's arguments; answers for the block if it is skipped."""
-        detour = self._model.detours[list_index]
-        if detour.answer is not None:  # the blocks before this one have been passed by
-            self._order.passed(list_index, detour.taken)
-            detour.answer = None
+        if self._passing is not None:
+            self._end_passing(self._passing)
         self._order.enter(list_index, index)
         blocks = self._parts.layout.lists[list_index]
         wiring = self._model.wiring(self._branch, list_index)
@@ -105,9 +105,8 @@ class TransformerCall:
         """Puts what was computed into the branch's history, or lets the branch go after its last step."""
         branch = self._branch
         branch.seen += 1
-        for list_index, detour in enumerate(self._model.detours):
-            if detour.answer is not None:  # the end of the list's span was not called
-                self._order.passed(list_index, detour.taken)
+        if self._passing is not None:
+            self._end_passing(self._passing)
         self._order.finish()
         if not self._order.started and not self._model.warned:
             self._model.warned = True
@@ -143,8 +142,9 @@ class TransformerCall:
             kept.clear()
         self._measurement.drop()
         self._policy.forget()
-        for detour in self._model.detours:
-            detour.answer = None
+        for detours in self._model.detours:
+            for detour in detours:
+                detour.close()
 
     def _decide(self, call: Call) -> Decision:
         branch, policy, measurement = self._branch, self._policy, self._measurement
@@ -185,13 +185,24 @@ class TransformerCall:
         inputs = [None if key is None else wiring.get(call, key) for key in wiring.keys]
         if index == blocks.start:
             # Made now, of new memory: a model may add to what the blocks before the last one return, in place.
-            self._skipped[list_index] = self._predict(branch.histories[list_index], inputs)
+            output = branch.forms[list_index, True](self._predict(branch.histories[list_index], inputs))
+            self._skipped[list_index] = [output]
         if index == blocks.end - 1:
-            return branch.forms[list_index, True](self._skipped.pop(list_index))
-        if index + 1 < blocks.end - 1:
-            detour = self._model.detours[list_index]
-            detour.answer, detour.taken = branch.passing(list_index), 0
+            return self._skipped.pop(list_index).pop()
+        if index == blocks.start:
+            inside, last = self._model.detours[list_index]
+            inside.open(branch.passing(list_index))
+            last.open(_handing_over(self._skipped[list_index], last))
+            self._passing = list_index
         return branch.forms[list_index, False](inputs)
+
+    def _end_passing(self, list_index: int) -> None:
+        """Notes the blocks of a list that have been passed by since its first one was skipped."""
+        self._passing = None
+        detours = self._model.detours[list_index]
+        self._order.passed(list_index, sum(detour.taken for detour in detours))
+        for detour in detours:
+            detour.close()
 
     def _time(self) -> float:
         """When this call is, in the predictor's clock."""
@@ -222,11 +233,20 @@ class TransformerCall:
         outputs = []
         for index, entering in enumerate(inputs):
             residual = history.combine(index, weights)
-            if residual is None:
-                outputs.append(entering)
-            else:
-                outputs.append(local_part(entering, residual, self._module).to(residual.device) + residual)
+            if residual is not None:
+                entering = local_part(entering, residual, self._module).to(residual.device) + residual
+            outputs.append(entering)
         return outputs
+
+
+def _handing_over(waiting: list[Any], detour: Detour) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """Returns what the last skipped block of a span answers: what waits for it, once."""
+
+    def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+        detour.answer = None
+        return waiting.pop()
+
+    return eager(answer)
 
 
 def _residual(output: Tensor, entering: Tensor, transformer: nn.Module) -> Tensor | None:

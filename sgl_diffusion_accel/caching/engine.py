@@ -92,9 +92,12 @@ class Controller(PatchHandler):
         return getattr(self._threads, "current", None)
 
     def detour_past(self, list_index: int, index: int) -> Detour | None:
-        """The short way past a block; None for one at an end of its list's span, which has more to do."""
+        """The short way past a block; None for one outside of its list's span, or its first one, which decides."""
         blocks = self._model.parts.layout.lists[list_index]
-        return self._model.detours[list_index] if blocks.start < index < blocks.end - 1 else None
+        inside, last = self._model.detours[list_index]
+        if not blocks.start < index < blocks.end:
+            return None
+        return last if index == blocks.end - 1 else inside
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransformerCall | None:
         """Begins a transformer call."""

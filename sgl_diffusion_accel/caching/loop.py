@@ -40,7 +40,7 @@ HOW_TO_PLACE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would take most of its making
 class LoopCall:
     """Where one transformer call is.
 
@@ -94,12 +94,18 @@ def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         The position, or what is missing for a call that belongs to no known loop or is not proved to be at a step.
     """
     walk = _Walk(module, args, kwargs)
+    own = walk.loops
     frame: FrameType | None = sys._getframe(1)
-    found = None
-    while frame is not None and found is None:
-        found = walk.visit(frame)
+    while frame is not None:
+        if own and id(frame) in own:
+            return walk.of_own_loop(own[id(frame)])
+        if _may_be_loop(frame.f_code):
+            found = walk.visit(frame)
+            if found is not None:
+                return found
+        walk.inner.append(frame)
         frame = frame.f_back
-    return found or walk.outcome(sys._getframe(1))
+    return walk.outcome(sys._getframe(1))
 
 
 class _Walk:
@@ -109,38 +115,33 @@ class _Walk:
         module: The transformer.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
+
+    Attributes:
+        loops: The loops of one's own that are under way, by the frame that they run in.
+        inner: The frames inside the present one.
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.loops = {loop.frame: loop for loop in loops_entered()}
+        self.inner: list[FrameType] = []
         self._module, self._args, self._kwargs = module, args, kwargs
-        self._loops = {loop.frame: loop for loop in loops_entered()}
         self._context = cache_context_of(module)
-        self._inner: set[int] = set()  # identities of the code of the frames inside the present one
-        self._frames: set[int] = set()
         self._helper: tuple[Any, LoopCall] | None = None
         self._missing: str | None = None
 
     def visit(self, frame: FrameType) -> LoopCall | Unplaced | None:
-        """Looks at the next frame; returns where the call is once that is known."""
-        self._frames.add(id(frame))
-        if self._loops and id(frame) in self._loops:
-            return self._of_own_loop(self._loops[id(frame)])
-        code = frame.f_code
-        found = self._visit_pipeline(frame) if _may_be_loop(code) else None
-        self._inner.add(id(code))
-        return found
-
-    def _visit_pipeline(self, frame: FrameType) -> LoopCall | Unplaced | None:
+        """Looks at a frame that may be a pipeline's loop; returns where the call is once that is known."""
         with _Locals(frame) as local:
             pipeline = _pipeline_of(frame.f_code, local)
             if pipeline is None:
                 return None
-            if self._inner & _callback_codes(local):
+            callbacks = _callback_codes(local)
+            if callbacks and any(id(each.f_code) in callbacks for each in self.inner):
                 return Unplaced("a step callback makes it for its own ends")
             call = self._read(frame, pipeline, local)
         if call is None or (self._helper is not None and pipeline is not self._helper[0]):
             return None
-        if any(_share_memory(loop.timesteps, call.timesteps) for loop in self._loops.values()):
+        if any(_share_memory(loop.timesteps, call.timesteps) for loop in self.loops.values()):
             return None  # a helper of the pipeline that is called in a loop of one's own
         if call.owner is not None:
             return call
@@ -165,7 +166,7 @@ class _Walk:
             return None
         owner = state or next((local[name] for name in _PROGRESS_BARS if local.get(name) is not None), None)
         boundary = local.get("boundary_timestep")
-        name = self._named_here(local)
+        name = self._named_here(frame, local)
         return LoopCall(
             loop=timesteps,
             total=len(timesteps),
@@ -182,11 +183,13 @@ class _Walk:
     def _miss(self, frame: FrameType, pipeline: Any, what: str) -> None:
         self._missing = self._missing or f"{type(pipeline).__name__}.{frame.f_code.co_name} {what}"
 
-    def _named_here(self, local: Mapping[str, Any]) -> str | None:
+    def _named_here(self, frame: FrameType, local: Mapping[str, Any]) -> str | None:
         """The branch's name, if the pipeline or who wrote its method has set one inside its loop."""
         if self._context:
             return self._context[0].removeprefix("pred_")
-        named = next((each.name for each in branches_entered() if each.frame in self._frames), None)
+        entered = list(branches_entered())
+        within = {id(frame), *map(id, self.inner)} if entered else set()
+        named = next((each.name for each in entered if each.frame in within), None)
         guider = getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
         return named or (guider.removeprefix("pred_") if isinstance(guider, str) else None)
 
@@ -201,16 +204,17 @@ class _Walk:
         """Where the call is when no frame has told it at once."""
         if self._helper is not None:
             return self._helper[1]
-        for loop in reversed(self._loops.values()):
+        for loop in reversed(self.loops.values()):
             if loop.is_around(frame):
-                return self._of_own_loop(loop)
+                return self.of_own_loop(loop)
         if self._context is not None and self._missing is None:
             return self._of_context(*self._context)
         return Unplaced(
             self._missing or "it comes from no method of a diffusers pipeline that loops over its timesteps"
         )
 
-    def _of_own_loop(self, loop: StepIterator) -> LoopCall:
+    def of_own_loop(self, loop: StepIterator) -> LoopCall:
+        """A call in a loop that says itself where it is."""
         name = self._context[0] if self._context else next((each.name for each in branches_entered()), None)
         return LoopCall(
             loop=loop,
@@ -322,6 +326,8 @@ def _callback_codes(local: Mapping[str, Any]) -> set[int]:
     codes: set[int] = set()
     for name in _CALLBACKS:
         callback = local.get(name)
+        if callback is None:
+            continue
         while isinstance(callback, functools.partial):
             callback = callback.func
         method = getattr(callback, "__func__", vars(type(callback)).get("__call__"))

@@ -93,7 +93,8 @@ class Measurement:
                 "there is no signal to take from its first blocks. This model can only be cached with a static "
                 "mask: steps_mask='late-fast', steps_policy='static', fn_compute_blocks=0."
             )
-        form_of(self._output)  # refuses what cannot be put together again
+        if not self._branch.histories:
+            form_of(self._output)  # refuses what cannot be put together again
         wiring, parts = self._model.wiring(self._branch, 0), elements(self._output)
         if not wiring.complete:
             wiring.settle(self._entry.call, self._output)

@@ -51,6 +51,8 @@ def local_part(whole: Tensor, like: Tensor, transformer: nn.Module) -> Tensor:
     Returns:
         The part that `like` belongs to; `whole` itself where the shapes agree or no such part exists.
     """
+    if whole.shape == like.shape:
+        return whole
     differing = [dim for dim in range(whole.ndim) if whole.ndim == like.ndim and whole.shape[dim] != like.shape[dim]]
     group = _group(transformer) if len(differing) == 1 else None
     if group is None:
