@@ -69,7 +69,16 @@ def after_another(timesteps):
     return found, i, t
 
 
-@pytest.mark.parametrize("function", [plain, within_with, within_try, after_another])
+def of_a_long_body():
+    """A function whose jumps are over more than 255 instructions, and have a prefix, as those of pipelines."""
+    source = ["def long_body(timesteps):", "    for i, t in enumerate(timesteps):", "        found = around()"]
+    source += ["        x = i if i else None"] * 400
+    made = {"around": around}
+    exec("\n".join([*source, "    return found, i, t, x"]), made)
+    return made["long_body"]
+
+
+@pytest.mark.parametrize("function", [plain, within_with, within_try, after_another, of_a_long_body()])
 def test_one_loop_over_the_timesteps(function):
     loop = only(function(["a", "b"])[0])
     assert loop.targets == ("i", "t")

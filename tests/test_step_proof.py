@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dis
+import importlib
+import inspect
+import itertools
+import pkgutil
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from sgl_diffusion_accel.caching.code_loops import loops_around
 from sgl_diffusion_accel.caching.loop import LoopCall, Unplaced, locate
 from test_loop import Pipeline, Probe
 
@@ -247,3 +254,55 @@ def test_timesteps_that_repeat_are_not_told_by_value():
             self.transformer(x(0), t)
 
     assert steps_of(sample)[0] == [0, None, None, 3]
+
+
+# Pipelines of diffusers
+
+
+def loops_of_diffusers():
+    """(pipeline, function, loops around each direct call of its transformer, outermost last)."""
+    for module in modules_of_diffusers():
+        for name, kind in vars(module).items():
+            if not inspect.isclass(kind) or kind.__module__ != module.__name__:
+                continue
+            for function in vars(kind).values():
+                code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+                if code is None or "timesteps" not in {*code.co_varnames, *code.co_names}:
+                    continue
+                for loops in calls_of_the_transformer(code):
+                    yield name, code.co_name, loops
+
+
+def modules_of_diffusers():
+    for package in (
+        "wan",
+        "flux",
+        "qwenimage",
+        "hunyuan_video",
+        "ltx",
+        "cogvideo",
+        "mochi",
+        "sana",
+        "hidream_image",
+    ):
+        folder = importlib.import_module(f"diffusers.pipelines.{package}")
+        for found in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
+            if ".pipeline_" in found.name:
+                yield importlib.import_module(found.name)
+
+
+def calls_of_the_transformer(code):
+    instructions = list(dis.get_instructions(code))
+    for one, following in itertools.pairwise(instructions):
+        is_called = one.opname in ("LOAD_METHOD", "LOAD_ATTR") and one.argval == "transformer"
+        if is_called and following.opname in ("LOAD_FAST", "LOAD_CONST", "LOAD_GLOBAL", "CACHE", "PUSH_NULL"):
+            yield loops_around(code, one.offset)
+
+
+def test_loops_of_diffusers_are_understood():
+    """The innermost loop around each call of a transformer hands out timesteps, which prove the step."""
+    seen = [
+        (name, loops[0].targets) for name, function, loops in loops_of_diffusers() if loops and function == "__call__"
+    ]
+    assert len({name for name, _ in seen}) >= 30
+    assert {targets for _, targets in seen} == {("i", "t")}

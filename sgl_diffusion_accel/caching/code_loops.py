@@ -123,6 +123,8 @@ def _body(head: int, tails: set[int], following: list[list[int]], reached: set[i
 
 
 def _loop(instructions: list[dis.Instruction], head: int, body: set[int]) -> CodeLoop:
+    while instructions[head].opname == "EXTENDED_ARG":  # of a body that is long: the jump goes to this prefix
+        head += 1
     is_for = instructions[head].opname == "FOR_ITER"
     targets = tuple(_targets(instructions, head + 1)) if is_for else ()
     stored = {name for index in body for name in _stored_by(instructions[index])}
