@@ -205,6 +205,8 @@ class AttentionPatch(Patch):
             lines.append(
                 "  compiled calls took PyTorch's own attention: nothing can be timed there; run once uncompiled"
             )
+        if any(redirect.was_unverified for redirect in self._redirects.values()):
+            lines.append("  compiled calls were not verified: no value can be looked at there; run once uncompiled")
         if self._replaced():
             lines.append(
                 f"  {self._replaced()} layers were given other processors since, and use no backend: set it again"
