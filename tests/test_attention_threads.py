@@ -193,6 +193,18 @@ def test_each_thread_has_its_own_call_and_a_nested_one_puts_back_what_was() -> N
     assert (call.is_on, call.seen, call.is_inside) == (True, 0, False)
 
 
+def test_call_whose_end_was_never_reached_disturbs_no_later_one() -> None:
+    """Where Ctrl-C strikes between the beginning of a call and what puts things back."""
+    family = present("wan")
+    pipe = family.make()
+    patch = set_attention_backend(pipe, "half", skip_first_steps=1)
+    expected = family.run(pipe, steps=3)
+    (redirect,) = patch._redirects.values()
+    for is_on in (True, False):
+        redirect.call.begin(is_on)
+        assert torch.equal(family.run(pipe, steps=3), expected)
+
+
 def test_call_that_fails_puts_back_what_was() -> None:
     """Outside of a call of the transformer its layers have the backend, also after a step that had left it out."""
     family = present("wan")

@@ -115,7 +115,7 @@ class AttentionPatch(Patch):
                 self.intercept(scope, ScopeHandler(self, redirect))
         if scopes and component not in TRANSFORMERS:
             steps = Steps()  # a text encoder or a VAE has no denoising steps
-        handler = ComponentHandler(self, redirect, steps, is_scope=module in scopes)
+        handler = ComponentHandler(self, redirect, steps, module in scopes, has_wrapper=wrapper is not module)
         self.intercept(module, handler)
         if wrapper is not module:
             self.intercept(wrapper, handler)
