@@ -14,8 +14,9 @@ from torch import Tensor
 from sgl_diffusion_accel import UnsupportedModelError
 from sgl_diffusion_accel.attention import backends
 from sgl_diffusion_accel.attention.auto import MeasuredChoice
-from sgl_diffusion_accel.attention.backends import Backend, find_backend, register_attention_backend
+from sgl_diffusion_accel.attention.backends import find_backend, register_attention_backend
 from sgl_diffusion_accel.attention.redirect import Redirect
+from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.verify import check_output
 
 torch.set_num_threads(1)

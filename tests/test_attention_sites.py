@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from invariants.families import families, present
-from sgl_diffusion_accel.attention.backends import Backend, find_backend
+from sgl_diffusion_accel.attention.backends import find_backend
 from sgl_diffusion_accel.attention.redirect import Redirect
 from sgl_diffusion_accel.attention.select import set_attention_backend
 from sgl_diffusion_accel.attention.sites import (
@@ -31,6 +31,7 @@ from sgl_diffusion_accel.attention.sites import (
     find_sites,
     redirected,
 )
+from sgl_diffusion_accel.attention.table import Backend
 from zoo import Family
 
 

@@ -119,7 +119,7 @@ class AttentionPatch(Patch):
                 self.intercept(scope, ScopeHandler(self, redirect))
         if scopes and component not in TRANSFORMERS:
             steps = Steps()  # a text encoder or a VAE has no denoising steps
-        handler = ComponentHandler(self, redirect, steps, is_scope=module in scopes)
+        handler = ComponentHandler(self, redirect, steps, module in scopes, has_wrapper=wrapper is not module)
         self.intercept(module, handler)
         if wrapper is not module:
             self.intercept(wrapper, handler)
@@ -220,6 +220,8 @@ class AttentionPatch(Patch):
             lines.append(
                 "  compiled calls took PyTorch's own attention: nothing can be timed there; run once uncompiled"
             )
+        if any(redirect.was_unverified for redirect in self._redirects.values()):
+            lines.append("  compiled calls were not verified: no value can be looked at there; run once uncompiled")
         if self._replaced():
             lines.append(
                 f"  {self._replaced()} layers were given other processors since, and use no backend: set it again"

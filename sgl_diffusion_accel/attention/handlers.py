@@ -40,24 +40,29 @@ class ComponentHandler(PatchHandler):
         redirect: Where the component's attention goes.
         steps: Denoising steps that keep PyTorch's own attention.
         is_scope: Whether the component computes attention itself, without processors, and is redirected as a whole.
+        has_wrapper: Whether it stands in front of the wrapper of `torch.compile` and of the module inside.
     """
 
     patch: AttentionPatch
 
-    def __init__(self, patch: AttentionPatch, redirect: Redirect, steps: Steps, is_scope: bool) -> None:
+    def __init__(
+        self, patch: AttentionPatch, redirect: Redirect, steps: Steps, is_scope: bool, has_wrapper: bool
+    ) -> None:
         self.patch = patch
         self._redirect = redirect
         self._steps = steps
         self._is_scope = is_scope
         self._session = patch.session
+        self._has_wrapper = has_wrapper
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outer, Any] | None:
         """Begins a call of the component."""
-        if self._redirect.call.is_inside:  # the wrapper of `torch.compile` has entered this call already
-            return None
+        inner = unwrap(module)
+        if self._has_wrapper and module is inner and self._redirect.call.is_inside:
+            return None  # the wrapper of `torch.compile` has entered this call already
         is_on = True
         if self._steps:
-            where = self._session.enter(unwrap(module), args, kwargs)
+            where = self._session.enter(inner, args, kwargs)
             is_on = where is not None and self._steps.includes(where[1], where[0].total)
         scope = _enter(self._redirect) if self._is_scope else None
         return self._redirect.call.begin(is_on), scope

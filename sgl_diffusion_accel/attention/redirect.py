@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_diffusion_accel.attention.backends import all_backends
+from sgl_diffusion_accel.attention.first_calls import FirstCalls
 from sgl_diffusion_accel.attention.kernels import Kernel
 from sgl_diffusion_accel.attention.requirements import AttentionFacts, facts_of
 from sgl_diffusion_accel.attention.table import Backend
@@ -27,8 +27,7 @@ LAYER = "_sgl_diffusion_accel_layer"
 
 
 _WITHOUT_HEADS = 3  # dimensions
-_MOST_VERIFIED = 8
-"""Calls of one layer that are verified: one for each shape and mask, such as those of cond and uncond."""
+_MOST_FRAMES = 12  # between a processor and what asks for the name of its layer, with helpers that it calls
 
 
 class Choice(Protocol):
@@ -45,7 +44,8 @@ class Redirect:
         component: The component's name, for errors.
         backend: The backend; None where `choice` picks one for each kind of call.
         on_unsupported: What happens to calls that the backend cannot take.
-        verify: Checks the first calls of each layer: takes (layer, backend, output, sides, arguments), raises if wrong.
+        verify: Checks first calls: takes (layer, backend, output, sides, arguments), raises if wrong. None checks none.
+        by_layer: Whether those of each layer are checked, or those of the component. See `FirstCalls`.
         choice: Picks the backend.
 
     Attributes:
@@ -63,6 +63,7 @@ class Redirect:
         on_unsupported: OnUnsupported,
         verify: Callable[..., None] | None = None,
         choice: Choice | None = None,
+        by_layer: bool = True,
     ) -> None:
         self.component = component
         self.backend = backend
@@ -71,10 +72,9 @@ class Redirect:
         self.was_traced = False
         self.calls: Counter[str] = Counter()
         self.fallbacks: Counter[tuple[str, str]] = Counter()
-        self._lock = threading.Lock()  # of the counters, and of what has been verified
+        self._lock = threading.Lock()  # of the counters
         self._on_unsupported = on_unsupported
-        self._verify = verify
-        self._verified: dict[str, list[tuple[Any, ...]]] = {}
+        self._first = None if verify is None else FirstCalls(verify, by_layer)
         self._choice = choice
         self._kernels: dict[str, Kernel] = {} if backend is None else {backend.name: backend.load()}
         self._kernel = None if backend is None else self._kernels[backend.name]
@@ -155,6 +155,11 @@ class Redirect:
         self.was_traced = True
         return True
 
+    @property
+    def was_unverified(self) -> bool:
+        """Whether calls should have been verified that came in compiled code, where none can be."""
+        return self.was_traced and self._first is not None
+
     def counts(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
         """Copies of `calls` and `fallbacks`, which other threads may be adding to."""
         with self._lock:
@@ -206,20 +211,8 @@ class Redirect:
     def _seen(self, backend: Backend, output: Tensor, sides: tuple[Tensor, ...], more: dict[str, Any]) -> None:
         with self._lock:
             self.calls[backend.name] += 1
-        if self._verify is not None:
-            layer = layer_in_call(self.component)
-            mask, shapes = more["mask"], (sides[0].shape, sides[1].shape)
-            with self._lock:
-                verified = self._verified.setdefault(layer, [])
-                is_known = any(
-                    known == shapes and kept() is mask and (kept is _no_mask) == (mask is None)
-                    for known, kept in verified
-                )
-                is_due = not is_known and len(verified) < _MOST_VERIFIED
-            if is_due:
-                self._verify(layer, backend, output, sides, more)
-                with self._lock:
-                    verified.append((shapes, weakref.ref(mask) if mask is not None else _no_mask))
+        if self._first is not None:
+            self._first.check(lambda: layer_in_call(self.component), backend, output, sides, more)
 
     def _fall_back(
         self,
@@ -277,14 +270,10 @@ def _broadcast(sides: tuple[Tensor, Tensor, Tensor], enable_gqa: bool) -> tuple[
     return query, key, value
 
 
-def _no_mask() -> None:
-    """Stands for a weak reference to a mask."""
-
-
 def layer_in_call(component: str) -> str:
     """The name of the layer whose processor is calling, found on the stack; the component's where there is none."""
     frame = sys._getframe(1)
-    for _ in range(8):
+    for _ in range(_MOST_FRAMES):
         if frame.f_back is None:
             break
         frame = frame.f_back

@@ -6,10 +6,7 @@ import fnmatch
 import logging
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 
 from sgl_diffusion_accel.attention.attention_patch import KIND, AttentionPatch
@@ -17,9 +14,9 @@ from sgl_diffusion_accel.attention.auto import MeasuredChoice, default_store
 from sgl_diffusion_accel.attention.backends import all_backends, find_backend, flash_family
 from sgl_diffusion_accel.attention.handlers import Steps
 from sgl_diffusion_accel.attention.redirect import OnUnsupported, Redirect
-from sgl_diffusion_accel.attention.requirements import AttentionFacts, capability
 from sgl_diffusion_accel.attention.sites import Site, find_scopes, find_sites
 from sgl_diffusion_accel.attention.table import Backend
+from sgl_diffusion_accel.attention.usable import BackendStatus, BackendTable, model_facts, usable, why_not
 from sgl_diffusion_accel.attention.verify import check_output
 from sgl_diffusion_accel.errors import (
     ConfigError,
@@ -34,7 +31,6 @@ from sgl_diffusion_accel.targets import find_transformers, refuse_data_parallel,
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-_SMALLEST = 2  # bytes of a number that is computed with; smaller ones are only stored and cast before
 
 
 def set_attention_backend(
@@ -46,7 +42,7 @@ def set_attention_backend(
     skip_first_steps: int = 0,
     skip_last_steps: int = 0,
     on_unsupported: OnUnsupported = "error",
-    verify: bool = False,
+    verify: bool | None = None,
     allow_quantised: bool = False,
 ) -> AttentionPatch:
     """Computes the attention of a pipeline with another backend: this pipeline's alone, checked, and undone exactly.
@@ -63,8 +59,11 @@ def set_attention_backend(
         skip_last_steps: The same at its end.
         on_unsupported: What happens to calls that the backend cannot take, such as cross-attention with a mask:
             `"error"`, or `"native"` to leave them to the model's own attention, counted in `patch.fallbacks`.
-        verify: Compares the first call of each layer, with each shape and mask, with a float32 reference, and raises
-            where it is wrong.
+        verify: Compares first calls with a float32 reference, and raises where they are wrong. True: the first of each
+            layer, with each shape and mask. False: none. None: of quantised backends the first of each kind of call
+            (shapes, type, mask or none), since they can be far off at some shapes; of exact ones none. Each time it
+            costs a part of one attention call in float32, and waits for the device. Calls in compiled code cannot be
+            compared: run once uncompiled for that.
         allow_quantised: Whether `"auto"` may pick backends that compute in fewer bits.
 
     Returns:
@@ -75,26 +74,26 @@ def set_attention_backend(
         ConfigTypeError: `pipe` or a setting has a wrong type.
         MissingPackageError: The backend's package is missing or too old.
         UnsupportedModelError: The device, the head size or the model does not go with the backend. Later, at a call:
-            what only then is known, such as a mask.
+            what only then is known, such as a mask, or that its output is wrong.
 
     Example:
         >>> patch = set_attention_backend(pipe, "math")
         >>> video = pipe(**call)
         >>> patch.remove()
     """
-    _check(on_unsupported, skip_first_steps, skip_last_steps, {"verify": verify, "allow_quantised": allow_quantised})
+    switches = {"allow_quantised": allow_quantised} | ({} if verify is None else {"verify": verify})
+    _check(on_unsupported, skip_first_steps, skip_last_steps, switches)
     plans: dict[str, tuple[nn.Module, Redirect, str]] = {}
     choices: dict[str, MeasuredChoice] = {}
     for component, (module, name) in _named(pipe, backend, components).items():
         sites = _sites(component, unwrap(module), layers)
-        check = check_output if verify else None
         if name == AUTO:
             choices[component] = MeasuredChoice(allow_quantised, default_store())
-            redirect = Redirect(component, None, on_unsupported, check, choices[component])
+            redirect = Redirect(component, None, on_unsupported, check_output if verify else None, choices[component])
         else:
             found = _resolve(name, pipe, unwrap(module), sites)
             _check_backend(found, component, unwrap(module), sites, pipe)
-            redirect = _loaded(found, component, on_unsupported, check)
+            redirect = _loaded(found, component, on_unsupported, verify)
         plans[component] = (module, redirect, AUTO if redirect.backend is None else redirect.backend.name)
     _replace({component: module for component, (module, *_) in plans.items()})
     patch = AttentionPatch()
@@ -114,7 +113,7 @@ def _resolve(name: str, pipe: object, module: nn.Module, sites: Sequence[Site]) 
     found = find_backend(name)
     if name != "fa":
         return found
-    fitting = (each for each in flash_family() if _why_not(each, pipe, module, sites) is None)
+    fitting = (each for each in flash_family() if why_not(each, pipe, module, sites) is None)
     return next((each for each in fitting if _can_load(each)), found)
 
 
@@ -127,16 +126,17 @@ def _can_load(backend: Backend) -> bool:
     return True
 
 
-def _loaded(backend: Backend, component: str, on_unsupported: OnUnsupported, check: Any) -> Redirect:
+def _loaded(backend: Backend, component: str, on_unsupported: OnUnsupported, verify: bool | None) -> Redirect:
+    check = check_output if verify or (verify is None and not backend.is_exact) else None
     try:
-        return Redirect(component, backend, on_unsupported, check)
+        return Redirect(component, backend, on_unsupported, check, by_layer=verify is True)
     except Exception as error:
         raise MissingPackageError(
             f"attention backend {backend.name!r} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
 
 
-def _check(on_unsupported: object, first: object, last: object, switches: dict[str, object]) -> None:
+def _check(on_unsupported: object, first: object, last: object, switches: Mapping[str, object]) -> None:
     if on_unsupported not in ("error", "native"):
         raise unknown_name("value of on_unsupported", str(on_unsupported), ("error", "native"))
     for name, value in (("skip_first_steps", first), ("skip_last_steps", last)):
@@ -247,69 +247,15 @@ def _check_backend(backend: Backend, component: str, module: nn.Module, sites: S
     if lacks is not None:
         raise MissingPackageError(
             f"attention backend {backend.name!r} cannot be used: {lacks}. Usable here: "
-            f"{', '.join(_usable(pipe, module, sites))}."
+            f"{', '.join(usable(pipe, module, sites))}."
         )
-    for facts in _model_facts(pipe, module, sites, backend):
+    for facts in model_facts(pipe, module, sites, backend):
         reason = backend.requirements.refuses(facts)
         if reason is not None:
             raise UnsupportedModelError(
                 f"attention backend {backend.name!r} does not go with {component} ({type(module).__name__}): {reason}. "
-                f"Usable here: {', '.join(_usable(pipe, module, sites))}."
+                f"Usable here: {', '.join(usable(pipe, module, sites))}."
             )
-
-
-def _usable(pipe: object, module: nn.Module, sites: Sequence[Site]) -> list[str]:
-    return [each.name for each in all_backends().values() if _why_not(each, pipe, module, sites) is None]
-
-
-def _why_not(backend: Backend, pipe: object, module: nn.Module, sites: Sequence[Site]) -> str | None:
-    reasons = [backend.requirements.refuses(facts) for facts in _model_facts(pipe, module, sites, backend)]
-    return backend.lacks() or next((reason for reason in reasons if reason), None) or backend.would_fetch()
-
-
-def _model_facts(pipe: object, module: nn.Module, sites: Sequence[Site], backend: Backend) -> list[AttentionFacts]:
-    """What a model tells before it runs, one entry for each head size.
-
-    A model that is still on the CPU of a machine with a GPU may be moved, and cast, before it runs: then neither device
-    nor dtype are held against it.
-    """
-    layers = [site.layer for site in sites] or [module]
-    tensor = next((p for layer in layers for p in layer.parameters() if p.is_floating_point()), None)
-    device = getattr(pipe, "_execution_device", None) or (tensor.device if tensor is not None else torch.device("cpu"))
-    needs = backend.requirements.devices
-    may_move = bool(needs) and device.type not in needs and "cuda" in needs and torch.cuda.is_available()
-    known = sorted({size for layer in layers for size in [_head_size(layer)] if size is not None})
-    sizes: list[int | None] = [*known] or [None]
-    if may_move or device.type == "meta":
-        return [AttentionFacts(head_size=size) for size in sizes]
-    return [
-        AttentionFacts(
-            device=device.type,
-            capability=capability(device),
-            is_hip=torch.version.hip is not None,
-            dtype=None if tensor is None or tensor.element_size() < _SMALLEST else tensor.dtype,
-            head_size=size,
-        )
-        for size in sizes
-    ]
-
-
-def _head_size(layer: nn.Module) -> int | None:
-    """The size of a layer's heads, as far as it tells."""
-    for name in ("head_dim", "dim_head", "attention_head_dim"):
-        size = getattr(layer, name, None)
-        if isinstance(size, int):
-            return size
-    width, heads = getattr(layer, "inner_dim", None), getattr(layer, "heads", None)
-    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
-        return width // heads
-    config = getattr(layer, "config", None)
-    for name in ("head_dim", "d_kv"):
-        size = getattr(config, name, None)
-        if isinstance(size, int):
-            return size
-    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads > 0 else None
 
 
 def _replace(plans: Mapping[str, nn.Module]) -> None:
@@ -322,51 +268,6 @@ def _replace(plans: Mapping[str, nn.Module]) -> None:
                     " and ".join(sorted(set(old.backends) - set(plans))),
                 )
             old.remove()
-
-
-@dataclass(frozen=True)
-class BackendStatus:
-    """Whether a backend can be used with a pipeline on this machine.
-
-    Attributes:
-        name: The name that `set_attention_backend` takes.
-        aliases: Other names for it.
-        is_usable: Whether it can be set. What only a call tells (masks, causal) is checked then.
-        reason: Why not, or empty.
-        is_exact: Whether it computes in the precision of its inputs.
-        masks: Whether it takes masks.
-        install: How to get it, or empty.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    is_usable: bool
-    reason: str
-    is_exact: bool
-    masks: bool
-    install: str
-
-
-class BackendTable(tuple[BackendStatus, ...]):
-    """The table of attention backends; `print` shows it."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        rows = [("backend", "usable", "exact", "masks", "why not")]
-        rows += [
-            (each.name, "yes" if each.is_usable else "no", _yes(each.is_exact), _yes(each.masks), each.reason)
-            for each in self
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
-            for row in rows
-        )
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def attention_backends(pipe: object, component: str = "transformer") -> BackendTable:
@@ -395,7 +296,7 @@ def attention_backends(pipe: object, component: str = "transformer") -> BackendT
     nowhere = None if sites or find_scopes(module) else f"{component} computes no attention that could be redirected"
     rows = []
     for backend in all_backends().values():
-        reason = nowhere or _why_not(backend, pipe, module, sites)
+        reason = nowhere or why_not(backend, pipe, module, sites)
         rows.append(
             BackendStatus(
                 backend.name,
