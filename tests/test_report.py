@@ -62,11 +62,11 @@ def test_new_stats_are_empty():
 
 
 def test_text_before_the_first_run():
-    assert report.text("Cache-DiT (F1B0)", True, Stats()).splitlines() == ["Cache-DiT (F1B0)", "  no run yet"]
+    assert report.text("Cache-DiT (F1B0)", "", Stats()).splitlines() == ["Cache-DiT (F1B0)", "  no run yet"]
 
 
 def test_text_shows_the_title_the_share_and_each_branch():
-    text = report.text("Cache-DiT (F1B0)", True, one_run("110010", branches=("cond", "uncond")))
+    text = report.text("Cache-DiT (F1B0)", "", one_run("110010", branches=("cond", "uncond")))
     lines = text.splitlines()
     assert lines[0] == "Cache-DiT (F1B0)"
     assert "6 steps" in lines[1]
@@ -76,23 +76,23 @@ def test_text_shows_the_title_the_share_and_each_branch():
 
 
 def test_text_says_when_the_patch_was_removed():
-    assert "removed" in report.text("Cache-DiT", False, one_run())
-    assert "removed" not in report.text("Cache-DiT", True, one_run())
+    assert "removed" in report.text("Cache-DiT", "removed", one_run())
+    assert "removed" not in report.text("Cache-DiT", "", one_run())
 
 
 def test_text_is_of_the_last_run():
     stats = one_run("1100")
     stats.start(7).add("cond", 0, "transformer", COMPUTE, 10, 10)
-    text = report.text("Cache-DiT", True, stats)
+    text = report.text("Cache-DiT", "", stats)
     assert "run 2" in text
     assert "7 steps" in text
 
 
 def test_text_tells_of_calls_outside_of_any_loop():
     stats = one_run()
-    assert "outside" not in report.text("Cache-DiT", True, stats)
+    assert "outside" not in report.text("Cache-DiT", "", stats)
     stats.outside = 3
-    assert "3 transformer calls outside" in report.text("Cache-DiT", True, stats)
+    assert "3 transformer calls outside" in report.text("Cache-DiT", "", stats)
 
 
 class Cells(HTMLParser):
@@ -121,7 +121,7 @@ class Cells(HTMLParser):
 
 
 def test_picture_has_a_row_a_branch_and_a_cell_a_step():
-    shown = Cells(report.html("Cache-DiT", True, one_run("110", branches=("cond", "uncond"))))
+    shown = Cells(report.html("Cache-DiT", "", one_run("110", branches=("cond", "uncond"))))
     assert shown.rows == 2
     assert [title for title, _ in shown.cells] == [
         "step 0: warm-up", "step 1: warm-up", "step 2: change below threshold",
@@ -134,14 +134,14 @@ def test_picture_has_a_row_a_branch_and_a_cell_a_step():
 def test_picture_shows_titles_names_and_reasons_as_they_are():
     stats, nasty = Stats(), "<b>'x' & \"y\"</b>"
     stats.start(1).add(nasty, 0, "transformer", Decision(True, nasty), 10, 10)
-    shown = Cells(report.html(nasty, True, stats))
+    shown = Cells(report.html(nasty, "", stats))
     assert shown.cells[0][0] == f"step 0: {nasty}"
     assert shown.text.count(nasty) == 2
 
 
 def test_picture_before_the_first_run_and_after_removal():
-    assert "no run yet" in "".join(Cells(report.html("Cache-DiT", True, Stats())).text)
-    assert "(removed)" in "".join(Cells(report.html("Cache-DiT", False, one_run())).text)
+    assert "no run yet" in "".join(Cells(report.html("Cache-DiT", "", Stats())).text)
+    assert "(removed)" in "".join(Cells(report.html("Cache-DiT", "removed", one_run())).text)
 
 
 def test_colours_differ_in_lightness_for_those_who_see_no_hue():

@@ -102,31 +102,44 @@ class AttentionPatch(Patch):
             _set_processor(site.layer, made)
             self._processors.append((weakref.ref(site.layer), site.processor, made, dict(vars(made))))
 
-    def _on_removed(self) -> None:
+    def _on_taken_off(self) -> None:
         for redirect in self._redirects.values():  # somebody may have kept a redirected processor
             redirect.is_on = False
-        while self._processors:
-            found, original, made, was = self._processors.pop()
+        for found, original, made, was in reversed(self._processors):
             layer = found()
             if layer is None or _processor(layer) is not made:
                 continue  # something else has been put there since: leave it
-            changes = {key: value for key, value in vars(made).items() if key != LAYER and was.get(key) is not value}
-            vars(original).update(changes)  # what others have set meanwhile, such as diffusers' own backend
+            _carry_over(made, original, was)
             _set_processor(layer, original)
+
+    def _on_put_back(self) -> None:
+        for redirect in self._redirects.values():
+            redirect.is_on = True
+        for index, (found, original, made, was) in enumerate(self._processors):
+            layer = found()
+            if layer is not None and _processor(layer) is original:
+                _carry_over(original, made, was)
+                self._processors[index] = found, original, made, dict(vars(made))
+                _set_processor(layer, made)
+
+    def _on_removed(self) -> None:
+        self._processors.clear()
 
     def _replaced(self) -> int:
         """Layers whose processor something else has replaced."""
+        if self._is_suspended:
+            return 0
         layers = [(layer(), made) for layer, _, made, _ in self._processors]
         return sum(1 for layer, made in layers if layer is not None and _processor(layer) is not made)
 
-    def __enter__(self) -> AttentionPatch:
-        return self
+    def _what(self) -> str:
+        return "; ".join(f"attention of {component}: {name}" for component, name in self.backends.items())
 
     def __str__(self) -> str:
         lines = []
+        notice = f" [{self.notice}]" if self.notice else ""
         for component, name in self.backends.items():
-            where = f"in {self._layers[component]} places{'' if self.active else ' [removed]'}"
-            lines.append(f"attention of {component}: {name}, {where}")
+            lines.append(f"attention of {component}: {name}, in {self._layers[component]} places{notice}")
             calls = ", ".join(f"{count} by {each}" for each, count in self.calls[component].items())
             lines.append(f"  calls: {calls or 'none yet (compiled ones are not counted)'}")
         for reason, (layers, calls_) in _by_reason(self.fallbacks).items():
@@ -159,6 +172,12 @@ def _by_reason(fallbacks: Mapping[tuple[str, str], int]) -> dict[str, tuple[int,
         layers, calls = found.get(reason, (0, 0))
         found[reason] = (layers + 1, calls + count)
     return found
+
+
+def _carry_over(source: Any, target: Any, was: Mapping[str, Any]) -> None:
+    """Sets on one processor what others have set on another meanwhile, such as diffusers' own backend."""
+    changes = {key: value for key, value in vars(source).items() if key != LAYER and was.get(key) is not value}
+    vars(target).update(changes)
 
 
 def _processor(layer: nn.Module) -> Any:

@@ -63,7 +63,7 @@ def apply_adaptive_cache(pipe: object, tolerance: float | None = None) -> CacheP
         skips = settings.tolerance > 0 and run.total >= settings.fewest_steps
         return GapControl(settings, final, corrects=response is not None, switch=run.switch() if skips else None)
 
-    return apply_output_cache(f"adaptive cache (tolerance {settings.tolerance:g})", transformers, pace)
+    return apply_output_cache(f"adaptive cache (tolerance {settings.tolerance:g})", transformers, pace, pipe)
 
 
 def _tolerance(given: Any) -> float:

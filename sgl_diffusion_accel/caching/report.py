@@ -9,9 +9,9 @@ from sgl_diffusion_accel.caching.stats import BranchStats, Stats
 COMPUTED, SKIPPED = "#0072b2", "#e8e4d9"  # told apart also without colour vision: dark and light
 
 
-def text(title: str, active: bool, stats: Stats) -> str:
-    """Returns the summary that `print(patch)` shows."""
-    lines = [title if active else f"{title} [removed]"]
+def text(title: str, notice: str, stats: Stats) -> str:
+    """Returns the summary that `print(patch)` shows; the notice tells why the patch does not act, if it does not."""
+    lines = [f"{title} [{notice}]" if notice else title]
     if not stats.runs:
         lines.append("  no run yet")
     else:
@@ -24,9 +24,9 @@ def text(title: str, active: bool, stats: Stats) -> str:
     return "\n".join(lines)
 
 
-def html(title: str, active: bool, stats: Stats) -> str:
+def html(title: str, notice: str, stats: Stats) -> str:
     """Returns the picture that a notebook shows: one row a branch, dark where the step was computed."""
-    head = f"<b>{escape(title)}</b>{'' if active else ' (removed)'}"
+    head = f"<b>{escape(title)}</b>{f' ({escape(notice)})' if notice else ''}"
     if not stats.runs:
         return f"<div>{head}<br>no run yet</div>"
     run = stats.runs[-1]
