@@ -62,11 +62,11 @@ def test_new_stats_are_empty():
 
 
 def test_text_before_the_first_run():
-    assert report.text("Cache-DiT (F1B0)", True, Stats()).splitlines() == ["Cache-DiT (F1B0)", "  no run yet"]
+    assert report.text("Cache-DiT (F1B0)", "", Stats()).splitlines() == ["Cache-DiT (F1B0)", "  no run yet"]
 
 
 def test_text_shows_the_title_the_share_and_each_branch():
-    text = report.text("Cache-DiT (F1B0)", True, one_run("110010", branches=("cond", "uncond")))
+    text = report.text("Cache-DiT (F1B0)", "", one_run("110010", branches=("cond", "uncond")))
     lines = text.splitlines()
     assert lines[0] == "Cache-DiT (F1B0)"
     assert "6 steps" in lines[1]
@@ -76,39 +76,39 @@ def test_text_shows_the_title_the_share_and_each_branch():
 
 
 def test_text_says_when_the_patch_was_removed():
-    assert "removed" in report.text("Cache-DiT", False, one_run())
-    assert "removed" not in report.text("Cache-DiT", True, one_run())
+    assert "removed" in report.text("Cache-DiT", "removed", one_run())
+    assert "removed" not in report.text("Cache-DiT", "", one_run())
 
 
 def test_text_is_of_the_last_run():
     stats = one_run("1100")
     stats.start(7).add("cond", 0, "transformer", COMPUTE, 10, 10)
-    text = report.text("Cache-DiT", True, stats)
+    text = report.text("Cache-DiT", "", stats)
     assert "run 2" in text
     assert "7 steps" in text
 
 
 def test_calls_that_were_not_placed_are_told_with_what_was_missing():
     stats = one_run()
-    shown = [report.text("Cache-DiT", True, stats), report.html("Cache-DiT", True, stats)]
+    shown = [report.text("Cache-DiT", "", stats), report.html("Cache-DiT", "", stats)]
     assert all("not placed" not in each for each in shown)
     assert [stats.add_unplaced("it comes from <nowhere>") for _ in range(3)] == [True, False, False]
     assert stats.add_unplaced("its loop is over")
     assert stats.outside == 4
-    text = report.text("Cache-DiT", True, stats)
+    text = report.text("Cache-DiT", "", stats)
     assert "3 calls not placed, computed in full: it comes from <nowhere>" in text
     assert "1 calls not placed, computed in full: its loop is over" in text
     assert "denoising_steps(" in text
-    assert "3 calls not placed, computed in full: it comes from &lt;nowhere&gt;" in report.html("x", True, stats)
-    assert "not placed" in report.html("x", True, Stats(unplaced={"its loop is over": 1}))
+    assert "3 calls not placed, computed in full: it comes from &lt;nowhere&gt;" in report.html("x", "", stats)
+    assert "not placed" in report.html("x", "", Stats(unplaced={"its loop is over": 1}))
 
 
 def test_line_says_where_whether_and_how_much():
     stats = Stats()
-    assert report.line("Cache-DiT", ["transformer"], True, stats) == "<Cache-DiT on transformer; active>"
+    assert report.line("Cache-DiT", ["transformer"], "", stats) == "<Cache-DiT on transformer; active>"
     stats = one_run("1100")
     stats.add_unplaced("its loop is over")
-    line = report.line("Cache-DiT", ["transformer", "transformer_2"], False, stats)
+    line = report.line("Cache-DiT", ["transformer", "transformer_2"], "removed", stats)
     assert line.startswith(
         "<Cache-DiT on transformer and transformer_2; removed; 1 runs, the last with 55% of the blocks"
     )
@@ -141,7 +141,7 @@ class Cells(HTMLParser):
 
 
 def test_picture_has_a_row_a_branch_and_a_cell_a_step():
-    shown = Cells(report.html("Cache-DiT", True, one_run("110", branches=("cond", "uncond"))))
+    shown = Cells(report.html("Cache-DiT", "", one_run("110", branches=("cond", "uncond"))))
     assert shown.rows == 2
     assert [title for title, _ in shown.cells] == [
         "step 0: warm-up", "step 1: warm-up", "step 2: change below threshold",
@@ -154,14 +154,14 @@ def test_picture_has_a_row_a_branch_and_a_cell_a_step():
 def test_picture_shows_titles_names_and_reasons_as_they_are():
     stats, nasty = Stats(), "<b>'x' & \"y\"</b>"
     stats.start(1).add(nasty, 0, "transformer", Decision(True, nasty), 10, 10)
-    shown = Cells(report.html(nasty, True, stats))
+    shown = Cells(report.html(nasty, "", stats))
     assert shown.cells[0][0] == f"step 0: {nasty}"
     assert shown.text.count(nasty) == 2
 
 
 def test_picture_before_the_first_run_and_after_removal():
-    assert "no run yet" in "".join(Cells(report.html("Cache-DiT", True, Stats())).text)
-    assert "(removed)" in "".join(Cells(report.html("Cache-DiT", False, one_run())).text)
+    assert "no run yet" in "".join(Cells(report.html("Cache-DiT", "", Stats())).text)
+    assert "(removed)" in "".join(Cells(report.html("Cache-DiT", "removed", one_run())).text)
 
 
 def test_colours_differ_in_lightness_for_those_who_see_no_hue():

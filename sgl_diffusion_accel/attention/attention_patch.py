@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -164,34 +164,43 @@ class AttentionPatch(Patch):
             return f"{self._replaced()} layers were given other processors since. Set the backend again after that."
         return "something computes attention there that cannot be redirected."
 
-    def _on_removed(self) -> None:
+    def _on_taken_off(self) -> None:
         self.session.runs.clear()
         for redirect in self._redirects.values():  # somebody may have kept a redirected processor
             redirect.is_on = False
-        while self._processors:
-            each = self._processors.pop()
+        for each in reversed(self._processors):
             layer = each.layer()
             if layer is None or each.is_replaced:
                 continue  # something else has been put there since: leave it
-            now = vars(each.made)
-            changes = {key: value for key, value in now.items() if key != LAYER and each.was.get(key) is not value}
-            vars(each.original).update(changes)  # what others have set meanwhile, such as diffusers' own backend
+            _carry_over(each.made, each.original, each.was)
             _set_processor(layer, each.original)
+
+    def _on_put_back(self) -> None:
+        for redirect in self._redirects.values():
+            redirect.is_on = True
+        for index, each in enumerate(self._processors):
+            layer = each.layer()
+            if layer is not None and processor_of(layer) is each.original:
+                _carry_over(each.original, each.made, each.was)
+                self._processors[index] = replace(each, was=dict(vars(each.made)))
+                _set_processor(layer, each.made)
+
+    def _on_removed(self) -> None:
+        self._processors.clear()
 
     def _replaced(self) -> int:
         """Layers whose processor something else has replaced."""
+        if self._is_suspended:
+            return 0
         return sum(each.is_replaced for each in self._processors)
 
     def _all_replaced(self, component: str) -> bool:
         mine = [each for each in self._processors if each.component == component]
         return bool(mine) and all(each.is_replaced for each in mine)
 
-    def __enter__(self) -> AttentionPatch:
-        return self
-
     def __repr__(self) -> str:
         backends = ", ".join(f"{name} on {component}" for component, name in self.backends.items())
-        parts = [f"attention: {backends}", "active" if self.active else "removed"]
+        parts = [f"attention: {backends}", self.notice or "active"]
         if self.session.stats.outside:
             parts.append(f"{self.session.stats.outside} calls not placed in a loop: see print(patch)")
         if self.unseen:
@@ -200,9 +209,9 @@ class AttentionPatch(Patch):
 
     def __str__(self) -> str:
         lines = []
+        notice = f" [{self.notice}]" if self.notice else ""
         for component, name in self.backends.items():
-            where = f"in {self._layers[component]} places{'' if self.active else ' [removed]'}"
-            lines.append(f"attention of {component}: {name}, {where}")
+            lines.append(f"attention of {component}: {name}, in {self._layers[component]} places{notice}")
             calls = ", ".join(f"{count} by {each}" for each, count in self.calls[component].items())
             lines.append(f"  calls: {calls or 'none yet (compiled ones are not counted)'}")
             if self._left[component]:
@@ -256,6 +265,12 @@ def _may_skip(module: nn.Module) -> bool:
     """Whether something else stands in front of a module, or in it, that may answer without computing attention."""
     others = any(patch.kind != KIND for patch in patches_of(module))
     return others or any(getattr(module, name, False) for name in _CACHED)
+
+
+def _carry_over(source: Any, target: Any, was: Mapping[str, Any]) -> None:
+    """Sets on one processor what others have set on another meanwhile, such as diffusers' own backend."""
+    changes = {key: value for key, value in vars(source).items() if key != LAYER and was.get(key) is not value}
+    vars(target).update(changes)
 
 
 def _set_processor(layer: nn.Module, processor: Any) -> None:

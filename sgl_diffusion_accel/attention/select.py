@@ -95,16 +95,14 @@ def set_attention_backend(
             _check_backend(found, component, unwrap(module), sites, pipe)
             redirect = _loaded(found, component, on_unsupported, verify)
         plans[component] = (module, redirect, AUTO if redirect.backend is None else redirect.backend.name)
-    _replace({component: module for component, (module, *_) in plans.items()})
     patch = AttentionPatch()
     steps = Steps(int(skip_first_steps), int(skip_last_steps))
-    try:
+    modules = {component: unwrap(module) for component, (module, *_) in plans.items()}
+    _tell_of_replaced(modules)
+    with patch.applying(pipe, modules.values()):
         for component, (module, redirect, name) in plans.items():
             sites = _sites(component, unwrap(module), layers)  # as they are without the patch that was replaced
             patch.attach(component, module, sites, redirect, name, steps, choices.get(component))
-    except BaseException:
-        patch.remove()
-        raise
     return patch
 
 
@@ -258,16 +256,15 @@ def _check_backend(backend: Backend, component: str, module: nn.Module, sites: S
             )
 
 
-def _replace(plans: Mapping[str, nn.Module]) -> None:
-    """Takes off what an earlier call has set on these components."""
-    for module in plans.values():
-        for old in [patch for patch in patches_of(unwrap(module)) if patch.kind == KIND]:
-            if isinstance(old, AttentionPatch) and set(old.backends) - set(plans):
-                logger.warning(
-                    "the attention backend that is replaced was also on %s: it is gone there.",
-                    " and ".join(sorted(set(old.backends) - set(plans))),
-                )
-            old.remove()
+def _tell_of_replaced(modules: Mapping[str, nn.Module]) -> None:
+    """Warns where what an earlier call has set is on other components, too."""
+    patches = [patch for module in modules.values() for patch in patches_of(module) if patch.kind == KIND]
+    for old in dict.fromkeys(patches):
+        if isinstance(old, AttentionPatch) and not old.is_open and set(old.backends) - set(modules):
+            logger.warning(
+                "the attention backend that is replaced was also on %s: it is gone there.",
+                " and ".join(sorted(set(old.backends) - set(modules))),
+            )
 
 
 def attention_backends(pipe: object, component: str = "transformer") -> BackendTable:

@@ -65,7 +65,7 @@ def apply_adaptive_cache(pipe: object, tolerance: float | None = None) -> CacheP
             return GapControl(settings, np.ones(run.total), corrects=False, switch=switch)
         return GapControl(settings, response[-1], switch=switch, passing=passing_influence(response))
 
-    return apply_output_cache(f"adaptive cache (tolerance {settings.tolerance:g})", transformers, pace)
+    return apply_output_cache(f"adaptive cache (tolerance {settings.tolerance:g})", transformers, pace, pipe)
 
 
 def _tolerance(given: Any) -> float:

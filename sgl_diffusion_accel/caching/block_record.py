@@ -122,7 +122,7 @@ class BlockRecording:
                 observe=self._recorders.get(name),
                 observe_residuals=self._magnitude_recorders.get(name),
             )
-        self._patch = apply_cache("recording", self.transformers, parts)
+        self._patch = apply_cache("recording", self.transformers, parts, pipe)
 
     def _signal(self, name: str, module: nn.Module, use_ret_steps: bool | None) -> Signal | TimeEmbedding:
         family = family_of(module)

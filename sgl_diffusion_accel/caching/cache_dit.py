@@ -71,7 +71,7 @@ def apply_cache_dit(pipe: object, config: CacheDiTConfig | None = None, **knobs:
     if not config.enabled:
         logger.warning("apply_cache_dit: the config says enabled=False; nothing is cached.")
         parts = {}
-    return apply_cache(_title(config), transformers, parts)
+    return apply_cache(_title(config), transformers, parts, pipe)
 
 
 def _merge(config: CacheDiTConfig | None, knobs: dict[str, Any]) -> CacheDiTConfig:

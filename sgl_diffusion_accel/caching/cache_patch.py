@@ -36,10 +36,14 @@ class CachePatch(Patch):
         self.title = title
         self.components: list[str] = []
         self._session = Session()
+        self._has_warned = False
 
     @property
     def stats(self) -> Stats:
         """What the cache did, run by run."""
+        if self.replaced and not self._has_warned:
+            self._has_warned = True
+            logger.warning("%s: %s.", self.title, self.notice)
         return self._session.stats
 
     @property
@@ -75,72 +79,64 @@ class CachePatch(Patch):
         if unwrap(transformer) is not transformer:
             self.intercept(transformer, controller)
 
-    def _on_removed(self) -> None:
+    def _on_taken_off(self) -> None:
         self._session.runs.clear()
 
-    def __enter__(self) -> CachePatch:
-        return self
-
     def __repr__(self) -> str:
-        return report.line(self.title, self.components, self.active, self.stats)
+        return report.line(self.title, self.components, self.notice, self._session.stats)
 
     def __str__(self) -> str:
-        return report.text(self.title, self.active, self.stats)
+        return report.text(self.title, self.notice, self._session.stats)
 
     def _repr_html_(self) -> str:
-        return report.html(self.title, self.active, self.stats)
+        return report.html(self.title, self.notice, self._session.stats)
 
 
-def apply_cache(title: str, transformers: Mapping[str, nn.Module], parts: Mapping[str, Parts]) -> CachePatch:
+def apply_cache(
+    title: str, transformers: Mapping[str, nn.Module], parts: Mapping[str, Parts], pipe: object = None
+) -> CachePatch:
     """Puts a cache on transformers; one that is there already is taken off first.
-
-    Everything that can be refused must have been: from here on the old cache is gone.
 
     Args:
         title: What the cache is, in a line.
         transformers: Component name to transformer.
         parts: The same names to what the cache is made of; a component without parts is left alone.
+        pipe: The pipeline that they are of.
     """
-    _replace(transformers)
     patch = CachePatch(title)
-    try:
+    _tell_of_replaced(transformers)
+    with patch.applying(pipe, map(unwrap, transformers.values())):
         for name, transformer in transformers.items():
             if name in parts:
                 patch.attach(name, transformer, parts[name])
-    except BaseException:
-        patch.remove()
-        raise
     return patch
 
 
-def apply_output_cache(title: str, transformers: Mapping[str, nn.Module], pace: MakePace) -> CachePatch:
+def apply_output_cache(
+    title: str, transformers: Mapping[str, nn.Module], pace: MakePace, pipe: object = None
+) -> CachePatch:
     """Puts a cache of whole calls on transformers; a cache that is there already is taken off first.
 
     Args:
         title: What the cache is, in a line.
         transformers: Component name to transformer.
         pace: Makes what decides the steps of a run.
+        pipe: The pipeline that they are of.
     """
-    _replace(transformers)
     patch = CachePatch(title)
-    try:
+    _tell_of_replaced(transformers)
+    with patch.applying(pipe, map(unwrap, transformers.values())):
         for name, transformer in transformers.items():
             patch.attach_whole(name, transformer, pace)
-    except BaseException:
-        patch.remove()
-        raise
     return patch
 
 
-def _replace(transformers: Mapping[str, nn.Module]) -> None:
-    """Takes off the caches that are on transformers."""
-    for transformer in transformers.values():
-        for old in [patch for patch in patches_of(unwrap(transformer)) if patch.kind == KIND]:
-            if isinstance(old, CachePatch) and len(old.components) > len(transformers):
-                logger.warning(
-                    "the cache that is replaced was also on %s: it is gone there.", " and ".join(old.components)
-                )
-            old.remove()
+def _tell_of_replaced(transformers: Mapping[str, nn.Module]) -> None:
+    """Warns where a cache that will be replaced is on other transformers, too."""
+    patches = [patch for transformer in transformers.values() for patch in patches_of(unwrap(transformer))]
+    for old in dict.fromkeys(patches):
+        if isinstance(old, CachePatch) and not old.is_open and len(old.components) > len(transformers):
+            logger.warning("the cache that is replaced was also on %s: it is gone there.", " and ".join(old.components))
 
 
 def refuse_foreign_cache(transformers: Mapping[str, nn.Module]) -> None:

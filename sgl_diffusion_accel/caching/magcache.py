@@ -77,7 +77,7 @@ def apply_magcache(
         f"MagCache (ratios of {ratios.steps} steps, threshold {threshold:g}, at most {max_skip_steps} steps in a row, "
         f"retention {retention_ratio:.0%}, " + (f"TaylorSeer order {order})" if order else "reuse)")
     )
-    return apply_cache(title, transformers, parts)
+    return apply_cache(title, transformers, parts, pipe)
 
 
 def _parts(

@@ -11,9 +11,9 @@ from sgl_diffusion_accel.caching.stats import BranchStats, Stats
 COMPUTED, SKIPPED = "#0072b2", "#e8e4d9"  # told apart also without colour vision: dark and light
 
 
-def text(title: str, active: bool, stats: Stats) -> str:
-    """Returns the summary that `print(patch)` shows."""
-    lines = [title if active else f"{title} [removed]"]
+def text(title: str, notice: str, stats: Stats) -> str:
+    """Returns the summary that `print(patch)` shows; the notice tells why the patch does not act, if it does not."""
+    lines = [f"{title} [{notice}]" if notice else title]
     if not stats.runs:
         lines.append("  no run yet")
     else:
@@ -25,9 +25,9 @@ def text(title: str, active: bool, stats: Stats) -> str:
     return "\n".join(lines)
 
 
-def line(title: str, components: Sequence[str], active: bool, stats: Stats) -> str:
+def line(title: str, components: Sequence[str], notice: str, stats: Stats) -> str:
     """Returns the one line of `repr(patch)`."""
-    parts = [f"{title} on {' and '.join(components)}", "active" if active else "removed"]
+    parts = [f"{title} on {' and '.join(components)}", notice or "active"]
     if stats.runs:
         parts.append(f"{stats.started} runs, the last with {stats.runs[-1].compute_share:.0%} of the blocks computed")
     if stats.outside:
@@ -43,9 +43,9 @@ def unplaced(stats: Stats, otherwise: str = "computed in full") -> list[str]:
     return [*found, HOW_TO_PLACE]
 
 
-def html(title: str, active: bool, stats: Stats) -> str:
+def html(title: str, notice: str, stats: Stats) -> str:
     """Returns the picture that a notebook shows: one row a branch, dark where the step was computed."""
-    head = f"<b>{escape(title)}</b>{'' if active else ' (removed)'}"
+    head = f"<b>{escape(title)}</b>{f' ({escape(notice)})' if notice else ''}"
     if not stats.runs:
         return f"<div>{'<br>'.join([head, 'no run yet', *map(escape, unplaced(stats))])}</div>"
     run = stats.runs[-1]

@@ -92,7 +92,8 @@ def apply_teacache(
         logger.info("TeaCache on %s: %s", name, said)
     words = {said for _, said in planned.values()}
     title = words.pop() if len(words) == 1 else "; ".join(f"{name}: {said}" for name, (_, said) in planned.items())
-    return apply_cache(f"TeaCache ({title})", transformers, {name: parts for name, (parts, _) in planned.items()})
+    parts = {name: found for name, (found, _) in planned.items()}
+    return apply_cache(f"TeaCache ({title})", transformers, parts, pipe)
 
 
 def _merge(config: TeaCacheConfig | None, knobs: dict[str, Any]) -> TeaCacheConfig:

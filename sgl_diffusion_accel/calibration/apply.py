@@ -90,7 +90,7 @@ def apply_cache_plan(
         timesteps = tuple(map(float, run.timesteps.tolist()))
         return PlanPace(budget.design(timesteps, response), _moments(plan, timesteps, response.tobytes()), limit)
 
-    return apply_output_cache(f"cache plan ({budget})", transformers, pace)
+    return apply_output_cache(f"cache plan ({budget})", transformers, pace, pipe)
 
 
 class _Budget:

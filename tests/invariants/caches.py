@@ -65,7 +65,7 @@ def gaps(pipe: Any, tolerance: float = 10.0) -> CachePatch:
         return GapPolicy(pace, ThresholdPolicy(math.inf, max_warmup_steps=2))
 
     parts = {name: replace(parts_of(unwrap(one), config), by_run=policy) for name, one in transformers.items()}
-    return apply_cache("gap control, loosened", transformers, parts)
+    return apply_cache("gap control, loosened", transformers, parts, pipe)
 
 
 def static(pipe: Any) -> CachePatch:
@@ -112,7 +112,7 @@ def adaptive(pipe: Any, tolerance: float = 10.0) -> CachePatch:
         # An estimate to begin with: else three steps go by before a gap, which is all that an expert of Wan2.2 has.
         return GapControl(settings, np.asarray(final), response is not None, _curvature=1.0)
 
-    return apply_output_cache("adaptive cache, loosened", find_transformers(pipe), pace)
+    return apply_output_cache("adaptive cache, loosened", find_transformers(pipe), pace, pipe)
 
 
 @functools.cache
