@@ -15,6 +15,7 @@ from sgl_diffusion_accel.caching.pacing import DEPTH, Pace
 from sgl_diffusion_accel.caching.policies import Decision
 
 SIGNATURE = ("shape",)
+PLAIN, CONTROLLED = frozenset({"latents"}), frozenset({"latents", "control 0"})
 
 
 class Laid(Pace):
@@ -58,11 +59,13 @@ def output(step: int, branch: str = "cond", batch: int = 1) -> Tensor:
 
 def call(kept: OutputRun, step: int, branch: str = "cond", guidance: float | None = None, **kw: Any) -> Any:
     """What the caller of a transformer gets, and whether it ran."""
-    decision = kept.decide(step, kw.get("component", "transformer"), branch, kw.get("signature", SIGNATURE))
+    decision = kept.decide(
+        step, kw.get("component", "transformer"), branch, kw.get("signature", SIGNATURE), kw.get("given", PLAIN)
+    )
     if not decision.compute:
         return kept.skip(branch)[0], False
-    given = kw["output"] if "output" in kw else output(step, branch)
-    return kept.computed(branch, (given,), guidance)[0], True
+    made = kw["output"] if "output" in kw else output(step, branch)
+    return kept.computed(branch, (made,), guidance)[0], True
 
 
 def test_computed_steps_return_what_was_computed_and_skipped_ones_the_line() -> None:
@@ -127,6 +130,37 @@ def test_other_shape_or_model_starts_anew(change: dict[str, Any]) -> None:
     made, ran = call(kept, 4, **change)
     assert not ran
     assert torch.equal(made, output(3)), "one output is known of the new one"
+
+
+def test_inputs_of_another_kind_start_anew_with_a_computed_step() -> None:
+    kept = OutputRun(pace := Laid("xx.......x"))
+    for step in range(6):
+        given = CONTROLLED if step >= 3 else PLAIN
+        ran = [call(kept, step, branch, given=given)[1] for branch in ("cond", "uncond")]
+        assert ran == [step in (0, 1, 3)] * 2
+    assert pace.restarts == [3]
+
+
+def test_pace_may_know_of_the_turn() -> None:
+    class Knowing(Laid):
+        def turn(self, step: int, is_computed: bool) -> bool:
+            return not is_computed
+
+    kept = OutputRun(Knowing("xx.x..x"))
+    ran = [call(kept, step, given=CONTROLLED if step >= 3 else PLAIN)[1] for step in range(6)]
+    assert ran == [True, True, False, True, False, False]
+
+
+def test_one_branch_alone_whose_inputs_change_is_computed_until_it_can_be_predicted() -> None:
+    kept = OutputRun(pace := Laid("xx..x.x.."))
+    ran: dict[str, list[bool]] = {"cond": [], "uncond": []}
+    for step in range(8):
+        for branch, each in ran.items():
+            given = CONTROLLED if step >= 3 and branch == "uncond" else PLAIN
+            each.append(call(kept, step, branch, given=given)[1])
+    assert ran["cond"] == [True, True, False, False, True, False, True, False]
+    assert ran["uncond"] == [True, True, False, True, True, True, True, False]
+    assert pace.restarts == []
 
 
 def test_pace_that_spans_models_goes_on_with_another_model() -> None:

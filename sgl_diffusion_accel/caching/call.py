@@ -148,7 +148,7 @@ class TransformerCall:
 
     def _decide(self, call: Call) -> Decision:
         branch, policy, measurement = self._branch, self._policy, self._measurement
-        signature = _signature(call)
+        signature = (*_signature(call), self.run.given)
         if branch.histories and branch.signature != signature:
             branch.forget()
         branch.signature = signature

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sgl_diffusion_accel.caching.cached_model import Branch, CachedModel
 from sgl_diffusion_accel.caching.call import TransformerCall
 from sgl_diffusion_accel.caching.foreign import FORBIDDEN, refuse_late_cache
+from sgl_diffusion_accel.caching.given import tensors_given
 from sgl_diffusion_accel.caching.loop import HOW_TO_PLACE, LoopCall, Unplaced, locate
 from sgl_diffusion_accel.caching.models import full_call_argument, full_call_remark
 from sgl_diffusion_accel.caching.policies import Decision
@@ -58,6 +59,7 @@ class Session:
                         run.data["stats"] = self.stats.start(run.total)
                         run.data["number"] = self.stats.started
                     self._threads.run = run.data.get("stats")
+                    run.given = call.switches | tensors_given(args, kwargs)
                     return run, *run.advance(module, call)
                 call = Unplaced("its loop is over")
             is_new = self.stats.add_unplaced(call.missing)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.context_loop import loop_of_context
 from sgl_diffusion_accel.caching.explicit import StepIterator, branches_entered, loops_entered
+from sgl_diffusion_accel.caching.given import Kind, switches_on
 from sgl_diffusion_accel.caching.step_proof import proved_step, schedule_of
 from sgl_diffusion_accel.intercept import cache_context_of
 from sgl_diffusion_accel.targets import unwrap
@@ -57,6 +58,7 @@ class LoopCall:
             every step, and tells branches apart.
         guidance: The scale with which the branches are combined, None where nothing tells.
         boundary: The timestep below which a second transformer takes over, None if there is none.
+        switches: The control that has an effect at this step.
     """
 
     loop: Any
@@ -69,6 +71,7 @@ class LoopCall:
     passed: tuple[Tensor, ...] = ()
     guidance: float | None = None
     boundary: float | None = None
+    switches: Kind = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,7 @@ class _Walk:
             passed=() if name else self._tensors(),
             guidance=guidance_of(pipeline, local),
             boundary=float(boundary) if isinstance(boundary, (int, float)) else None,
+            switches=switches_on(local),
         )
 
     def _miss(self, frame: FrameType, pipeline: Any, what: str) -> None:

@@ -87,7 +87,7 @@ class OutputController(PatchHandler):
         kept = run.data.get(_KEY)
         if not isinstance(kept, OutputRun):
             kept = run.data[_KEY] = OutputRun(self._pace(run))
-        decision = kept.decide(step, expert_of(self._name), branch, _signature(args, kwargs))
+        decision = kept.decide(step, expert_of(self._name), branch, _signature(args, kwargs), run.given)
         self._log(run, step, branch, decision)
         if not decision.compute:
             output = kept.skip(branch)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sgl_diffusion_accel.caching.given import Kind
 from sgl_diffusion_accel.caching.multistep import Weights
 from sgl_diffusion_accel.caching.outputs import Tensors, combine, take_apart
 from sgl_diffusion_accel.caching.pacing import DEPTH, Pace
@@ -47,6 +48,8 @@ class OutputRun(Kept):
         self._step = -1
         self._component = ""
         self._signature: tuple[Any, ...] = ()
+        self._given: dict[str, Kind] = {}
+        self._has_turned = False
         self._decision = Decision(True, "first step")
         self._weights: Weights | None = None
         self._error = PredictionError(ends_alike=True)
@@ -56,7 +59,9 @@ class OutputRun(Kept):
         kept = [tensor for branch in self._branches.values() for each in branch.outputs.values() for tensor in each]
         return self._error.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
-    def decide(self, step: int, component: str, branch: str, signature: tuple[Any, ...]) -> Decision:
+    def decide(
+        self, step: int, component: str, branch: str, signature: tuple[Any, ...], given: Kind = frozenset()
+    ) -> Decision:
         """Decides a transformer call; all branches of a step share one decision.
 
         Args:
@@ -64,9 +69,15 @@ class OutputRun(Kept):
             component: Which transformer is called; one name for those that run at the same steps.
             branch: The branch.
             signature: Shapes, dtypes and devices of what it is called with.
+            given: Of what kind is what it is given.
         """
+        turns = self._given.setdefault(branch, given) != given
+        self._given[branch] = given
         if step != self._step:
+            self._has_turned = turns
             self._begin(step, component, signature)
+        elif turns and not self._has_turned and branch in self._branches:
+            self._branches[branch].outputs.clear()
         if self._decision.compute:
             return self._decision
         if not self._branches.setdefault(branch, _Branch()).has(list(self._weights or ())):
@@ -84,6 +95,10 @@ class OutputRun(Kept):
                 self.pace.restart(step)
             if not self._decision.compute or self._nodes:
                 self._decision = Decision(True, "another model or shape" if self._nodes else "first step")
+            self._nodes.clear()
+            self._branches.clear()
+        elif self._has_turned and self.pace.turn(step, self._decision.compute):
+            self._decision = Decision(True, "inputs changed")
             self._nodes.clear()
             self._branches.clear()
         self._step, self._component, self._signature = step, component, signature

@@ -62,6 +62,19 @@ class Pace(ABC):
     def restart(self, step: int) -> None:  # noqa: B027
         """Another model takes over at a step, which will be computed: nothing before it is of use."""
 
+    def turn(self, step: int, is_computed: bool) -> bool:  # noqa: ARG002
+        """What the model is given is of another kind from a step on: control that begins, an input that appears.
+
+        Args:
+            step: The step.
+            is_computed: Whether it was decided to be computed.
+
+        Returns:
+            Whether nothing before it is of use; then it will be computed.
+        """
+        self.restart(step)
+        return True
+
     @abstractmethod
     def needs_later(self, step: int) -> bool:
         """Whether the output of a computed step may be used at a later one."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sgl_diffusion_accel.caching.given import Kind
 from sgl_diffusion_accel.caching.loop import LoopCall
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
@@ -30,6 +31,7 @@ class Run:
         data: What others keep for as long as the run lasts.
         guidance: The scale with which the pipeline combines the branches at the present step, None where unknown.
         boundary: The timestep below which a second transformer takes over, None if there is none.
+        given: Of what kind is what the transformer is given at the present call.
         ends_with_loop: Whether its end is sure to be seen, since the loop itself ends then.
     """
 
@@ -38,6 +40,7 @@ class Run:
         self.data: dict[Any, Any] = {}
         self.guidance: float | None = None
         self.boundary = call.boundary
+        self.given: Kind = frozenset()
         self.ends_with_loop = call.owner is call.loop
         self._loop = weakref.ref(call.loop)
         self._timesteps = weakref.ref(call.timesteps) if call.timesteps is not None else lambda: None

@@ -13,6 +13,9 @@ from sgl_diffusion_accel.caching.policies import Decision
 from sgl_diffusion_accel.caching.response import passing_influence
 from sgl_diffusion_accel.calibration.design import Design, Moments
 
+_LINE = 2  # steps that a line goes through
+_TURN = 2.0  # how many times as far as beside it the line errs where the runs turned
+
 
 @final
 class PlanPace(Pace):
@@ -25,7 +28,7 @@ class PlanPace(Pace):
     Args:
         design: For the steps of the run.
         moments: What it was designed from.
-        guard: How many times the foreseen error is borne; None never looks.
+        guard: How many times the foreseen error is borne; None never looks, but after a turn (`turn`).
         settings: Of the gap control that takes over.
     """
 
@@ -63,7 +66,7 @@ class PlanPace(Pace):
 
     def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
         """See `Pace.predicted`."""
-        if self._guard is None:
+        if not self.needs_error:
             return None
         earlier = [node for node in nodes if node < step]
         return extrapolate(earlier, step) if len(earlier) > 1 else None
@@ -73,16 +76,42 @@ class PlanPace(Pace):
         if self._instead is not None:
             self._instead.observe(step, error)
         elif self._guard is not None and not error <= self._guard * self.foreseen(step):
-            response = self._moments.response
-            self._instead = GapControl(self._settings, response[-1], passing=passing_influence(response))
-            self._instead.take_over(self._computed, error)
+            self._hand_over().take_over(self._computed, error)
+
+    def turn(self, step: int, is_computed: bool) -> bool:
+        """See `Pace.turn`.
+
+        A plan whose runs had the same turn is followed, and one that computes this step: the guard will see whether it
+        was foreseen. Else gap control takes over, from here on.
+        """
+        if self._instead is None and (is_computed or self._foresaw_turn(step)):
+            return False
+        (self._instead or self._hand_over()).restart(step)
+        return True
+
+    def _foresaw_turn(self, step: int) -> bool:
+        """Whether the runs of the calibration turned at a step: the line through the two before errs as at no other."""
+        if not _LINE <= step - 1 < step + _LINE < len(self._design.mask):
+            return False
+        at, before, behind = (self._line_error([each - 1, each - 2], each) for each in (step, step - 1, step + _LINE))
+        return at > _TURN * max(before, behind)
+
+    def _hand_over(self) -> GapControl:
+        """Leaves the rest of the run to gap control."""
+        response = self._moments.response
+        self._instead = GapControl(self._settings, response[-1], passing=passing_influence(response))
+        self.needs_error = self._instead.needs_error
+        return self._instead
 
     def foreseen(self, step: int) -> float:
         """Error of the line at a computed step that the moments let expect, relative to the step's output."""
+        return self._line_error([node for node in self._computed if node < step][: DEPTH - 1], step)
+
+    def _line_error(self, nodes: Sequence[int], step: int) -> float:
+        """The same for the line through any two steps, the newest first."""
         gram = self._moments.gram
         difference = np.zeros(len(gram))
-        earlier = [node for node in self._computed if node < step][: DEPTH - 1]
-        for node, weight in extrapolate(earlier, step).items():
+        for node, weight in extrapolate(nodes, step).items():
             difference[node] += weight
         difference[step] -= 1
         return float(np.sqrt(max(difference @ gram @ difference, 0.0) / max(gram[step, step], 1e-30)))
