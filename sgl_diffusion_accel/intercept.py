@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -106,8 +105,7 @@ _REASON = (
 def _eager(function: Callable[..., Any], recursive: bool = True) -> Callable[..., Any]:
     """Keeps `torch.compile` of a whole transformer out of a function and, if recursive, of what it calls."""
     disable: Any = torch.compiler.disable
-    reason = {"reason": _REASON} if "reason" in inspect.signature(disable).parameters else {}  # torch 2.7 and newer
-    wrapped: Callable[..., Any] = disable(function, recursive=recursive, **reason)
+    wrapped: Callable[..., Any] = disable(function, recursive=recursive, reason=_REASON)
     return wrapped
 
 
