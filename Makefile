@@ -65,6 +65,7 @@ format: $(READY)
 
 bench: $(READY_BENCH)
 	@$(VENV_BENCH)/bin/python -m benchmarks.overhead
+	@$(VENV_BENCH)/bin/python -m benchmarks.host_cost
 	@$(VENV_BENCH)/bin/python -m benchmarks.attention
 	@$(VENV_BENCH)/bin/python -m benchmarks.profiling
 	@$(VENV_BENCH)/bin/python -m benchmarks.cache $(ARGS)

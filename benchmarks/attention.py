@@ -57,8 +57,9 @@ def main() -> None:
         "redirection": {name: redirection_cost(make(), given.pairs) for name, make in LAYERS.items()},
     }
     if torch.cuda.is_available():
-        result["peak_tflops"] = matmul_peak()
-        result["kernels"] = {name: kernels(shape, result["peak_tflops"]) for name, shape in SHAPES.items()}
+        device = torch.device("cuda")
+        result["peak_tflops"] = matmul_peak(device)
+        result["kernels"] = {name: kernels(shape, result["peak_tflops"], device) for name, shape in SHAPES.items()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
@@ -135,18 +136,18 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
 
 
-def matmul_peak() -> float:
-    """TFLOP/s of a large bfloat16 matrix product."""
-    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / median_ms(lambda: left @ right, left.device) / 1e9
+def matmul_peak(device: torch.device, dtype: torch.dtype = torch.bfloat16, size: int = 8192) -> float:
+    """TFLOP/s of a large matrix product."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: left @ right, left.device) / 1e9
 
 
-def kernels(shape: tuple[int, int, int, int], peak: float) -> list[dict[str, Any]]:
+def kernels(
+    shape: tuple[int, int, int, int], peak: float, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> list[dict[str, Any]]:
     """Every backend at one shape."""
     batch, heads, tokens, size = shape
-    sides: tuple[Tensor, Tensor, Tensor] = tuple(
-        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)
-    )  # type: ignore[assignment]
+    sides: tuple[Tensor, Tensor, Tensor] = tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(3))  # type: ignore[assignment]
     more: dict[str, Any] = {"mask": None, "is_causal": False, "scale": None, "enable_gqa": False}
     flops = 4 * batch * heads * tokens**2 * size
     rows = []

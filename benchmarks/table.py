@@ -1,4 +1,4 @@
-"""Makes the tables of the README and of `benchmarks/RESULTS.md`, and the pictures, from the committed JSON files.
+"""Makes the tables of README, `benchmarks/RESULTS.md` and `docs/gpu.md`, and the pictures, from committed JSON files.
 
 python -m benchmarks.table
 """
@@ -6,24 +6,25 @@ python -m benchmarks.table
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sgl_diffusion_accel.comparing.metrics import psnr_at
 
 from . import pareto, summary
+from .gpu import docs
+from .gpu.page import kernel_table
+from .markers import insert
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-BEGIN = "<!-- table:start -->"
-END = "<!-- table:end -->"
 _ABOUT = (
     "# Results\n\nMade by `make table` from the files in `results/`; how they are measured is told in "
     "[README.md](README.md). Bold: better than simply running fewer steps at the same cost."
 )
 _MODELS = ("wan", "qwen", "flux")
 _USUAL_SIZE = [16, 16]
-_OTHER_QUESTIONS = ("attention", "overhead", "profiling")
 _HEAD = (
     "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"
     "|---|--:|--:|--:|--:|--:|--:|\n"
@@ -31,8 +32,9 @@ _HEAD = (
 
 
 def main() -> None:
-    """Writes both files."""
-    paths = [path for path in sorted(RESULTS.glob("*.json")) if path.stem not in _OTHER_QUESTIONS]
+    """Writes all of them."""
+    others = ("gpu_", *_QUESTIONS)
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith(others)]
     results = [json.loads(path.read_text()) for path in paths]
     results.sort(key=lambda one: (_MODELS.index(one["model"]), one.get("scheduler", "euler"), -one["steps"]))
     parts = [_ABOUT, "## At a glance", summary.table(results)]
@@ -43,17 +45,18 @@ def main() -> None:
         pictures = f"![PSNR over the compute ratio](results/pareto_{name}.png)\n"
         pictures += f"![PSNR over the speed-up in wall time](results/pareto_wall_{name}.png)"
         parts += [f"## {kind}", chapter(result), pictures]
-    if (RESULTS / "overhead.json").exists():
-        parts += ["## The library's own cost", overhead(json.loads((RESULTS / "overhead.json").read_text()))]
-    if (RESULTS / "attention.json").exists():
-        parts += ["## Attention", attention(json.loads((RESULTS / "attention.json").read_text()))]
-    if (RESULTS / "profiling.json").exists():
-        parts += ["## Profiling", profiling(json.loads((RESULTS / "profiling.json").read_text()))]
+    for stem, (heading, show) in _QUESTIONS.items():
+        if (RESULTS / f"{stem}.json").exists():
+            parts += [f"## {heading}", show(json.loads((RESULTS / f"{stem}.json").read_text()))]
     (ROOT / "benchmarks" / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
     readme = ROOT / "README.md"
     if readme.exists():
         usual = [result for result in results if name_of(result) == result["model"]]
-        readme.write_text(insert(readme.read_text(), summary.table(usual)))
+        text = insert(insert(readme.read_text(), summary.table(usual)), docs.in_short(), "gpu")
+        if (RESULTS / "host_cost.json").exists():
+            text = insert(text, host_line(json.loads((RESULTS / "host_cost.json").read_text())), "host cost")
+        readme.write_text(text)
+    docs.write()
 
 
 def name_of(result: dict[str, Any]) -> str:
@@ -62,19 +65,6 @@ def name_of(result: dict[str, Any]) -> str:
     height, width = result.get("size", _USUAL_SIZE)
     name = str(result["model"]) if setting == ("euler", 50) else f"{result['model']}_{setting[0]}_{setting[1]}"
     return name if [height, width] == _USUAL_SIZE else f"{name}_{height}x{width}"
-
-
-def insert(text: str, table: str) -> str:
-    """Puts a table between the markers of a text.
-
-    Raises:
-        ValueError: the text lacks a marker.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"no place for the table; expected the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def chapter(result: dict[str, Any]) -> str:
@@ -129,15 +119,47 @@ def attention(result: dict[str, Any]) -> str:
             lines.append(f"| {layer} | {name} | {spread} |")
     if "kernels" in result:
         lines += ["", f"On {host['gpu']}, bfloat16, matrix product {result['peak_tflops']:.0f} TFLOP/s:", ""]
-        lines += ["| shape | backend | ms | TFLOP/s | of the peak | error |", "|---|---|--:|--:|--:|--:|"]
-        for shape, rows in result["kernels"].items():
-            lines += [_kernel_line(shape, row) for row in rows if "ms" in row]
+        lines.append(kernel_table(result["kernels"]))
     return "\n".join(lines)
 
 
-def _kernel_line(shape: str, row: dict[str, Any]) -> str:
-    numbers = f"{row['ms']:.2f} | {row['tflops']:.0f} | {row['share_of_peak']:.0%} | {row['error']:.1e}"
-    return f"| {shape} | {row['backend']} | {numbers} |"
+def host_cost(result: dict[str, Any]) -> str:
+    """What was measured by `benchmarks.host_cost`: medians of CPU time, and quartiles in brackets."""
+    host = result["environment"]
+    versions = ", ".join(
+        f"{name} {host['packages'][name]}" for name in ("diffusers", "cache-dit") if name in host["packages"]
+    )
+    about = (
+        "CPU time of a skipped DBCache step with one block computed, blocks that do next to nothing, tiny tensors "
+        f"({result['settings']}); {versions}; {host['cpu']}, {host['threads']} thread, {host['date']}, "
+        f"{result['pairs']} rounds. Beside it what it takes more than a model of one block, for each block passed over."
+    )
+    lines = [about, "", "| pipeline | predictor | | a step, ms | a block, µs |", "|---|---|---|--:|--:|"]
+    for row in result["rows"]:
+        first = f"| {row['layout']} | {row['predictor']} |"
+        lines.append(f"{first} one block alone | {_quartiles(row['bare']['cpu_ms'], 2)} | |")
+        for name, side in row["sides"].items():
+            lines.append(f"{first} {name} | {_quartiles(side['cpu_ms'], 2)} | {_quartiles(side['us_a_block'], 1)} |")
+    return "\n".join(lines)
+
+
+def host_line(result: dict[str, Any]) -> str:
+    """The same in a sentence, for the README: reuse alone."""
+    told = []
+    for row in result["rows"]:
+        if row["predictor"] == "reuse":
+            sides = (f"{name} {side['us_a_block']['median']:.0f} µs" for name, side in row["sides"].items())
+            told.append(f"{row['layout']}: {', '.join(sides)}")
+    host = result["environment"]
+    return (
+        "The host's time for each block that a skipped DBCache step passes over (idle blocks, reuse; "
+        f"{host['cpu']}, {host['date']}): {'; '.join(told)}."
+    )
+
+
+def _quartiles(row: dict[str, float], digits: int) -> str:
+    median, low, high = (f"{row[key]:.{digits}f}" for key in ("median", "lower_quartile", "upper_quartile"))
+    return f"{median} ({low} to {high})"
 
 
 def line(row: dict[str, Any], result: dict[str, Any]) -> str:
@@ -182,6 +204,15 @@ def _calibration_line(found: dict[str, Any]) -> str:
 def _order(row: dict[str, Any]) -> tuple[int, float]:
     families = ("unpatched", "fewer steps", "sgl-diffusion-accel", "cache-dit", "diffusers")
     return families.index(row["family"]), row["compute_ratio"]
+
+
+_QUESTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "overhead": ("The library's own cost", overhead),
+    "host_cost": ("The host's part of a skipped step", host_cost),
+    "attention": ("Attention", attention),
+    "profiling": ("Profiling", profiling),
+}
+"""By the name of the file that answers it: the heading of a chapter, and what writes it."""
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from sgl_diffusion_accel.caching.adaptive import apply_adaptive_cache
 from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.config import CacheDiTConfig
+from sgl_diffusion_accel.caching.explicit import branch, denoising_steps
 from sgl_diffusion_accel.caching.magcache import apply_magcache
 from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.masks import StepsMask
@@ -59,9 +60,11 @@ __all__ = [
     "apply_magcache",
     "apply_teacache",
     "attention_backends",
+    "branch",
     "calibrate",
     "check_plan",
     "compare",
+    "denoising_steps",
     "fit_teacache",
     "nsys_command",
     "profile",

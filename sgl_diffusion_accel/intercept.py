@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._dynamo import decorators
 
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
@@ -56,6 +57,22 @@ class Handler(Protocol):
         """Runs when the module raised, before the error goes on to its caller."""
 
 
+class Detour(threading.local):
+    """The short way past a module, while a handler has decided that it will not run.
+
+    A block cache decides once for tens of blocks. Sending each of them through its handlers to hear the same answer
+    costs more host time than a skipped step may take, so while `answer` is set its modules give that at once.
+
+    Attributes:
+        answer: Makes what the caller gets from the positional and the keyword arguments; None while there is no detour.
+            It runs inside of `torch.compile`'s regions: it calls no Python function that is not `eager`.
+        taken: How many calls have taken it since it was set.
+    """
+
+    answer: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+    taken: int = 0
+
+
 class Slot:
     """The handlers of one module, by kind; the one applied last is outermost.
 
@@ -63,14 +80,16 @@ class Slot:
         kinds: Those of its `__call__`, the one applied last at the end.
         handlers: The same, outermost first. Those that only watch (`is_watching`) are in front of all others, whenever
             they came: an answer that another one gives in the module's place is seen by them as well.
+        detour: Of the only handler; None where there are others, which have to see each call.
         methods: The slots of its other methods, by name.
     """
 
-    __slots__ = ("handlers", "kinds", "methods")
+    __slots__ = ("detour", "handlers", "kinds", "methods")
 
     def __init__(self) -> None:
         self.kinds: dict[str, Handler] = {}
         self.handlers: tuple[Handler, ...] = ()
+        self.detour: Detour | None = None
         self.methods: dict[str, Slot] = {}
 
     def __bool__(self) -> bool:
@@ -89,6 +108,7 @@ class Slot:
             self.kinds[kind] = handler
         applied = sorted(self.kinds.values(), key=lambda each: bool(getattr(each, "is_watching", False)))
         self.handlers = tuple(reversed(applied))
+        self.detour = getattr(applied[0], "detour", None) if len(applied) == 1 else None
 
     def of(self, method: str) -> tuple[Handler, ...]:
         """The handlers of a method, outermost first."""
@@ -102,11 +122,24 @@ _REASON = (
 )
 
 
-def _eager(function: Callable[..., Any], recursive: bool = True) -> Callable[..., Any]:
-    """Keeps `torch.compile` of a whole transformer out of a function and, if recursive, of what it calls."""
-    disable: Any = torch.compiler.disable
-    wrapped: Callable[..., Any] = disable(function, recursive=recursive, reason=_REASON)
+_disable: Any = torch.compiler.disable
+_skip: Any = getattr(decorators, "skip", functools.partial(_disable, recursive=False))
+
+
+def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps `torch.compile` of a whole transformer out of a function and of what it calls."""
+    wrapped: Callable[..., Any] = _disable(function, reason=_REASON)
     return wrapped
+
+
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps `torch.compile` of a whole transformer out of a function, but not of what it calls.
+
+    It marks the function's code and puts nothing around it: `torch.compiler.disable` costs a call more each time.
+    """
+    made: Any = _skip(function)
+    made._torchdynamo_disable_msg = _REASON
+    return made  # type: ignore[no-any-return]
 
 
 _enter = _eager(lambda handler, *rest: handler.enter(*rest))
@@ -136,7 +169,7 @@ def _run(
     return _leave(handler, module, token, output)
 
 
-_run = _eager(_run, recursive=False)
+_run = eager(_run)
 
 
 class _Contexts(threading.local):
@@ -172,12 +205,11 @@ def intercept(module: object, kind: str, handler: Handler, method: str = CALL) -
         method: Called instead of this method.
     """
     slot = slot_of(module)
-    is_new = slot is None
     if slot is None:
         slot = Slot()
         object.__setattr__(module, SLOT, slot)
     slot.put(kind, handler, method)
-    _settle(module, slot, is_new)
+    _settle(module, slot)
 
 
 def release(module: object, kind: str, method: str = CALL) -> None:
@@ -186,9 +218,14 @@ def release(module: object, kind: str, method: str = CALL) -> None:
     if slot is None:
         return
     slot.put(kind, None, method)
-    _settle(module, slot, is_new=False)
+    _settle(module, slot)
     if not slot:
         module.__dict__.pop(SLOT, None)
+
+
+def original_class(module: object) -> type:
+    """The class of an object as it is without interception."""
+    return _base_of(type(module)) or type(module)
 
 
 def slot_of(module: object) -> Slot | None:
@@ -197,36 +234,55 @@ def slot_of(module: object) -> Slot | None:
     return slot if isinstance(slot, Slot) else None
 
 
-def _settle(module: Any, slot: Slot, is_new: bool) -> None:
+def _settle(module: Any, slot: Slot) -> None:
     """Gives a module the class that its handlers need, without any its own."""
     present = type(module)
-    if not is_new and present not in _bases:
-        return  # something else has put a class of its own on top: leave it
-    base = _bases.get(present, present)
+    base = original_class(module)
+    if base is present and any(map(_base_of, present.__mro__)):
+        return  # something else has put a class of its own on top, which calls the handlers: leave it
     wanted = _intercepted_class(base, frozenset(slot.methods)) if slot else base
     if wanted is not present:
-        object.__setattr__(module, "__class__", wanted)
+        _CLASS.__set__(module, wanted)
 
 
-_classes: dict[tuple[type, frozenset[str]], Any] = {}
-_bases: dict[type, type] = {}
+_CLASS: Any = vars(object)["__class__"]
+
+
+def _assign_class(module: Any, wanted: type) -> None:
+    """Gives an intercepted module another class of its own, with the handlers in front of it again."""
+    _CLASS.__set__(module, wanted)
+    slot = slot_of(module)
+    if slot is not None:
+        _settle(module, slot)
+
+
+# Frameworks that mix something into an instance's class read `module.__class__`, make a class of it that they keep in a
+# table, and assign that: PyTorch's `fully_shard` does. They are to see and to keep the original, and the class that
+# they assign, which knows nothing of handlers, is to be intercepted in its turn.
+_PUBLIC_CLASS = property(original_class, _assign_class)
+
+
+# Not by the classes themselves: a class that is made compares equal to its original.
+_classes: dict[tuple[int, frozenset[str]], Any] = {}
+_BASE = "_sgl_diffusion_accel_original"
 _lock = threading.Lock()
 
 
 def _intercepted_class(base: type, methods: frozenset[str]) -> Any:
     with _lock:
-        made = _classes.get((base, methods))
+        made = _classes.get((id(base), methods))
         if made is None:
-            made = _classes[base, methods] = _make_class(base, methods)
-            _bases[made] = base
+            made = _classes[id(base), methods] = _make_class(base, methods)
         return made
 
 
-def _make_class(base: Any, methods: frozenset[str]) -> Any:
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        slot = self.__dict__.get(SLOT)
-        return _run(self, slot.handlers if slot else (), base.__call__, args, kwargs)
+def _base_of(cls: type) -> type | None:
+    """What an intercepted class was made of, None for any other class."""
+    base: type | None = vars(cls).get(_BASE)
+    return base
 
+
+def _make_class(base: Any, methods: frozenset[str]) -> Any:
     def __getstate__(self: nn.Module) -> Any:
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
         return {key: value for key, value in state.items() if key != SLOT}
@@ -240,6 +296,8 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         return (base if function is own else function, tuple(base if a is own else a for a in arguments), *rest)
 
     namespace: dict[str, Any] = {
+        _BASE: base,
+        "__class__": _PUBLIC_CLASS,
         "__getstate__": __getstate__,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
@@ -247,7 +305,8 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         "__doc__": base.__doc__,
     }
     if issubclass(base, nn.Module):
-        namespace[CALL] = _eager(__call__, recursive=False)
+        namespace[CALL] = _intercepted_call(base)
+        namespace["_replicate_for_data_parallel"] = _refuse_to_replicate
     elif any(CALL in vars(each) for each in base.__mro__):  # hasattr would find that of the class's own class
         namespace[CALL] = _intercepted_method(base, CALL)
     namespace |= {name: _intercepted_method(base, name) for name in methods}
@@ -255,9 +314,37 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         namespace["cache_context"] = _listening_cache_context(base)
     if hasattr(base, "enable_cache"):
         namespace["enable_cache"] = _forbidden_enable_cache(base)
-    # diffusers looks classes up in lists and dicts, in `from_pipe` for example: there it must find the original.
-    equality = {"__eq__": lambda cls, other: cls is other or other is base, "__hash__": lambda _: hash(base)}
+    # diffusers looks classes up in lists and dicts, in `from_pipe` for example: there it must find the original. What
+    # others derive from this class is no such stand-in.
+    equality = {
+        "__eq__": lambda cls, other: cls is other or (other is base and _base_of(cls) is base),
+        "__hash__": lambda cls: hash(base) if _base_of(cls) is base else type.__hash__(cls),
+    }
     return type(type(base).__name__, (type(base),), equality)(base.__name__, (base,), namespace)
+
+
+def _intercepted_call(base: Any) -> Callable[..., Any]:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        slot = self.__dict__.get(SLOT)
+        if slot is None:
+            return base.__call__(self, *args, **kwargs)
+        detour = slot.detour
+        if detour is not None:
+            answer = detour.answer
+            if answer is not None:
+                detour.taken += 1
+                return answer(args, kwargs)
+        return _run(self, slot.handlers, base.__call__, args, kwargs)
+
+    return eager(__call__)
+
+
+def _refuse_to_replicate(self: nn.Module) -> Any:
+    raise UnsupportedModelError(
+        f"torch.nn.DataParallel copies {type(self).__name__} to several devices at every call, and patches of "
+        "sgl_diffusion_accel cannot follow the copies. Type: remove(pipe). Or use "
+        "torch.nn.parallel.DistributedDataParallel, before or after patching."
+    )
 
 
 def _intercepted_method(base: Any, name: str) -> Callable[..., Any]:
@@ -268,7 +355,7 @@ def _intercepted_method(base: Any, name: str) -> Callable[..., Any]:
         slot = self.__dict__.get(SLOT)
         return _run(self, slot.of(name) if slot else (), original, args, kwargs)
 
-    return _eager(method, recursive=False)
+    return eager(method)
 
 
 def _forbidden_enable_cache(base: Any) -> Callable[..., Any]:

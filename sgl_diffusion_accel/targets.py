@@ -5,32 +5,111 @@ from __future__ import annotations
 from torch import nn
 
 from sgl_diffusion_accel.errors import ConfigTypeError, UnsupportedModelError
+from sgl_diffusion_accel.intercept import original_class
 
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Pipeline components that denoise, in the order in which a run uses them."""
+TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer", "transformer_ref")
+"""Pipeline components that denoise, in the order in which a run uses them.
+
+`transformer_2` is a second expert, which takes over in mid-run (Wan2.2). `unconditional_transformer` runs beside
+`transformer` at every step, as the branch without the prompt (Ideogram 4). `transformer_ref` runs in the place of
+`transformer` where the call has references (MiniMax H3).
+"""
+
+_BESIDE = {"unconditional_transformer": "transformer"}
+"""Components that run at the same steps as another one."""
+
+
+_COMPILED = "_orig_mod"
+_WRAPPED = (_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Under these names wrappers of PyTorch hold their only part: compiled, sharded, checkpointed."""
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Returns the module inside `torch.compile`'s wrapper, or the module itself."""
-    inner = getattr(module, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else module
+    """Returns the module inside the wrappers that hold nothing else, or the module itself.
+
+    Such wrappers are those of `torch.compile`, `DistributedDataParallel`, `FullyShardedDataParallel` and checkpointing.
+    """
+    inner = _inside(module)
+    while inner is not None:
+        module, inner = inner, _inside(inner)
+    return module
+
+
+def unwrap_but_compiled(module: nn.Module) -> nn.Module:
+    """The same, but for `torch.compile`'s wrapper, which may have kept the module's own `__call__`."""
+    while (inner := _inside(module)) is not None and _COMPILED not in module._modules:
+        module = inner
+    return module
+
+
+def is_in_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether one of a module's wrappers is that of `torch.compile`."""
+    return _COMPILED in unwrap_but_compiled(module)._modules
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a wrapper holds, None for a module that is no wrapper."""
+    parts = module._modules
+    if len(parts) != 1 or module._parameters:
+        return None
+    ((name, part),) = parts.items()
+    is_wrapper = name in _WRAPPED or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return part if is_wrapper else None
+
+
+def refuse_data_parallel(name: str, module: nn.Module) -> None:
+    """Raises UnsupportedModelError where a component is in a wrapper that copies it to several devices.
+
+    Args:
+        name: The component's name.
+        module: The component.
+    """
+    part: nn.Module | None = module
+    while part is not None:
+        if isinstance(part, nn.DataParallel):
+            raise UnsupportedModelError(
+                f"{name} is wrapped in torch.nn.DataParallel, which runs copies of it in threads, at every call anew: "
+                f"a patch can follow none of them. Hand over {name}.module and run without the wrapper, or use "
+                "torch.nn.parallel.DistributedDataParallel."
+            )
+        part = _inside(part)
+
+
+def expert_of(name: str) -> str:
+    """The component whose steps a component takes part in: its own name, unless it runs beside another one.
+
+    Example:
+        >>> expert_of("transformer_2"), expert_of("unconditional_transformer")
+        ('transformer_2', 'transformer')
+    """
+    return _BESIDE.get(name, name)
+
+
+def model_class(module: nn.Module) -> type:
+    """The class that a model was made with, without what interception and PyTorch's sharding have put on top."""
+    classes = (each for each in original_class(module).__mro__ if not each.__module__.startswith("torch.distributed."))
+    return next(classes)
 
 
 def find_transformers(pipe: object) -> dict[str, nn.Module]:
     """Finds the diffusion transformers of a pipeline.
 
+    They are known by name (`TRANSFORMERS`). A component under another name is one of them if it is of the class of one
+    that was found: pipelines have a second model of that class for another part of the denoising.
+
     Args:
         pipe: A diffusers pipeline, or a transformer by itself.
 
     Returns:
-        Component name to module: `{"transformer": …}`, with `"transformer_2"` for models with two experts. What
-        `torch.compile` has wrapped is returned with its wrapper; see `unwrap`.
+        Component name to module: `{"transformer": …}`, with further ones for models that have several. What is wrapped,
+        by `torch.compile` for example, is returned with its wrapper; see `unwrap`.
 
     Raises:
-        UnsupportedModelError: The pipeline has no transformer.
+        UnsupportedModelError: The pipeline has no transformer, or one in `torch.nn.DataParallel`.
         ConfigTypeError: Neither a pipeline nor a module was given.
     """
     if isinstance(pipe, nn.Module):
+        refuse_data_parallel("transformer", pipe)
         return {"transformer": pipe}
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
@@ -40,9 +119,11 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
         )
     found: dict[str, nn.Module] = {}
     for name in TRANSFORMERS:
-        part = components.get(name)
-        if isinstance(part, nn.Module) and unwrap(part) not in map(unwrap, found.values()):
-            found[name] = part
+        _add(found, name, components.get(name))
+    classes = {model_class(unwrap(part)) for part in found.values()}
+    for name, part in components.items():
+        if isinstance(part, nn.Module) and model_class(unwrap(part)) in classes:
+            _add(found, name, part)
     if not found:
         modules = [name for name, part in components.items() if isinstance(part, nn.Module)]
         raise UnsupportedModelError(
@@ -51,3 +132,10 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
             "a transformer under another name can be passed by itself."
         )
     return found
+
+
+def _add(found: dict[str, nn.Module], name: str, part: object) -> None:
+    """Adds a component, each module once."""
+    if isinstance(part, nn.Module) and all(unwrap(part) is not unwrap(other) for other in found.values()):
+        refuse_data_parallel(name, part)
+        found[name] = part

@@ -24,6 +24,7 @@ from sgl_diffusion_accel import (
     apply_adaptive_cache,
     apply_cache_dit,
 )
+from sgl_diffusion_accel.caching import adaptive
 from sgl_diffusion_accel.caching.cache_patch import apply_output_cache
 from sgl_diffusion_accel.caching.multistep import Weights, extrapolate
 from sgl_diffusion_accel.caching.pacing import DEPTH, GapControl, GapSettings, Pace
@@ -236,6 +237,38 @@ def test_scheduler_that_comes_twice_to_a_timestep() -> None:
     assert off(family.run(pipe, steps=STEPS), expected) < 0.1
     assert patch.stats.runs[-1].steps == 2 * STEPS - 1
     assert share(patch) < 0.7
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # KDPM2 and NumPy 2
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_tolerance_holds_where_every_second_output_leads_to_a_midpoint(prediction: str) -> None:
+    family = present("cogvideox")
+    pipe = family.make(scheduler=diffusers.KDPM2DiscreteScheduler(prediction_type=prediction))
+    expected = family.run(pipe, steps=STEPS)
+    shares, errors = [], []
+    for tolerance in (1e-12, 1e-4, 1e-3, 1e-2):
+        patch = apply_adaptive_cache(pipe, tolerance)
+        errors.append(off(family.run(pipe, steps=STEPS), expected))
+        shares.append(share(patch))
+    assert shares[0] == 1.0
+    assert errors[0] == 0.0
+    assert shares == sorted(shares, reverse=True)
+    assert shares[1] < 0.9
+    assert errors[1] < 0.1 * errors[-1]
+
+
+@pytest.mark.parametrize("make", [flow_euler, unipc_flow, diffusers.HeunDiscreteScheduler], ids=lambda f: f.__name__)
+def test_midpoints_change_nothing_for_schedulers_without(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = present("wan" if "flow" in make.__name__ else "cogvideox")
+    pipe = family.make(scheduler=make())
+    found = []
+    for influence in (adaptive.passing_influence, lambda _: None):
+        monkeypatch.setattr(adaptive, "passing_influence", influence)
+        patch = apply_adaptive_cache(pipe, LOOSE)
+        found.append((family.run(pipe, steps=STEPS), computed(patch)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert not all(found[0][1][0])
 
 
 def stochastic() -> Any:

@@ -64,8 +64,8 @@ def quick(answers: dict[Any, Tensor]) -> Any:
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str | Backend) -> None:
     """Leaves these backends of the table, and puts others into it."""
-    there = [each for each in backends._TABLE if each.name in names]
-    monkeypatch.setattr(backends, "_TABLE", (*there, *(each for each in names if isinstance(each, Backend))))
+    there = [each for each in backends.TABLE if each.name in names]
+    monkeypatch.setattr(backends, "TABLE", (*there, *(each for each in names if isinstance(each, Backend))))
 
 
 def sides(queries: int = 40, heads: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,15 +18,14 @@ from invariants.families import present
 from sgl_diffusion_accel import ConfigError, ConfigTypeError, UnsupportedModelError
 from sgl_diffusion_accel.attention import backends
 from sgl_diffusion_accel.attention.backends import (
-    NOT_OFFERED,
-    Backend,
     all_backends,
     find_backend,
-    installed_version,
     register_attention_backend,
 )
+from sgl_diffusion_accel.attention.packages import installed_version
 from sgl_diffusion_accel.attention.requirements import AttentionFacts
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
+from sgl_diffusion_accel.attention.table import NOT_OFFERED, Backend
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +64,8 @@ def put_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Put
         metadata = folder / f"{package.replace('-', '_')}-{version}.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        if backend.name == "flash4":  # the language that its kernels are written in
+            (folder / "cutlass" / "cute").mkdir(parents=True)
         forget(module.partition(".")[0])
         monkeypatch.syspath_prepend(folder)
         return folder
@@ -104,7 +105,12 @@ DIFFUSERS = {
     "_flash_3": "flash3",
     "sage": "sage",
     "xformers": "xformers",
-    "aiter_fa2_hub": "aiter",
+    "aiter_fa2_hub": "aiter_hub",
+    "flash_hub": "flash_hub",
+    "_flash_3_hub": "flash3_hub",
+    "flash_4_hub": "flash4_hub",
+    "sage_hub": "sage_hub",
+    "sage_blackwell_hub": "sage3_hub",
 }
 PLAIN = (
     *("flash", "flash3", "flash4", "sage", "sage3", "xformers"),
@@ -140,7 +146,8 @@ def test_what_is_advised_instead_can_be_found(name: str) -> None:
 def test_reasons_are_true_of_the_names() -> None:
     for name in ("flash_varlen", "_flash_varlen_3", "sage_varlen"):  # of packages that are installed
         assert "hub" not in NOT_OFFERED[name]
-    assert "sage3" in NOT_OFFERED["sage_blackwell_hub"]
+    for name in ("flash_varlen_hub", "_flash_3_varlen_hub"):
+        assert "_hub'" in NOT_OFFERED[name]
 
 
 def test_no_name_stands_for_two_backends() -> None:
@@ -207,6 +214,8 @@ def test_broken_package_is_missing_and_breaks_nothing_else(error: str, put_packa
     (folder / "flash_attn" / "__init__.py").write_text(f"raise {error}('libcudart.so.12: cannot open')")
     table = {row.name: row for row in attention_backends(present("wan").make())}
     assert not table["flash"].is_usable
+    said = f"the package flash-attn is installed and cannot be imported: {error}: libcudart.so.12: cannot open"
+    assert table["flash"].reason.startswith(said)
     assert table["math"].is_usable
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.markers import insert
 from benchmarks.metrics import computed_steps, psnr, ssim
 from benchmarks.pareto import STYLES, series_of
 from benchmarks.settings import (
@@ -22,7 +23,7 @@ from benchmarks.settings import (
 )
 from benchmarks.summary import best, kind_of
 from benchmarks.summary import table as summary_table
-from benchmarks.table import BEGIN, END, chapter, fewer_steps_psnr, insert, profiling
+from benchmarks.table import chapter, fewer_steps_psnr, profiling
 from sgl_diffusion_accel.comparing.work import BlockWork
 
 
@@ -118,8 +119,9 @@ def test_cost_of_the_profiler_is_told_with_what_its_parts_add_up_to() -> None:
 
 
 def test_table_goes_between_its_markers() -> None:
-    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    assert insert(text, "new") == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+    text = "before\n<!-- table:start -->\nold\n<!-- table:end -->\nafter\n"
+    assert insert(text, "new") == "before\n<!-- table:start -->\n\nnew\n\n<!-- table:end -->\nafter\n"
+    assert insert(text.replace("table", "other"), "new", "other").count("new") == 1
     with pytest.raises(ValueError, match="no place"):
         insert("nothing", "new")
 

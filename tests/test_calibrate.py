@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from sgl_diffusion_accel import (
     apply_adaptive_cache,
     apply_cache_dit,
     calibrate,
+    check_plan,
     fit_teacache,
 )
+from sgl_diffusion_accel.calibration.record import recording
 from zoo import Family
-from zoo.base import flow_euler
+from zoo.base import assemble, build, flow_euler, normal, unipc_flow
 
 STEPS = 8
 
@@ -33,19 +36,21 @@ def calls(family: Family, count: int = 1, pipe: Any = None, steps: int = STEPS, 
     return [family.call(pipe, steps=steps, seed=seed, **kw) for seed in range(count)]
 
 
-def given_to_the_scheduler(family: Family, pipe: Any, call: dict[str, Any]) -> torch.Tensor:
-    """What the scheduler gets at each step of an unpatched run, `[S, elements]`."""
+def given_to_the_scheduler(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
+    """What the pipeline's own scheduler gets at each step of an unpatched run, `[S, elements]`."""
     seen: list[torch.Tensor] = []
-    step = pipe.scheduler.step
+    kind = type(scheduler := pipe.scheduler)
 
-    def watched(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(output.detach().flatten().double().clone())
-        return step(output, *args, **kwargs)
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def step(self, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self is scheduler:  # and no copy of it
+                seen.append(output.detach().flatten().double().clone())
+            return super().step(output, *args, **kwargs)
 
-    pipe.scheduler.step = watched
+    scheduler.__class__ = Watched
     with torch.no_grad():
         pipe(**call)
-    del pipe.scheduler.step
+    scheduler.__class__ = kind
     return torch.stack(seen)
 
 
@@ -54,7 +59,7 @@ def test_products_are_those_of_what_the_scheduler_is_given(family: Family) -> No
     pipe = family.make()
     given = calls(family, 2, pipe)
     plan = calibrate(pipe, given, teacache=False)
-    seen = [given_to_the_scheduler(family, pipe, call) for call in given]
+    seen = [given_to_the_scheduler(pipe, call) for call in given]
     wanted = sum(each @ each.T / each.shape[1] for each in seen) / 2
     np.testing.assert_allclose(plan.gram_matrix, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
     assert plan.calls == 2
@@ -120,7 +125,7 @@ def test_nothing_is_changed(family: Family) -> None:
 def test_recorded_runs_are_bitwise_those_of_the_unpatched_pipeline(family: Family) -> None:
     pipe = family.make()
     call = family.call(pipe, steps=STEPS)
-    expected = given_to_the_scheduler(family, pipe, call)
+    expected = given_to_the_scheduler(pipe, call)
     seen: list[torch.Tensor] = []
     step = pipe.scheduler.step
 
@@ -342,6 +347,81 @@ def test_schedulers_of_second_order() -> None:
     family = present("sd3")
     pipe = family.make(scheduler=diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0))
     assert calibrate(pipe, calls(family)).steps == 2 * STEPS - 1
+
+
+class TwoAtOnce(diffusers.DiffusionPipeline):  # type: ignore[misc]
+    """Moves a picture and a sound, as LTX-2 does: the sound by a copy of the scheduler."""
+
+    def __init__(self, transformer: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, latents: torch.Tensor, text: torch.Tensor, steps: int, copied: bool) -> tuple[Any, ...]:
+        sound_scheduler = copy.deepcopy(self.scheduler)
+        self.scheduler.set_timesteps(steps)
+        sound_scheduler.set_timesteps(steps)
+        timesteps = self.scheduler.timesteps
+        own = copy.deepcopy(self.scheduler) if copied else self.scheduler
+        sound = latents[:, :1]
+        for i, t in enumerate(timesteps):
+            output = self.transformer(latents, t.expand(1), text, return_dict=False)[0]
+            latents = own.step(output, t, latents, return_dict=False)[0]
+            sound = sound_scheduler.step(3 * output[:, :1] + i, t, sound, return_dict=False)[0]
+        return latents, sound
+
+
+def two_at_once(copied: bool) -> tuple[Any, dict[str, Any]]:
+    family = present("wan")
+    made = family.make()
+    call = family.call(made, steps=STEPS)
+    call = {"latents": call["latents"], "text": call["prompt_embeds"], "steps": STEPS, "copied": copied}
+    return TwoAtOnce(made.transformer, made.scheduler), call
+
+
+def test_second_modality_with_a_copy_of_the_scheduler() -> None:
+    pipe, call = two_at_once(copied=False)
+    expected = pipe(**call)
+    given = given_to_the_scheduler(pipe, call)
+    plan = check_plan(pipe, calibrate(pipe, [call]), [call], [2.0])
+    np.testing.assert_allclose(plan.gram_matrix, given @ given.T / given.shape[1], rtol=1e-4)
+    assert plan.latents == tuple(call["latents"].shape)
+    assert all(torch.equal(one, other) for one, other in zip(pipe(**call), expected, strict=True))
+
+
+def test_pipeline_that_steps_copies_alone_is_refused() -> None:
+    pipe, call = two_at_once(copied=True)
+    with pytest.raises(UnsupportedModelError, match="may step copies of it"):
+        calibrate(pipe, [call])
+
+
+def test_frames_with_a_scheduler_each_are_refused() -> None:
+    try:
+        _ = diffusers.SkyReelsV2DiffusionForcingPipeline
+    except (AttributeError, RuntimeError) as error:  # older ones need ftfy to import it
+        pytest.skip(f"this diffusers has no SkyReels-V2: {error}")
+    config = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
+    sizes = {"in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "rope_max_seq_len": 32}
+    model = build("SkyReelsV2Transformer3DModel", 0, **config, **sizes, inject_sample_info=False)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "transformer": model, "scheduler": unipc_flow()}
+    pipe = assemble("SkyReelsV2DiffusionForcingPipeline", **parts)
+    call = {
+        "prompt": None,
+        "prompt_embeds": normal(1, 7, 16, seed=0, key="prompt"),
+        "height": 32,
+        "width": 32,
+        "num_frames": 9,
+        "base_num_frames": 9,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+    }
+    expected = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+    with recording(pipe) as runs:
+        assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(0)).frames, expected)
+    assert not runs
+    with pytest.raises(UnsupportedModelError, match="one for each frame"):
+        calibrate(pipe, [call])
 
 
 def test_run_that_is_not_finite_is_refused() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -60,6 +61,23 @@ def test_measured_error_is_that_of_the_final_latents(family: Family) -> None:
     assert check.measured == pytest.approx((square / plan.moments.moved) ** 0.5, rel=1e-3)
     assert check.expected == plan.design(4).error
     assert checked == dataclasses.replace(plan, checks=checked.checks)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # KDPM2 and NumPy 2
+@pytest.mark.parametrize("scheduler", ["KDPM2DiscreteScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler"])
+def test_large_noise_levels_and_midpoints_are_planned_for(scheduler: str) -> None:
+    """At half of the steps a plan keeps near what it expects, and far from what fewer steps cost."""
+    family = present("cogvideox")
+    pipe = family.make(scheduler=getattr(diffusers, scheduler)())
+    given, steps = calls(family, pipe, range(3), steps=25), 25 if "Euler" not in scheduler else 49
+    given = [{**call, "num_inference_steps": steps} for call in given]
+    with torch.no_grad():
+        plan = check_plan(pipe, calibrate(pipe, given[1:], teacache=False, magnitudes=False), given[:1], [2.0])
+        fewer = final(pipe, {**given[0], "num_inference_steps": steps // 2}) - final(pipe, given[0])
+    assert plan.steps == 49
+    (check,) = plan.checks
+    assert 0.3 < check.measured / check.expected < 3
+    assert check.measured < 0.02 * float(fewer.square().mean().sqrt()) / plan.moments.moved**0.5
 
 
 def test_speedups_become_numbers_of_computed_steps() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import numpy as np
 import pytest
 
@@ -10,6 +11,8 @@ from sgl_diffusion_accel.caching.pacing import DEPTH
 from sgl_diffusion_accel.caching.response import euler, response_of
 from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments, design
 from zoo.base import unipc_flow
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # KDPM2 and NumPy 2
 
 STEPS = 16
 QUIET = DesignSettings(disturbance=0.0)
@@ -32,6 +35,16 @@ def unipc_moments(outputs: np.ndarray) -> Moments:
     scheduler.set_timesteps(len(outputs))
     response = response_of(scheduler, len(outputs))
     assert response is not None
+    return Moments(outputs @ outputs.T / outputs.shape[1], response)
+
+
+def midpoint_moments(outputs: np.ndarray) -> Moments:
+    """Of KDPM2, whose every second output leads to a midpoint and has no weight in the end."""
+    scheduler = diffusers.KDPM2DiscreteScheduler()
+    scheduler.set_timesteps(len(outputs) // 2)
+    response = response_of(scheduler, len(scheduler.timesteps))
+    assert response is not None
+    outputs = outputs[: len(response) - 1]
     return Moments(outputs @ outputs.T / outputs.shape[1], response)
 
 
@@ -80,6 +93,44 @@ def test_noise_of_the_answers_is_expected_as_it_is_drawn() -> None:
             answers[step] = true[step] + size * random.normal(size=elements)
         given[step] = sum(weight * answers[node] for node, weight in made.weights[step].items())
     np.testing.assert_allclose(errors, made.errors, rtol=0.05, atol=1e-6)
+
+
+def midpoint_of(moments: Moments) -> int:
+    """A step in mid-run whose output leads to a midpoint, and is forgotten there."""
+    middle = moments.steps // 2
+    return next(step for step in range(middle, moments.steps) if moments.response[-1, step] == 0)
+
+
+def test_skipped_output_that_leads_to_a_midpoint_costs_by_the_answer_that_it_puts_off() -> None:
+    moments = midpoint_moments(smooth())
+    gone = midpoint_of(moments)
+    mask = [step != gone for step in range(moments.steps)]
+    line = DesignSettings(disturbance=0.5, ridge=1e12)
+    made = design(mask, moments, line)
+    move = np.abs(moments.response[-1]).sum()
+    answer = line.disturbance * made.errors[gone + 1] / (moments.left[gone + 1] * move)
+    assert made.errors[gone + 1] > 0
+    assert made.errors[gone + 2] == pytest.approx(answer * abs(moments.response[gone + 2, gone + 1]), rel=1e-6)
+    assert made.error > 0
+    assert design(mask, moments, DesignSettings(disturbance=0.0, ridge=1e12)).error < 1e-9, "no answer minds it"
+
+
+def test_what_was_skipped_before_a_midpoint_is_put_right_by_the_answer_that_is_given_there() -> None:
+    moments = midpoint_moments(smooth())
+    gone = midpoint_of(moments) - 1
+    made = design([step != gone for step in range(moments.steps)], moments, QUIET)
+    assert abs(made.weights[gone + 2][gone + 2] - 1) > 0.05
+    assert made.error == pytest.approx(made.errors[gone + 3])
+    assert made.error < 0.8 * made.errors[gone + 1]
+
+
+@pytest.mark.parametrize("scale", [1e-2, 15.0])
+def test_scale_of_the_latents_does_not_matter(scale: float) -> None:
+    """Schedulers of EDM's kind move the latents by hundreds, those of flow matching by one."""
+    moments = euler_moments(smooth())
+    large = Moments(moments.gram, scale * moments.response)
+    one, other = (design(mask_of(MASKS[1]), each, DesignSettings()) for each in (moments, large))
+    np.testing.assert_allclose(one.errors, other.errors, rtol=1e-6)
 
 
 def test_mask_of_ones_has_no_error_and_only_own_weights() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -74,6 +75,21 @@ def test_either_clock_under_either_scheduler(spacing: str, scheduler: Any) -> No
     patch = apply_cache_dit(pipe, taylorseer_spacing=spacing, **KNOBS)
     assert off(family.run(pipe, steps=STEPS), expected) < 0.05
     assert patch.stats.runs[-1].compute_share < 0.9
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # KDPM2 and NumPy 2
+def test_tolerance_holds_where_every_second_output_leads_to_a_midpoint() -> None:
+    family = present("cogvideox")
+    pipe = family.make(scheduler=diffusers.KDPM2DiscreteScheduler())
+    expected = family.run(pipe, steps=STEPS)
+    shares, errors = [], []
+    for tolerance in (1e-12, 1e-3, 1e-2):
+        patch = apply_cache_dit(pipe, **{**KNOBS, "tolerance": tolerance})
+        errors.append(off(family.run(pipe, steps=STEPS), expected))
+        shares.append(patch.stats.runs[-1].compute_share)
+    assert shares[0] == 1.0
+    assert errors[0] == 0.0
+    assert 1.0 > shares[1] > shares[2]
 
 
 def test_no_first_block_runs_at_a_skipped_step_unless_it_is_asked_for() -> None:

@@ -442,3 +442,112 @@ def test_method_interception_leaves_the_class_of_other_patches(block):
     assert type(block) is own
     release(block, "cache")
     assert type(block) is Block
+
+
+def test_class_reads_as_the_original(block):
+    intercept(block, "cache", Note())
+    assert block.__class__ is Block
+    assert type(block) is not Block
+    assert type(block) in [Block]
+    assert {Block: 1}[type(block)] == 1
+    assert isinstance(block, Block)
+
+
+TABLE = {}
+
+
+def mix_in(module):
+    """What `fully_shard` does: a class for each class, kept in a table, assigned to the instance."""
+    cls = module.__class__
+    if cls not in TABLE:
+        TABLE[cls] = type(f"Foreign{cls.__name__}", (Foreign, cls), {})
+    module.__class__ = TABLE[cls]
+
+
+@pytest.mark.parametrize("first", ["intercept", "mix in"])
+@pytest.mark.parametrize("known", [False, True])
+def test_class_from_a_table_is_intercepted_in_its_turn(block, first, known):
+    """Whether or not the table knows the class, and in either order: the same classes."""
+    TABLE.clear()
+    if known:
+        mix_in(Block())
+    steps = [lambda: intercept(block, "cache", handler), lambda: mix_in(block)]
+    handler = Note()
+    for step in steps if first == "intercept" else reversed(steps):
+        step()
+    expected = block.linear(HIDDEN)
+    assert torch.equal(block(HIDDEN), expected)
+    assert handler.log == [("enter", "a"), ("leave", "a")]
+    assert block.shards() == 4
+    assert {Block: TABLE[Block]} == TABLE
+    assert [*TABLE] == [Block]
+    assert next(iter(TABLE)) is Block
+    assert TABLE[Block].__mro__ == (TABLE[Block], Foreign, Block, *Block.__mro__[1:])
+    other = Block()
+    mix_in(other)
+    assert type(other) is TABLE[Block]
+    release(block, "cache")
+    assert type(block) is TABLE[Block]
+    intercept(block, "cache", handler)
+    release(block, "cache")
+    assert type(block) is TABLE[Block]
+
+
+def test_class_that_is_given_back_is_intercepted_too(block):
+    intercept(block, "cache", handler := Note())
+    before = block.__class__
+    mix_in(block)
+    block.__class__ = before
+    block(HIDDEN)
+    assert handler.log == [("enter", "a"), ("leave", "a")]
+    assert not hasattr(block, "shards")
+    release(block, "cache")
+    assert type(block) is Block
+
+
+def test_class_that_cannot_be_assigned_is_refused_as_ever(block):
+    intercept(block, "cache", handler := Note())
+    with pytest.raises(TypeError, match="__class__ assignment"):
+        block.__class__ = int
+    block(HIDDEN)
+    assert handler.log == [("enter", "a"), ("leave", "a")]
+
+
+def test_class_on_top_of_an_intercepted_one_is_no_stand_in_for_the_original(block):
+    intercept(block, "cache", handler := Note())
+    on_top = type("OnTop", (Foreign, type(block)), {})
+    assert on_top != Block
+    assert {Block: 1}.get(on_top) is None
+    block.__class__ = on_top
+    assert block.__class__ is type(block) is on_top
+    intercept(block, "attention", Note("b", handler.log))
+    block(HIDDEN)
+    assert handler.log == [("enter", "b"), ("enter", "a"), ("leave", "a"), ("leave", "b")], "each handler once"
+
+
+def test_sibling_of_an_intercepted_class_is_intercepted_by_itself(block):
+    """A derived class is not taken for one that has been put on top."""
+    intercept(block, "cache", Note())
+    derived = Contextual()
+    intercept(derived, "cache", handler := Note())
+    derived(HIDDEN)
+    assert handler.log == [("enter", "a"), ("leave", "a")]
+
+
+def test_class_that_its_base_registers_is_made():
+    registered = {}
+
+    class Registry(nn.Module):
+        def __init_subclass__(cls):
+            registered[cls] = cls.__name__
+
+        def forward(self, hidden):
+            return hidden
+
+    class Registered(Registry):
+        pass
+
+    module = Registered()
+    intercept(module, "cache", handler := Note())
+    module(HIDDEN)
+    assert handler.log == [("enter", "a"), ("leave", "a")]

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch import nn
 
-from sgl_diffusion_accel.caching.loop import locate
+from sgl_diffusion_accel.caching.loop import LoopCall, locate
 from sgl_diffusion_accel.caching.runs import Runs
 from sgl_diffusion_accel.intercept import intercept
 
@@ -40,7 +40,7 @@ class Probe(nn.Module):
 
     def forward(self, latents, timestep=None, prompt=None):
         call = locate(self, (latents, timestep), {"prompt": prompt})
-        if call is None:
+        if not isinstance(call, LoopCall):
             self.seen.append(None)
         else:
             run, new = self.registry.find(call)

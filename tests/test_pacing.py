@@ -226,3 +226,38 @@ def test_an_expert_ends_with_a_computed_step(switch: int) -> None:
     seen = run(math.sin, SETTINGS, switch=switch)
     assert seen.mask[switch - 1]
     assert seen.mask[: switch - 1] == alone.mask[: switch - 1]
+
+
+MIDPOINTS = np.tile([0.0, -2 / STEPS], STEPS // 2)  # every second output leads to a midpoint, and is forgotten there
+PASSING = np.where(MIDPOINTS == 0, 0.5 / STEPS, 0.0)
+
+
+@pytest.mark.parametrize("frequency", [1, 8])
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-4, 1e-3, 1e-2])
+def test_without_passing_outputs_every_decision_is_the_same(frequency: float, tolerance: float) -> None:
+    one = run(wave(frequency), GapSettings(tolerance))
+    other = run(wave(frequency), GapSettings(tolerance), passing=np.zeros(STEPS))
+    assert one.mask == other.mask
+    assert one.error == other.error
+
+
+def test_outputs_that_pass_count_by_their_influence() -> None:
+    free, counted = (
+        [run(wave(4), GapSettings(each), MIDPOINTS, passing=passing) for each in (1e-12, 1e-5, 1e-4, 1e-3)]
+        for passing in (None, PASSING)
+    )
+    assert all(not all(each.mask) for each in free), "as if they cost nothing"
+    assert all(counted[0].mask)
+    counts = [each.computed for each in counted]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] < STEPS
+
+
+def test_computed_output_without_weight_leaves_the_correction_to_the_next() -> None:
+    pace = GapControl(SETTINGS, np.array([-1.0, -1.0, -1.0, -1.0, 0.0, -1.0] + [-1.0] * 6))
+    for step, nodes in ((0, [0]), (1, [1, 0]), (2, [2, 1, 0])):
+        assert pace.weights(step, nodes) == {step: 1.0}
+    taken = pace.weights(3, [2, 1, 0])
+    assert pace.weights(4, [4, 2, 1, 0]) == {4: 1.0}
+    nodes = [5, 4, 2, 1]
+    assert pace.weights(5, nodes) == correct(nodes, {3: taken}, pace.final.tolist()) != {5: 1.0}

@@ -64,6 +64,30 @@ def test_branches_of_unlike_shapes_are_not_mixed() -> None:
     assert error.take() == pytest.approx(relative(predicted, computed), rel=1e-4)
 
 
+def test_branches_that_end_alike_are_mixed_where_both_have_tokens() -> None:
+    """One branch has text in front of the picture; guidance combines the pictures."""
+    with_text, other = pair(0, 1, 6, 3), pair(1, 1, 4, 3)
+    for order in (("cond", "uncond"), ("uncond", "cond")):
+        error = PredictionError(ends_alike=True)
+        given = {"cond": with_text, "uncond": other}
+        for branch in order:
+            predicted, computed = given[branch]
+            error.add(branch, (predicted,), (computed,), GUIDANCE)
+        guided = [c[:, -4:] * GUIDANCE + u * (1 - GUIDANCE) for c, u in zip(with_text, other, strict=True)]
+        assert error.take() == pytest.approx(relative(*guided), rel=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "other"), [((1, 6, 3), (2, 4, 3)), ((1, 6, 3), (1, 4, 2)), ((6, 3), (4, 3))])
+def test_branches_that_differ_in_more_than_their_tokens_are_not_mixed(
+    shape: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    error, pairs = PredictionError(ends_alike=True), [pair(0, *shape), pair(1, *other)]
+    for branch, (predicted, computed) in zip(("cond", "uncond"), pairs, strict=True):
+        error.add(branch, (predicted,), (computed,), GUIDANCE)
+    predicted, computed = (torch.cat([each.flatten() for each in both]) for both in zip(*pairs, strict=True))
+    assert error.take() == pytest.approx(relative(predicted, computed), rel=1e-4)
+
+
 def test_two_devices_with_a_part_each_find_the_error_of_the_whole() -> None:
     predicted, computed = pair(3, 1, 8, 3)
     sums: list[Tensor] = []

@@ -150,7 +150,7 @@ def test_importing_reads_no_setting_patches_no_class_and_needs_no_optional_packa
 import json, os, sys
 import diffusers, torch
 from torch import nn
-OPTIONAL = "yaml matplotlib rich flash_attn sageattention xformers peft cache_dit IPython torchmetrics".split()
+OPTIONAL = "yaml matplotlib rich flash_attn sageattention xformers kernels peft cache_dit IPython torchmetrics".split()
 OPTIONAL.append("transformers")
 before = {name for name in OPTIONAL if name in sys.modules}
 classes = {cls: dict(vars(cls)) for cls in (nn.Module, nn.ModuleList, torch.Tensor)}

@@ -88,11 +88,31 @@ def test_text_is_of_the_last_run():
     assert "7 steps" in text
 
 
-def test_text_tells_of_calls_outside_of_any_loop():
+def test_calls_that_were_not_placed_are_told_with_what_was_missing():
     stats = one_run()
-    assert "outside" not in report.text("Cache-DiT", True, stats)
-    stats.outside = 3
-    assert "3 transformer calls outside" in report.text("Cache-DiT", True, stats)
+    shown = [report.text("Cache-DiT", True, stats), report.html("Cache-DiT", True, stats)]
+    assert all("not placed" not in each for each in shown)
+    assert [stats.add_unplaced("it comes from <nowhere>") for _ in range(3)] == [True, False, False]
+    assert stats.add_unplaced("its loop is over")
+    assert stats.outside == 4
+    text = report.text("Cache-DiT", True, stats)
+    assert "3 calls not placed, computed in full: it comes from <nowhere>" in text
+    assert "1 calls not placed, computed in full: its loop is over" in text
+    assert "denoising_steps(" in text
+    assert "3 calls not placed, computed in full: it comes from &lt;nowhere&gt;" in report.html("x", True, stats)
+    assert "not placed" in report.html("x", True, Stats(unplaced={"its loop is over": 1}))
+
+
+def test_line_says_where_whether_and_how_much():
+    stats = Stats()
+    assert report.line("Cache-DiT", ["transformer"], True, stats) == "<Cache-DiT on transformer; active>"
+    stats = one_run("1100")
+    stats.add_unplaced("its loop is over")
+    line = report.line("Cache-DiT", ["transformer", "transformer_2"], False, stats)
+    assert line.startswith(
+        "<Cache-DiT on transformer and transformer_2; removed; 1 runs, the last with 55% of the blocks"
+    )
+    assert line.endswith("1 calls not placed in a loop and computed in full: see print(patch)>")
 
 
 class Cells(HTMLParser):

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from sgl_diffusion_accel.caching.response import euler, response_of
+from sgl_diffusion_accel.caching.response import adds_noise, euler, passing_influence, response_of
+from sgl_diffusion_accel.intercept import intercept
 
 STEPS = 7
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # KDPM2 and NumPy 2
 
 Case = tuple[str, dict[str, Any]]
 
@@ -37,6 +40,8 @@ DETERMINISTIC: list[Case] = [
     ("EulerDiscreteScheduler", {}),
     ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
     ("HeunDiscreteScheduler", {}),
+    ("KDPM2DiscreteScheduler", {}),
+    ("KDPM2DiscreteScheduler", {"prediction_type": "v_prediction"}),
     ("EDMEulerScheduler", {}),
     ("EDMDPMSolverMultistepScheduler", {}),
     ("DPMSolverMultistepInverseScheduler", {}),
@@ -169,6 +174,37 @@ def test_class_of_the_scheduler_stays_as_it_is() -> None:
     assert dict(vars(Mine)) == before
 
 
+MIDPOINTS: Case = ("KDPM2DiscreteScheduler", {})
+
+
+def test_outputs_that_lead_to_a_midpoint_have_no_weight_at_all_in_the_end() -> None:
+    scheduler = made(MIDPOINTS)
+    found = response_of(scheduler, 2 * STEPS - 1)
+    assert found is not None
+    assert (found[-1, :-1:2] == 0).all(), "not even by rounding"
+    assert (found[-1, 1::2] < 0).all()
+    passing = passing_influence(found)
+    weights = np.abs(found[-1]) / np.abs(found[-1]).sum()
+    assert (passing[:-1:2] > 0).all()
+    assert (passing[:-1:2] < weights[1::2]).all(), "less than the answer itself that is given at the midpoint"
+    assert (passing[1::2] == 0).all()
+    assert passing[-1] == 0
+
+
+def test_influence_of_an_output_that_passes_is_that_of_the_answer_that_it_puts_off() -> None:
+    response = np.array([[0, 0, 0], [-3, 0, 0], [0, -6, 0], [0, -6, -2]], dtype=float)
+    left, share = (1.0, 0.75), (0.0, 0.75)  # before the second output, and its part of the move of 8
+    np.testing.assert_allclose(passing_influence(response), [3 / 8 / left[0] * share[1], 0, 0])
+
+
+@named([case for case in [*DETERMINISTIC, *NOT_FOUND] if case != MIDPOINTS])
+def test_no_influence_besides_their_weights_on_other_schedulers(case: Case) -> None:
+    scheduler = made(case)
+    found = response_of(scheduler, len(scheduler.timesteps))
+    assert found is not None
+    assert not passing_influence(found).any()
+
+
 def walked(case: Case, steps: int) -> Any:
     """A scheduler in mid-run."""
     scheduler = made(case)
@@ -180,10 +216,10 @@ def walked(case: Case, steps: int) -> Any:
     return scheduler
 
 
-HEUN = ("FlowMatchHeunDiscreteScheduler", "HeunDiscreteScheduler")
+SECOND_ORDER = ("FlowMatchHeunDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler")
 
 
-@named([case for case in DETERMINISTIC if case[0] not in HEUN])
+@named([case for case in DETERMINISTIC if case[0] not in SECOND_ORDER])
 @pytest.mark.parametrize("steps", [1, 3, STEPS])
 def test_response_in_mid_run_is_that_of_a_fresh_run(case: Case, steps: int) -> None:
     scheduler = walked(case, steps)
@@ -192,8 +228,8 @@ def test_response_in_mid_run_is_that_of_a_fresh_run(case: Case, steps: int) -> N
     assert state(scheduler) == before
 
 
-@named([case for case in DETERMINISTIC if case[0] in HEUN])
-def test_response_of_heun_in_mid_run_is_that_of_a_fresh_run(case: Case) -> None:
+@named([case for case in DETERMINISTIC if case[0] in SECOND_ORDER])
+def test_response_of_second_order_in_mid_run_is_that_of_a_fresh_run(case: Case) -> None:
     scheduler = walked(case, 3)
     total = len(scheduler.timesteps)
     found = response_of(scheduler, total)
@@ -209,6 +245,29 @@ def test_step_of_the_instance_is_not_called() -> None:
     np.testing.assert_array_equal(response_of(scheduler, STEPS), expected)
     assert not calls
     assert "step" in vars(scheduler)
+
+
+def test_who_intercepts_the_step_is_not_called() -> None:
+    class Handler:
+        calls = 0
+
+        def enter(self, *_: Any) -> None:
+            self.calls += 1
+
+        def leave(self, _: Any, token: Any, output: Any) -> Any:
+            return output
+
+        def fail(self, *_: Any) -> None:
+            pass
+
+    scheduler, handler = made(DETERMINISTIC[0]), Handler()
+    expected = response_of(scheduler, STEPS)
+    intercept(scheduler, "watch", handler, "step")
+    np.testing.assert_array_equal(response_of(scheduler, STEPS), expected)
+    assert not adds_noise(scheduler)
+    assert handler.calls == 0
+    scheduler.step(normal(1, 1, 1, 1), scheduler.timesteps[0], normal(1, 1, 1, 1))
+    assert handler.calls == 1
 
 
 def test_response_of_the_last_steps_of_a_schedule() -> None:

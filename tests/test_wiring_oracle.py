@@ -130,7 +130,7 @@ def test_true_residuals_give_the_unpatched_output(family: Family, fn: int, bn: i
         output = family.run(pipe, steps=STEPS)
     for component in family.transformers:
         calls = truth.calls[component] + 1
-        branches = len(family.branches)
+        branches = 1 if family.model_per_branch else len(family.branches)
         for index in range(len(family.block_lists)):
             for block in truth.spans[component, index]:
                 ran = next(counts[k] for k in counts if _block(family, pipe, k) is block)

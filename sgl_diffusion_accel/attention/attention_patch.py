@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,28 +14,42 @@ from typing import Any
 from torch import nn
 
 from sgl_diffusion_accel.attention.auto import MeasuredChoice, Timing
+from sgl_diffusion_accel.attention.handlers import ComponentHandler, ScopeHandler, Steps
 from sgl_diffusion_accel.attention.redirect import LAYER, Redirect
-from sgl_diffusion_accel.attention.sites import Scope, Site, find_scopes, redirected
+from sgl_diffusion_accel.attention.sites import Site, find_others, find_scopes, processor_of, redirected
 from sgl_diffusion_accel.caching.engine import Session
-from sgl_diffusion_accel.patch import Patch, PatchHandler
-from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.caching.report import unplaced
+from sgl_diffusion_accel.patch import Patch, patches_of
+from sgl_diffusion_accel.targets import TRANSFORMERS, unwrap
+
+logger = logging.getLogger(__name__)
 
 KIND = "attention"
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Denoising steps at both ends of a run that keep PyTorch's own attention."""
+class _Exchanged:
+    """A processor that has been put in another's place.
 
-    first: int = 0
-    last: int = 0
+    Attributes:
+        component: Where its layer is.
+        layer: The layer.
+        original: The processor that was there.
+        made: The redirected one.
+        was: The attributes of the redirected one when it was put there.
+    """
 
-    def __bool__(self) -> bool:
-        return self.first > 0 or self.last > 0
+    component: str
+    layer: weakref.ref[nn.Module]
+    original: Any
+    made: Any
+    was: dict[str, Any]
 
-    def includes(self, step: int, total: int) -> bool:
-        """Whether a step uses the backend."""
-        return self.first <= step < total - self.last
+    @property
+    def is_replaced(self) -> bool:
+        """Whether something else has been put there since."""
+        layer = self.layer()
+        return layer is not None and processor_of(layer) is not self.made
 
 
 class AttentionPatch(Patch):
@@ -40,25 +57,33 @@ class AttentionPatch(Patch):
 
     Attributes:
         backends: Component to the name of its backend.
+        session: Where its calls are, for one that acts at some denoising steps alone.
+        unseen: Component to the calls of it that ended without any attention call in its redirected layers, as far as
+            is known: neither by the backend nor by PyTorch's own. Compiled code is left out.
     """
 
     def __init__(self) -> None:
         super().__init__(KIND)
         self.backends: dict[str, str] = {}
+        self.session = Session("keep the model's own attention")
+        self.unseen: Counter[str] = Counter()
+        self._seen: set[str] = set()
+        self._lock = threading.Lock()  # of these two
         self._redirects: dict[str, Redirect] = {}
         self._choices: dict[str, MeasuredChoice] = {}
-        self._processors: list[tuple[weakref.ref[nn.Module], Any, Any, dict[str, Any]]] = []
+        self._processors: list[_Exchanged] = []
         self._layers: dict[str, int] = {}
+        self._left: dict[str, list[str]] = {}
 
     @property
     def calls(self) -> dict[str, dict[str, int]]:
         """Attention calls that went to a backend: component, then backend. Calls in compiled code are not counted."""
-        return {component: dict(redirect.calls) for component, redirect in self._redirects.items()}
+        return {component: redirect.counts()[0] for component, redirect in self._redirects.items()}
 
     @property
     def fallbacks(self) -> dict[tuple[str, str], int]:
         """Attention calls that went to PyTorch's own attention, by (layer, reason)."""
-        return {key: count for redirect in self._redirects.values() for key, count in redirect.fallbacks.items()}
+        return {key: count for redirect in self._redirects.values() for key, count in redirect.counts()[1].items()}
 
     @property
     def choices(self) -> dict[str, str]:
@@ -86,13 +111,15 @@ class AttentionPatch(Patch):
         self._redirects[component] = redirect
         scopes = [] if sites else find_scopes(module)
         self._layers[component] = len(sites) or len(scopes)
+        self._left[component] = find_others(module) if sites else []
         if choice is not None:
             self._choices[component] = choice
         for scope in scopes:
-            self.intercept(scope, _ScopeHandler(self, redirect))
-        if module in scopes:
-            return
-        handler = _Handler(self, redirect, steps)
+            if scope is not module:
+                self.intercept(scope, ScopeHandler(self, redirect))
+        if scopes and component not in TRANSFORMERS:
+            steps = Steps()  # a text encoder or a VAE has no denoising steps
+        handler = ComponentHandler(self, redirect, steps, is_scope=module in scopes)
         self.intercept(module, handler)
         if wrapper is not module:
             self.intercept(wrapper, handler)
@@ -100,27 +127,76 @@ class AttentionPatch(Patch):
         for site in sites:
             made = redirected(site, redirect, classes)
             _set_processor(site.layer, made)
-            self._processors.append((weakref.ref(site.layer), site.processor, made, dict(vars(made))))
+            was = dict(vars(made))
+            self._processors.append(_Exchanged(component, weakref.ref(site.layer), site.processor, made, was))
+
+    def note_call(self, redirect: Redirect, module: nn.Module, seen: int) -> None:
+        """Ends a call of a component, in which so many attention calls of redirected layers were seen.
+
+        None at all means that the layers go another way than the one that was redirected, and the user is told; or that
+        a cache has skipped them. One that skips computes first: so the first call tells, and later ones where nothing
+        can skip.
+        """
+        component = redirect.component
+        if seen:
+            self._seen.add(component)
+            return
+        if redirect.was_traced or not redirect.is_on:
+            return
+        if component in self._seen and _may_skip(module) and not self._all_replaced(component):
+            return
+        with self._lock:
+            self.unseen[component] += 1
+            is_first = self.unseen[component] == 1
+        if is_first:
+            logger.warning(
+                "the attention backend %r serves nothing in a call of %s (%s): it ended without any attention call in "
+                "the %d places where the backend is set: %s",
+                self.backends[component],
+                component,
+                type(module).__name__,
+                self._layers[component],
+                self._why_unseen(),
+            )
+
+    def _why_unseen(self) -> str:
+        if self._replaced():
+            return f"{self._replaced()} layers were given other processors since. Set the backend again after that."
+        return "something computes attention there that cannot be redirected."
 
     def _on_removed(self) -> None:
+        self.session.runs.clear()
         for redirect in self._redirects.values():  # somebody may have kept a redirected processor
             redirect.is_on = False
         while self._processors:
-            found, original, made, was = self._processors.pop()
-            layer = found()
-            if layer is None or _processor(layer) is not made:
+            each = self._processors.pop()
+            layer = each.layer()
+            if layer is None or each.is_replaced:
                 continue  # something else has been put there since: leave it
-            changes = {key: value for key, value in vars(made).items() if key != LAYER and was.get(key) is not value}
-            vars(original).update(changes)  # what others have set meanwhile, such as diffusers' own backend
-            _set_processor(layer, original)
+            now = vars(each.made)
+            changes = {key: value for key, value in now.items() if key != LAYER and each.was.get(key) is not value}
+            vars(each.original).update(changes)  # what others have set meanwhile, such as diffusers' own backend
+            _set_processor(layer, each.original)
 
     def _replaced(self) -> int:
         """Layers whose processor something else has replaced."""
-        layers = [(layer(), made) for layer, _, made, _ in self._processors]
-        return sum(1 for layer, made in layers if layer is not None and _processor(layer) is not made)
+        return sum(each.is_replaced for each in self._processors)
+
+    def _all_replaced(self, component: str) -> bool:
+        mine = [each for each in self._processors if each.component == component]
+        return bool(mine) and all(each.is_replaced for each in mine)
 
     def __enter__(self) -> AttentionPatch:
         return self
+
+    def __repr__(self) -> str:
+        backends = ", ".join(f"{name} on {component}" for component, name in self.backends.items())
+        parts = [f"attention: {backends}", "active" if self.active else "removed"]
+        if self.session.stats.outside:
+            parts.append(f"{self.session.stats.outside} calls not placed in a loop: see print(patch)")
+        if self.unseen:
+            parts.append(f"{sum(self.unseen.values())} calls that it served nothing of: see print(patch)")
+        return f"<{'; '.join(parts)}>"
 
     def __str__(self) -> str:
         lines = []
@@ -129,8 +205,17 @@ class AttentionPatch(Patch):
             lines.append(f"attention of {component}: {name}, {where}")
             calls = ", ".join(f"{count} by {each}" for each, count in self.calls[component].items())
             lines.append(f"  calls: {calls or 'none yet (compiled ones are not counted)'}")
+            if self._left[component]:
+                left = ", ".join(self._left[component][:4])
+                lines.append(f"  keep PyTorch's own, having no processor: {left}")
         for reason, (layers, calls_) in _by_reason(self.fallbacks).items():
             lines.append(f"  {calls_} calls of {layers} layers went to PyTorch's own attention: {reason}")
+        for component, count in self.unseen.items():
+            lines.append(
+                f"  {count} calls of {component} ended without any attention call in these places, and the backend "
+                f"served none of it: {self._why_unseen()}"
+            )
+        lines += [f"  {told}" for told in unplaced(self.session.stats, "kept the model's own attention")]
         if any(choice.was_compiled for choice in self._choices.values()):
             lines.append(
                 "  compiled calls took PyTorch's own attention: nothing can be timed there; run once uncompiled"
@@ -161,57 +246,17 @@ def _by_reason(fallbacks: Mapping[tuple[str, str], int]) -> dict[str, tuple[int,
     return found
 
 
-def _processor(layer: nn.Module) -> Any:
-    return vars(layer).get("processor") or layer._modules.get("processor")
+_CACHED = ("is_cache_enabled", "_is_cached")
+"""Attributes by which a model tells that diffusers' own caches, or those of cache-dit, are on."""
+
+
+def _may_skip(module: nn.Module) -> bool:
+    """Whether something else stands in front of a module, or in it, that may answer without computing attention."""
+    others = any(patch.kind != KIND for patch in patches_of(module))
+    return others or any(getattr(module, name, False) for name in _CACHED)
 
 
 def _set_processor(layer: nn.Module, processor: Any) -> None:
     """Puts a processor where the old one was; `nn.Module` would move one that is a module to the end."""
     home = layer._modules if "processor" in layer._modules else vars(layer)
     home["processor"] = processor
-
-
-class _Handler(PatchHandler):
-    """Stands in front of a component: turns the backend on and off by the denoising step."""
-
-    def __init__(self, patch: AttentionPatch, redirect: Redirect, steps: Steps) -> None:
-        self.patch = patch
-        self._redirect = redirect
-        self._steps = steps
-        self._session = Session()
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begins a call of the component."""
-        if self._steps:
-            where = self._session.enter(unwrap(module), args, kwargs)
-            self._redirect.is_on = where is not None and self._steps.includes(where[1], where[0].total)
-
-    def leave(self, _: nn.Module, token: None, output: Any) -> Any:  # noqa: ARG002
-        """Ends it."""
-        return output
-
-    def fail(self, _: nn.Module, token: None) -> None:
-        """Nothing is left to be undone."""
-
-
-class _ScopeHandler(PatchHandler):
-    """Stands in front of a module without processors: redirects the attention that is called inside."""
-
-    def __init__(self, patch: AttentionPatch, redirect: Redirect) -> None:
-        self.patch = patch
-        self._redirect = redirect
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
-        """Begins a call."""
-        scope: Any = Scope(self._redirect)
-        scope.__enter__()
-        return scope
-
-    def leave(self, _: nn.Module, token: Any, output: Any) -> Any:
-        """Ends it."""
-        token.__exit__(None, None, None)
-        return output
-
-    def fail(self, _: nn.Module, token: Any) -> None:
-        """Ends a call that raised."""
-        token.__exit__(None, None, None)

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.attention.backends import Backend, all_backends, find_backend, fingerprint
+from sgl_diffusion_accel.attention.backends import all_backends, find_backend, fingerprint
 from sgl_diffusion_accel.attention.requirements import AttentionFacts
+from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.verify import relative_error, tolerance
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
@@ -68,6 +70,7 @@ class MeasuredChoice:
         self.timings: dict[str, list[Timing]] = {}
         self.picks: dict[str, str] = {}
         self.was_compiled = False
+        self._measuring = threading.Lock()
 
     def pick(self, facts: AttentionFacts, sides: tuple[Tensor, Tensor, Tensor], more: dict[str, Any]) -> Backend:
         """See `redirect.Choice`. In compiled code nothing can be timed: there it is PyTorch's own."""
@@ -77,7 +80,9 @@ class MeasuredChoice:
             if torch.compiler.is_compiling():
                 self.was_compiled = True
                 return find_backend("sdpa")
-            picked = self._picked[key] = self._find(facts, sides, more)
+            with self._measuring:  # other threads wait for what the first one finds, and do not disturb its clock
+                picked = self._picked.get(key) or self._find(facts, sides, more)
+                self._picked[key] = picked
         return picked
 
     def _find(self, facts: AttentionFacts, sides: tuple[Tensor, Tensor, Tensor], more: dict[str, Any]) -> Backend:
@@ -106,7 +111,7 @@ class MeasuredChoice:
     def _may_run(self, backend: Backend, facts: AttentionFacts) -> bool:
         if not (backend.is_exact or self._allow_quantised):
             return False
-        return backend.lacks() is None and backend.requirements.refuses(facts) is None
+        return backend.hub is None and not (backend.lacks() or backend.requirements.refuses(facts))
 
     def _is_right(self, backend: Backend, sides: tuple[Tensor, Tensor, Tensor], more: dict[str, Any]) -> bool:
         """Whether a remembered choice still computes what it should."""

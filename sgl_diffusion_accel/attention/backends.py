@@ -1,279 +1,25 @@
-"""The table of attention backends: names, what they need, how to get them."""
+"""Attention backends by name, and those that are added to the table."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import inspect
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from packaging.version import InvalidVersion, Version
-
-from sgl_diffusion_accel.attention import kernels
-from sgl_diffusion_accel.attention.kernels import Kernel
+from sgl_diffusion_accel.attention.packages import installed_version
 from sgl_diffusion_accel.attention.requirements import Requirements
+from sgl_diffusion_accel.attention.table import NOT_OFFERED, TABLE, Backend
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
 
-_HALF = (torch.float16, torch.bfloat16)
-_AMPERE, _HOPPER = (8, 0), (9, 0)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One attention backend.
-
-    Attributes:
-        name: Its plain name.
-        load: Imports what it needs and returns the kernel.
-        aliases: The names of SGLang-Diffusion and diffusers.
-        module: The Python module that it needs, None for PyTorch alone.
-        package: The package that has the module.
-        minimum: Lowest version of the package.
-        needs_distribution: Whether the module alone is not enough: another package brings a part of it along.
-        install: How to get it.
-        is_exact: Whether it computes in the precision of its inputs; quantised ones do not.
-        requirements: What it can take.
-    """
-
-    name: str
-    load: Callable[[], Kernel]
-    aliases: tuple[str, ...] = ()
-    module: str | None = None
-    package: str | None = None
-    minimum: str | None = None
-    needs_distribution: bool = False
-    install: str = ""
-    is_exact: bool = True
-    requirements: Requirements = field(default_factory=Requirements)
-
-    def lacks(self) -> str | None:
-        """What is missing on this machine for it to be loaded, None if nothing is."""
-        if self.module is None:
-            return None
-        if not _is_importable(self.module):
-            return f"the package {self.package} is not installed ({self.install})"
-        if self.needs_distribution and self.package is not None and installed_version(self.package) is None:
-            return f"the package {self.package} is not installed ({self.install})"
-        if self.minimum is not None and self.package is not None:
-            version = installed_version(self.package)
-            if version is not None and version < Version(self.minimum):
-                return f"it needs {self.package} {self.minimum} or newer, and {version} is installed ({self.install})"
-        return None
-
-
-def _is_importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except Exception:  # its parent package is missing, half installed, or made for another CUDA
-        return False
-
-
-def installed_version(package: str) -> Version | None:
-    """The version of an installed package, None if there is none or it cannot be read."""
-    try:
-        return Version(importlib.metadata.version(package))
-    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
-        return None
-
-
-_FLASH = Requirements(
-    devices=("cuda",),
-    min_capability=_AMPERE,
-    dtypes=_HALF,
-    head_multiple=8,
-    max_head_size=256,
-    masks=False,
-    causal_square=True,
-)
-
-_TABLE = (
-    Backend("sdpa", kernels.sdpa, ("torch_sdpa", "native"), requirements=Requirements(dropout=True)),
-    Backend("math", kernels.math, ("_native_math",)),
-    Backend(
-        "efficient",
-        kernels.efficient,
-        ("_native_efficient",),
-        requirements=Requirements(devices=("cuda", "cpu"), dtypes=(*_HALF, torch.float32)),
-    ),
-    Backend(
-        "cudnn",
-        kernels.cudnn,
-        ("_native_cudnn",),
-        requirements=Requirements(
-            devices=("cuda",),
-            is_hip=False,
-            min_capability=_AMPERE,
-            dtypes=_HALF,
-            head_multiple=8,
-            max_head_size=128,
-        ),
-    ),
-    Backend("sdpa_flash", kernels.sdpa_flash, ("_native_flash",), requirements=_FLASH),
-    Backend("flex", kernels.flex, requirements=Requirements(devices=("cuda", "cpu"), mask_and_causal=True)),
-    Backend(
-        "flash",
-        kernels.flash,
-        ("flash_attn", "flash2", "fa2"),
-        module="flash_attn.flash_attn_interface",
-        package="flash-attn",
-        minimum="2.6",
-        install="pip install flash-attn --no-build-isolation; builds from source",
-        requirements=_FLASH,
-    ),
-    Backend(
-        "flash3",
-        kernels.flash3,
-        ("fa3", "_flash_3"),
-        module="flash_attn_interface",
-        package="flash_attn_3",
-        install="build it from the folder hopper of https://github.com/Dao-AILab/flash-attention",
-        requirements=Requirements(
-            devices=("cuda",),
-            is_hip=False,
-            min_capability=_HOPPER,
-            max_capability=_HOPPER,
-            dtypes=_HALF,
-            head_multiple=8,
-            max_head_size=256,
-            masks=False,
-            causal_square=True,
-        ),
-    ),
-    Backend(
-        "flash4",
-        kernels.flash4,
-        ("fa4",),
-        module="flash_attn.cute",
-        package="flash-attn-4",
-        needs_distribution=True,
-        install="pip install --pre flash-attn-4",
-        requirements=Requirements(
-            devices=("cuda",),
-            is_hip=False,
-            min_capability=_HOPPER,
-            dtypes=_HALF,
-            head_multiple=8,
-            max_head_size=128,
-            masks=False,
-            causal_square=True,
-        ),
-    ),
-    Backend(
-        "sage",
-        kernels.sage,
-        ("sage_attn",),
-        module="sageattention",
-        package="sageattention",
-        minimum="1.0.6",
-        install="pip install sageattention; 2.1 and newer from https://github.com/thu-ml/SageAttention",
-        is_exact=False,
-        requirements=Requirements(
-            devices=("cuda",),
-            is_hip=False,
-            capabilities=((8, 0), (8, 6), (8, 9), (9, 0), (12, 0)),
-            dtypes=_HALF,
-            head_sizes=(64, 96, 128),
-            masks=False,
-            causal_square=True,
-        ),
-    ),
-    Backend(
-        "sage3",
-        kernels.sage3,
-        ("sage_attn_3",),
-        module="sageattn3",
-        package="sageattn3",
-        install="build it from the folder sageattention3_blackwell of https://github.com/thu-ml/SageAttention",
-        is_exact=False,
-        requirements=Requirements(
-            devices=("cuda",),
-            is_hip=False,
-            capabilities=((10, 0), (12, 0)),
-            dtypes=_HALF,
-            head_sizes=(64, 128),
-            masks=False,
-            causal_square=True,
-            gqa=False,
-        ),
-    ),
-    Backend(
-        "xformers",
-        kernels.xformers,
-        module="xformers.ops",
-        package="xformers",
-        minimum="0.0.28",
-        install="pip install xformers",
-        requirements=Requirements(devices=("cuda",), dtypes=(*_HALF, torch.float32), head_multiple=8),
-    ),
-    Backend(
-        "aiter",
-        kernels.aiter_flash,
-        ("aiter_fa2_hub",),
-        module="aiter",
-        package="aiter",
-        install="see https://github.com/ROCm/aiter",
-        requirements=Requirements(
-            devices=("cuda",),
-            is_hip=True,
-            dtypes=_HALF,
-            head_multiple=8,
-            max_head_size=256,
-            masks=False,
-            causal_square=True,
-        ),
-    ),
-)
-
 _BEST_FLASH = ("flash4", "flash3", "flash", "sdpa_flash")
-
-_SPARSE = "it leaves out parts of the attention by the layout of a model it was trained or tuned for"
-_FROM_HUB = "it is downloaded from a hub; install the package and use {}"
-_PACKED = "it packs sequences of several lengths into one, which no model here calls for; use {}"
-NOT_OFFERED = {
-    **dict.fromkeys(
-        (
-            "sliding_tile_attn",
-            "video_sparse_attn",
-            "vmoba_attn",
-            "sla_attn",
-            "sage_sla_attn",
-            "sparse_video_gen_2_attn",
-        ),
-        _SPARSE,
-    ),
-    "aiter_sage": "it is made for SGLang's own layers; use 'aiter'",
-    **dict.fromkeys(("flash_hub", "flash_varlen_hub"), _FROM_HUB.format("'flash'")),
-    **dict.fromkeys(("_flash_3_hub", "_flash_3_varlen_hub"), _FROM_HUB.format("'flash3'")),
-    "flash_varlen": _PACKED.format("'flash'"),
-    "_flash_varlen_3": _PACKED.format("'flash3'"),
-    "sage_varlen": _PACKED.format("'sage'"),
-    "sage_blackwell_hub": _FROM_HUB.format("'sage3'"),
-    "flash_4_hub": _FROM_HUB.format("'flash4'"),
-    "sage_hub": _FROM_HUB.format("'sage'"),
-    **dict.fromkeys(
-        (
-            "_sage_qk_int8_pv_fp8_cuda",
-            "_sage_qk_int8_pv_fp8_cuda_sm90",
-            "_sage_qk_int8_pv_fp16_cuda",
-            "_sage_qk_int8_pv_fp16_triton",
-        ),
-        "SageAttention takes its best kernel for the device by itself; use 'sage'",
-    ),
-    "_native_npu": "it has never been tried here; use 'sdpa'",
-    "_native_xla": "it has never been tried here; use 'sdpa'",
-}
-"""Names of SGLang-Diffusion and diffusers that are known and not offered, and why."""
 
 _registered: dict[str, Backend] = {}
 
 
 def all_backends() -> dict[str, Backend]:
     """Name to backend: the table, and what has been registered."""
-    return {each.name: each for each in _TABLE} | _registered
+    return {each.name: each for each in TABLE} | _registered
 
 
 def fingerprint(backend: Backend) -> str:
@@ -344,7 +90,7 @@ def register_attention_backend(
         ...     return torch.softmax(query @ key.mT * (scale or query.shape[-1] ** -0.5), -1) @ value
         >>> register_attention_backend("mine", mine, masks=False, causal=False, gqa=False)
     """
-    taken = {each for backend in _TABLE for each in (backend.name, *backend.aliases)} | {"auto", "fa", *NOT_OFFERED}
+    taken = {each for backend in TABLE for each in (backend.name, *backend.aliases)} | {"auto", "fa", *NOT_OFFERED}
     given: object = name
     if not isinstance(given, str) or not name.strip():
         raise ConfigTypeError(f"name={name!r}; allowed: a string.")

@@ -227,7 +227,7 @@ def flex() -> Kernel:
     return run
 
 
-def _flash(function: Any) -> Kernel:
+def flash_like(function: Any) -> Kernel:
     """Any of the FlashAttention packages: `[B, S, H, D]`, grouped heads as they are."""
     names = inspect.signature(function).parameters
 
@@ -246,44 +246,61 @@ def flash() -> Kernel:
     """FlashAttention 2, package flash-attn."""
     from flash_attn import flash_attn_func
 
-    return _flash(flash_attn_func)
+    return flash_like(flash_attn_func)
 
 
 def flash3() -> Kernel:
     """FlashAttention 3, module flash_attn_interface."""
     from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
 
-    return _flash(flash_attn_func)
+    return flash_like(flash_attn_func)
 
 
 def flash4() -> Kernel:
     """FlashAttention 4, package flash-attn-4."""
     from flash_attn.cute import flash_attn_func
 
-    return _flash(flash_attn_func)
+    return flash_like(flash_attn_func)
 
 
 def aiter_flash() -> Kernel:
     """AMD's aiter."""
     from aiter import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
 
-    return _flash(flash_attn_func)
+    return flash_like(flash_attn_func)
 
 
-def sage() -> Kernel:
-    """SageAttention: 8-bit scores. Version 1 is Triton; version 2 takes its best kernel for the device by itself."""
-    from sageattention import sageattn
-
-    may_smooth = "smooth_k" in inspect.signature(sageattn).parameters
+def sage_like(function: Any) -> Kernel:
+    """`sageattn`, wherever it comes from: `[B, H, S, D]` is `"HND"`."""
+    may_smooth = "smooth_k" in inspect.signature(function).parameters
     without_smoothing = {"smooth_k": False} if may_smooth else {}
 
     def run(query: Tensor, key: Tensor, value: Tensor, /, *, is_causal: bool, scale: float | None, **_: Any) -> Tensor:
         if may_smooth:  # version 1 writes over the key then; this is the same, into a new tensor
             key = key - key.mean(dim=-2, keepdim=True)
         query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
-        output: Tensor = sageattn(
+        output: Tensor = function(
             query, key, value, tensor_layout="HND", is_causal=is_causal, sm_scale=scale, **without_smoothing
         )
+        return output
+
+    return run
+
+
+def sage() -> Kernel:
+    """SageAttention: 8-bit scores. Version 1 is Triton; version 2 takes its best kernel for the device by itself."""
+    from sageattention import sageattn
+
+    return sage_like(sageattn)
+
+
+def sage3_like(function: Any) -> Kernel:
+    """`sageattn3_blackwell`, wherever it comes from."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, /, *, is_causal: bool, scale: float | None, **_: Any) -> Tensor:
+        if scale is not None:  # it scales by 1 / √D
+            query = query * (scale * query.shape[-1] ** 0.5)
+        output: Tensor = function(query, key.clone(), value, is_causal=is_causal)  # it centres it in place
         return output
 
     return run
@@ -293,13 +310,7 @@ def sage3() -> Kernel:
     """SageAttention 3: 4-bit, for Blackwell."""
     from sageattn3 import sageattn3_blackwell  # type: ignore[import-not-found, unused-ignore]
 
-    def run(query: Tensor, key: Tensor, value: Tensor, /, *, is_causal: bool, scale: float | None, **_: Any) -> Tensor:
-        if scale is not None:  # it scales by 1 / √D
-            query = query * (scale * query.shape[-1] ** 0.5)
-        output: Tensor = sageattn3_blackwell(query, key.clone(), value, is_causal=is_causal)  # it centres it in place
-        return output
-
-    return run
+    return sage3_like(sageattn3_blackwell)
 
 
 def xformers() -> Kernel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgl_diffusion_accel.attention.backends import Backend, all_backends
+from sgl_diffusion_accel.attention.backends import all_backends
 from sgl_diffusion_accel.attention.kernels import Kernel
 from sgl_diffusion_accel.attention.requirements import AttentionFacts, facts_of
+from sgl_diffusion_accel.attention.table import Backend
+from sgl_diffusion_accel.attention.underway import UnderWay
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
 OnUnsupported = Literal["error", "native"]
@@ -46,7 +49,9 @@ class Redirect:
         choice: Picks the backend.
 
     Attributes:
-        is_on: Whether calls go to the backend at present.
+        is_on: Whether the redirect is in place; not once its patch is removed.
+        call: The call of the component that is under way in this thread, and whether it uses the backend.
+        was_traced: Whether an attention call came in compiled code, where none is counted.
         calls: Calls that went to a backend, by its name. Calls in compiled code are not counted.
         fallbacks: Calls that went to PyTorch's own attention, by (layer, reason).
     """
@@ -62,8 +67,11 @@ class Redirect:
         self.component = component
         self.backend = backend
         self.is_on = True
+        self.call = UnderWay()
+        self.was_traced = False
         self.calls: Counter[str] = Counter()
         self.fallbacks: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()  # of the counters, and of what has been verified
         self._on_unsupported = on_unsupported
         self._verify = verify
         self._verified: dict[str, list[tuple[Any, ...]]] = {}
@@ -83,6 +91,7 @@ class Redirect:
         enable_gqa: bool = False,
     ) -> Tensor:
         """Stands for `torch.nn.functional.scaled_dot_product_attention`."""
+        self._notice()
 
         def native() -> Tensor:
             return F.scaled_dot_product_attention(
@@ -113,6 +122,7 @@ class Redirect:
         **more: Any,
     ) -> Tensor:
         """Stands for diffusers' `dispatch_attention_fn`, whose tensors are `[B, S, H, D]`."""
+        self._notice()
 
         def native() -> Tensor:
             from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -132,6 +142,24 @@ class Redirect:
         sides = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         return self._attend(sides, mask, dropout_p, is_causal, scale, enable_gqa, native, transposed=True)
 
+    def _notice(self) -> None:
+        """Notes that an attention call of a redirected layer has come."""
+        if torch.compiler.is_compiling():
+            self._note_traced()
+        else:
+            self.call.seen += 1
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _note_traced(self) -> bool:
+        """Runs once, while the code is traced, and never in the compiled code."""
+        self.was_traced = True
+        return True
+
+    def counts(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+        """Copies of `calls` and `fallbacks`, which other threads may be adding to."""
+        with self._lock:
+            return dict(self.calls), dict(self.fallbacks)
+
     def _attend(
         self,
         sides: tuple[Tensor, Tensor, Tensor],
@@ -143,7 +171,7 @@ class Redirect:
         native: Callable[[], Tensor],
         transposed: bool = False,
     ) -> Tensor:
-        if not self.is_on:
+        if not (self.is_on and self.call.is_on):
             return native()
         sides = _broadcast(_autocast(sides), enable_gqa)
         facts = facts_of(sides[0], sides[1], mask, dropout_p, is_causal, enable_gqa)
@@ -176,17 +204,22 @@ class Redirect:
         return self._kernels[backend.name]
 
     def _seen(self, backend: Backend, output: Tensor, sides: tuple[Tensor, ...], more: dict[str, Any]) -> None:
-        self.calls[backend.name] += 1
+        with self._lock:
+            self.calls[backend.name] += 1
         if self._verify is not None:
             layer = layer_in_call(self.component)
             mask, shapes = more["mask"], (sides[0].shape, sides[1].shape)
-            verified = self._verified.setdefault(layer, [])
-            is_known = any(
-                known == shapes and kept() is mask and (kept is _no_mask) == (mask is None) for known, kept in verified
-            )
-            if not is_known and len(verified) < _MOST_VERIFIED:
+            with self._lock:
+                verified = self._verified.setdefault(layer, [])
+                is_known = any(
+                    known == shapes and kept() is mask and (kept is _no_mask) == (mask is None)
+                    for known, kept in verified
+                )
+                is_due = not is_known and len(verified) < _MOST_VERIFIED
+            if is_due:
                 self._verify(layer, backend, output, sides, more)
-                verified.append((shapes, weakref.ref(mask) if mask is not None else _no_mask))
+                with self._lock:
+                    verified.append((shapes, weakref.ref(mask) if mask is not None else _no_mask))
 
     def _fall_back(
         self,
@@ -200,7 +233,9 @@ class Redirect:
                 raise UnsupportedModelError(f"an attention call of {self.component} cannot be taken: {reason}")
             raise UnsupportedModelError(self._refusal(reason, backend or self.backend, facts))
         if not torch.compiler.is_compiling():
-            self.fallbacks[layer_in_call(self.component), reason] += 1
+            layer = layer_in_call(self.component)
+            with self._lock:
+                self.fallbacks[layer, reason] += 1
         return native()
 
     def _refusal(self, reason: str, backend: Backend | None, facts: AttentionFacts | None) -> str:
@@ -210,7 +245,7 @@ class Redirect:
             fit = [
                 each.name
                 for each in all_backends().values()
-                if each.lacks() is None and each.requirements.refuses(facts) is None
+                if not (each.lacks() or each.requirements.refuses(facts) or each.would_fetch())
             ]
             others = ", ".join(fit) or others
         layer = layer_in_call(self.component)

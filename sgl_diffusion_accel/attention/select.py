@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgl_diffusion_accel.attention.attention_patch import KIND, AttentionPatch, Steps
+from sgl_diffusion_accel.attention.attention_patch import KIND, AttentionPatch
 from sgl_diffusion_accel.attention.auto import MeasuredChoice, default_store
-from sgl_diffusion_accel.attention.backends import Backend, all_backends, find_backend, flash_family
+from sgl_diffusion_accel.attention.backends import all_backends, find_backend, flash_family
+from sgl_diffusion_accel.attention.handlers import Steps
 from sgl_diffusion_accel.attention.redirect import OnUnsupported, Redirect
 from sgl_diffusion_accel.attention.requirements import AttentionFacts, capability
 from sgl_diffusion_accel.attention.sites import Site, find_scopes, find_sites
+from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.verify import check_output
 from sgl_diffusion_accel.errors import (
     ConfigError,
@@ -27,7 +29,7 @@ from sgl_diffusion_accel.errors import (
     unknown_name,
 )
 from sgl_diffusion_accel.patch import patches_of
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_transformers, refuse_data_parallel, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ def set_attention_backend(
         pipe: A diffusers pipeline, or a transformer by itself.
         backend: A name of `attention_backends(pipe)`, or any that SGLang-Diffusion or diffusers have for it; `"auto"`
             to time all usable ones on the calls that really come and take the fastest; or a mapping from component to
-            name. `transformer_2` is set with `transformer` unless it is named.
+            name. Further transformers (`transformer_2`, `unconditional_transformer`) are set with `transformer` unless
+            they are named.
         components: Which components a single name is for; None for the transformers.
         layers: Names of attention layers, or patterns such as `"blocks.*.attn1"`; None for all.
         skip_first_steps: Denoising steps at the start of a run that keep the model's own attention.
@@ -164,11 +167,12 @@ def _named(
         raise ConfigTypeError(
             f"backend is a {type(backend).__name__}; allowed: a name such as 'sdpa', or a dict of component to name."
         )
-    if "transformer" in wanted and "transformer_2" in known:
-        wanted.setdefault("transformer_2", wanted["transformer"])
     for name in wanted:
         if name not in known:
             raise unknown_name("component", str(name), known, type(pipe).__name__)
+        refuse_data_parallel(name, known[name])
+    if "transformer" in wanted:
+        wanted = dict.fromkeys(find_transformers(pipe), wanted["transformer"]) | wanted
     for name in wanted.values():
         if not isinstance(name, str):
             raise ConfigTypeError(f"a backend is named by a string, not by a {type(name).__name__}.")
@@ -260,7 +264,7 @@ def _usable(pipe: object, module: nn.Module, sites: Sequence[Site]) -> list[str]
 
 def _why_not(backend: Backend, pipe: object, module: nn.Module, sites: Sequence[Site]) -> str | None:
     reasons = [backend.requirements.refuses(facts) for facts in _model_facts(pipe, module, sites, backend)]
-    return backend.lacks() or next((reason for reason in reasons if reason is not None), None)
+    return backend.lacks() or next((reason for reason in reasons if reason), None) or backend.would_fetch()
 
 
 def _model_facts(pipe: object, module: nn.Module, sites: Sequence[Site], backend: Backend) -> list[AttentionFacts]:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import copy
 import copyreg
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch.nn.functional as F
@@ -54,18 +53,27 @@ class Site:
 def find_sites(module: nn.Module) -> Iterator[Site]:
     """Yields the attention layers of a component, in its order."""
     for name, layer in module.named_modules():
-        processor = vars(layer).get("processor") or layer._modules.get("processor")
+        processor = processor_of(layer)
         if processor is not None and callable(processor):
             yield Site(name, layer, processor, _exchangeable(processor))
+
+
+def processor_of(layer: nn.Module) -> Any:
+    """The processor of a layer, None where there is none."""
+    return vars(layer).get("processor") or layer._modules.get("processor")
 
 
 def _exchangeable(processor: Any) -> bool:
     if LAYER in getattr(processor, "__dict__", {}):
         return True  # it is redirected already
-    call = inspect.getattr_static(type(processor), "__call__", None)
-    if isinstance(processor, nn.Module):
-        call = type(processor).forward if type(processor).__call__ is nn.Module.__call__ else call
-    return isinstance(call, FunctionType) and bool(_exchanged(call, None))
+    return any(_exchanged(method, None) for method in _methods(type(processor)).values())
+
+
+def _methods(cls: type) -> dict[str, FunctionType]:
+    """The plain methods of a processor's class, with what it inherits, but not those of `nn.Module`."""
+    classes = [each for each in reversed(cls.__mro__) if not each.__module__.startswith("torch.")]
+    found = {name: value for each in classes for name, value in vars(each).items()}
+    return {name: value for name, value in found.items() if isinstance(value, FunctionType)}
 
 
 def find_scopes(module: nn.Module) -> list[nn.Module]:
@@ -83,6 +91,18 @@ def find_scopes(module: nn.Module) -> list[nn.Module]:
     return found or ([module] if uses == _TRANSFORMERS_SDPA else [])
 
 
+def find_others(module: nn.Module) -> list[str]:
+    """Names of the modules that compute attention by PyTorch's function for it, beside layers with processors."""
+    by_class: dict[type, bool] = {}
+    found = []
+    for name, each in module.named_modules():
+        if type(each) not in by_class:
+            by_class[type(each)] = _SDPA in _names_in(each)
+        if by_class[type(each)] and processor_of(each) is None:
+            found.append(name)
+    return found
+
+
 _BASE = "_sgl_diffusion_accel_base"  # name under which a class of ours knows the processor's own
 
 _TRANSFORMERS_SDPA = "sdpa"  # its models say which attention they were made with
@@ -92,7 +112,13 @@ def _names_in(module: nn.Module) -> set[str]:
     """Names of what a module's own methods use."""
     classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.")]
     methods = [value for cls in classes for value in vars(cls).values() if isinstance(value, FunctionType)]
-    return {name for method in methods for name in method.__code__.co_names}
+    return {name for method in methods for name in _names(method.__code__)}
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that code uses, also in the functions that are written inside of it."""
+    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
+    return {*code.co_names, *(name for each in inner for name in _names(each))}
 
 
 def redirected(site: Site, redirect: Redirect, classes: dict[type, type]) -> Any:
@@ -106,11 +132,12 @@ def redirected(site: Site, redirect: Redirect, classes: dict[type, type]) -> Any
     """
     base: Any = vars(type(site.processor)).get(_BASE, type(site.processor))  # one of a removed patch may have come back
     if base not in classes:
-        method = (
-            "forward" if isinstance(site.processor, nn.Module) and base.__call__ is nn.Module.__call__ else "__call__"
-        )
         namespace = {
-            method: _with_exchanged_names(getattr(base, method), redirect),
+            **{
+                name: _with_exchanged_names(method, redirect)
+                for name, method in _methods(base).items()
+                if _exchanged(method, None)
+            },
             "__reduce_ex__": _as_the_original(base),
             _BASE: base,
             "__module__": base.__module__,
@@ -136,11 +163,11 @@ def _as_the_original(base: Any) -> Any:
     return __reduce_ex__
 
 
-def _with_exchanged_names(function: Any, redirect: Redirect) -> Any:
+def _with_exchanged_names(function: Any, redirect: Redirect, within: frozenset[Any] = frozenset()) -> Any:
     """The same code, with other meanings for the names of the attention functions."""
     names = {name: value for name, value in function.__globals__.items() if name != "__name__"}
     # Without a name `torch.compile` looks globals up in this very dict, and not in the module of that name.
-    names.update(_exchanged(function, redirect))
+    names.update(_exchanged(function, redirect, within))
     made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
     made.__annotations__ = dict(function.__annotations__)
@@ -148,20 +175,34 @@ def _with_exchanged_names(function: Any, redirect: Redirect) -> Any:
     return made
 
 
-def _exchanged(function: FunctionType, redirect: Redirect | None) -> dict[str, Any]:
-    """The globals of a function that have to mean something else; without a redirect, only which they are."""
-    used = set(function.__code__.co_names)
+def _exchanged(
+    function: FunctionType, redirect: Redirect | None, within: frozenset[Any] = frozenset()
+) -> dict[str, Any]:
+    """The globals of a function that have to mean something else; without a redirect, only which they are.
+
+    Functions that it calls by name are followed: FLUX.2 Klein's processors with a key and value cache hand their work
+    to one. `within` are those that are being looked at, which may call each other.
+    """
+    used = _names(function.__code__)
     found: dict[str, Any] = {}
-    if _DISPATCHER in used and _DISPATCHER in function.__globals__:
-        found[_DISPATCHER] = redirect and redirect.dispatch
-    if _SDPA in used:
-        for name in used:
-            meaning = function.__globals__.get(name)
-            if meaning is F:
+    for name in used & function.__globals__.keys():
+        meaning = function.__globals__[name]
+        if name == _DISPATCHER:
+            found[name] = redirect and redirect.dispatch
+        elif meaning is F:
+            if _SDPA in used:
                 found[name] = redirect and _functional(redirect)
-            elif meaning is F.scaled_dot_product_attention:
-                found[name] = redirect and redirect.sdpa
+        elif meaning is F.scaled_dot_product_attention:
+            found[name] = redirect and redirect.sdpa
+        elif _is_followed(meaning) and meaning not in within:
+            inside = within | {function}
+            if _exchanged(meaning, None, inside):
+                found[name] = redirect and _with_exchanged_names(meaning, redirect, inside)
     return found
+
+
+def _is_followed(meaning: Any) -> bool:
+    return isinstance(meaning, FunctionType) and not (meaning.__module__ or "").startswith("torch.")
 
 
 def _functional(redirect: Redirect) -> ModuleType:

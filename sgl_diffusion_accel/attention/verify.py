@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgl_diffusion_accel.attention.backends import Backend
+from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
 QUANTISED_TOLERANCE = 0.1

@@ -10,7 +10,7 @@ import numpy as np
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, apply_output_cache, refuse_foreign_cache
 from sgl_diffusion_accel.caching.checks import real
 from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings, Pace
-from sgl_diffusion_accel.caching.response import response_of
+from sgl_diffusion_accel.caching.response import passing_influence, response_of
 from sgl_diffusion_accel.caching.runs import Run
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.targets import find_transformers
@@ -59,9 +59,11 @@ def apply_adaptive_cache(pipe: object, tolerance: float | None = None) -> CacheP
 
     def pace(run: Run) -> Pace:
         response = response_of(run.scheduler, run.total)
-        final = np.ones(run.total) if response is None else response[-1]
         skips = settings.tolerance > 0 and run.total >= settings.fewest_steps
-        return GapControl(settings, final, corrects=response is not None, switch=run.switch() if skips else None)
+        switch = run.switch() if skips else None
+        if response is None:
+            return GapControl(settings, np.ones(run.total), corrects=False, switch=switch)
+        return GapControl(settings, response[-1], switch=switch, passing=passing_influence(response))
 
     return apply_output_cache(f"adaptive cache (tolerance {settings.tolerance:g})", transformers, pace)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from sgl_diffusion_accel.caching.models import AUXILIARY_LISTS, ODD_MODELS, OddModel
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
+from sgl_diffusion_accel.targets import model_class, unwrap_but_compiled
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,18 @@ def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]
         transformer: A diffusion transformer.
 
     Returns:
-        Attribute name to blocks, in the order in which the model defines the lists.
+        Attribute name to blocks, in the order in which the model defines the lists. Blocks that are wrapped one by one
+        (`FullyShardedDataParallel`, checkpointing) are those inside of the wrappers.
 
     Raises:
         UnsupportedModelError: There are none, or the model is known not to work.
     """
-    name = type(transformer).__name__
+    name = model_class(transformer).__name__
     odd = ODD_MODELS.get(name, OddModel())
     if odd.refuse and (odd.only_with is None or getattr(transformer.config, odd.only_with, None)):
         raise UnsupportedModelError(f"{name} cannot be cached: {odd.refuse}.")
     lists = {
-        child_name: tuple(child)
+        child_name: tuple(map(unwrap_but_compiled, child))
         for child_name, child in transformer.named_children()
         if isinstance(child, nn.ModuleList) and child_name not in AUXILIARY_LISTS and _are_blocks(child)
     }
@@ -112,7 +114,7 @@ def divide(transformer: nn.Module, fn: int, bn: int) -> Layout:
         ConfigError: fn and bn leave nothing to skip, or reach beyond the list that they start in.
         UnsupportedModelError: See `find_block_lists`.
     """
-    name = type(transformer).__name__
+    name = model_class(transformer).__name__
     counts = {list_name: len(blocks) for list_name, blocks in find_block_lists(transformer).items()}
     sizes = ", ".join(f"{list_name}: {count}" for list_name, count in counts.items())
     first, last, total = next(iter(counts)), list(counts)[-1], sum(counts.values())

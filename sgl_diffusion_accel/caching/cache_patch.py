@@ -13,7 +13,7 @@ from sgl_diffusion_accel.caching.cached_model import CachedModel, Parts
 from sgl_diffusion_accel.caching.engine import BlockHandler, Controller, Session
 from sgl_diffusion_accel.caching.foreign import has_foreign_cache
 from sgl_diffusion_accel.caching.output_cache import MakePace, OutputController
-from sgl_diffusion_accel.caching.stats import Stats
+from sgl_diffusion_accel.caching.stats import RunStats, Stats
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.patch import Patch, patches_of
 from sgl_diffusion_accel.targets import unwrap
@@ -42,6 +42,11 @@ class CachePatch(Patch):
         """What the cache did, run by run."""
         return self._session.stats
 
+    @property
+    def run_here(self) -> RunStats | None:
+        """What the cache did in the run whose call came last in this thread; None before any."""
+        return self._session.run_here
+
     def held_bytes(self) -> int:
         """Bytes of the tensors that are kept for the runs under way; 0 between runs."""
         return self._session.nbytes()
@@ -49,7 +54,8 @@ class CachePatch(Patch):
     def attach(self, name: str, transformer: nn.Module, parts: Parts) -> None:
         """Puts the cache on one transformer.
 
-        A wrapper of `torch.compile` may have kept the transformer's own `__call__`, so it is intercepted as well.
+        A wrapper (`targets.unwrap`) is intercepted as well: that of `torch.compile` may have kept the transformer's own
+        `__call__`, and others do work of theirs that a skipped call has no use for.
         """
         self.components.append(name)
         wrapper, transformer = transformer, unwrap(transformer)
@@ -74,6 +80,9 @@ class CachePatch(Patch):
 
     def __enter__(self) -> CachePatch:
         return self
+
+    def __repr__(self) -> str:
+        return report.line(self.title, self.components, self.active, self.stats)
 
     def __str__(self) -> str:
         return report.text(self.title, self.active, self.stats)

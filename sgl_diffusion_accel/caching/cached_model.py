@@ -19,7 +19,9 @@ from sgl_diffusion_accel.caching.predictors import Predictor
 from sgl_diffusion_accel.caching.runs import Kept, Run
 from sgl_diffusion_accel.caching.signals import Signal, TimeEmbedding
 from sgl_diffusion_accel.caching.stats import RunStats
-from sgl_diffusion_accel.caching.wiring import Wiring
+from sgl_diffusion_accel.caching.wiring import Form, Wiring, passing
+from sgl_diffusion_accel.intercept import Detour
+from sgl_diffusion_accel.targets import expert_of, model_class
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class Branch(Kept):
         histories: Residuals, by block list.
         wirings: Which output of a block feeds which argument, by block list.
         forms: How the blocks put their output together, by (block list, whether it is the span's last block).
+        detours: What skipped blocks in the middle of a span answer, by block list.
     """
 
     seen: int = 0
@@ -81,7 +84,8 @@ class Branch(Kept):
     signature: tuple[Any, ...] = ()
     histories: dict[int, History] = field(default_factory=dict)
     wirings: dict[int, Wiring] = field(default_factory=dict)
-    forms: dict[tuple[int, bool], Callable[[list[Any]], Any]] = field(default_factory=dict)
+    forms: dict[tuple[int, bool], Form] = field(default_factory=dict)
+    detours: dict[int, Callable[[tuple[Any, ...], dict[str, Any]], Any]] = field(default_factory=dict)
 
     def forget(self, signature: tuple[Any, ...] = ()) -> None:
         """Starts over, for inputs of another shape, dtype or device."""
@@ -90,6 +94,13 @@ class Branch(Kept):
         self.histories.clear()
         self.wirings.clear()
         self.forms.clear()
+        self.detours.clear()
+
+    def passing(self, list_index: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+        """What the skipped blocks in the middle of a list's span answer."""
+        if list_index not in self.detours:
+            self.detours[list_index] = passing(self.wirings[list_index], self.forms[list_index, False])
+        return self.detours[list_index]
 
     def nbytes(self) -> int:
         """Bytes of the tensors that are kept."""
@@ -107,6 +118,7 @@ class CachedModel:
 
     Attributes:
         writes_inputs: Whether a block was seen to write over its input; then inputs are copied before they are kept.
+        detours: The short way past the blocks inside of each list's span, while they are skipped.
         warned: Whether it has been said that the model runs without its blocks.
         said: Remarks on runs that have been logged.
     """
@@ -115,9 +127,10 @@ class CachedModel:
         self.name = name
         self.parts = parts
         self.writes_inputs = False
+        self.detours = [Detour() for _ in parts.layout.lists]
         self.warned = False
         self.said: set[str] = set()
-        self._class = type(module).__name__
+        self._class = model_class(module).__name__
         self._parameters = [_parameters(blocks[0]) for blocks in find_block_lists(module).values()]
 
     def where(self, list_index: int) -> str:
@@ -144,27 +157,27 @@ class CachedModel:
             branch.policy = self._shared(run) or chosen
             if self.parts.by_latents is not None and latents is not None:
                 branch.policy, choice = self.parts.by_latents(latents)
-                self._tell(run, choice, logging.INFO)
+                self.tell(run, choice, logging.INFO)
             remark = branch.policy.prepare(run.total)
             if remark is not None:
-                self._tell(run, remark, logging.WARNING)
+                self.tell(run, remark, logging.WARNING)
         return branch.policy
 
     def _shared(self, run: Run) -> Policy | None:
-        """The policy that the run's branches share, made at its first step and let go with it."""
+        """The policy that the branches of a run share, made at its first step and let go with it."""
         if self.parts.by_run is None:
             return None
-        key = f"policy of {self.name}"
+        key = f"policy of {expert_of(self.name)}"
         if key not in run.data:
             run.data[key] = self.parts.by_run(run)
         shared: Policy = run.data[key]
         return shared
 
-    def _tell(self, run: Run, remark: str, level: int) -> None:
+    def tell(self, run: Run, remark: str, level: int) -> None:
         """Puts a remark into the statistics of its run, and logs it once."""
         stats: RunStats | None = run.data.get("stats")
-        if stats is not None and (self.name, remark) not in stats.remarks:
-            stats.remarks.append((self.name, remark))
+        if stats is not None:
+            stats.remark(self.name, remark)
         if remark not in self.said:
             self.said.add(remark)
             logger.log(level, "%s: %s", self.name, remark)

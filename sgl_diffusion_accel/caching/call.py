@@ -8,7 +8,6 @@ them returns `span input + predicted residual`, whatever it was given.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,8 +55,8 @@ class TransformerCall:
         self._branch: Branch = run.data.setdefault(self._key, Branch())
         self._position = Position(step, run.total, self._branch.seen)
         self._last = step >= run.total - 1
-        following = replace(self._position, step=step + 1)
-        self._keeps = not self._last and policy.may_skip(following)  # else what is computed is of no further use
+        self._following = Position(step + 1, run.total, self._branch.seen)
+        self._keeps = not self._last and policy.may_skip(self._following)  # else what is computed is of no further use
         self._measurement = Measurement(
             model, module, run, step, self._branch, policy.needs_signal and policy.may_skip(self._position)
         )
@@ -70,6 +69,10 @@ class TransformerCall:
 
     def before(self, list_index: int, index: int, block: nn.Module, call: Call) -> TransformerCall | Instead:
         """Sees a block's arguments; answers for the block if it is skipped."""
+        detour = self._model.detours[list_index]
+        if detour.answer is not None:  # the blocks before this one have been passed by
+            self._order.passed(list_index, detour.taken)
+            detour.answer = None
         self._order.enter(list_index, index)
         blocks = self._parts.layout.lists[list_index]
         wiring = self._model.wiring(self._branch, list_index)
@@ -102,6 +105,9 @@ class TransformerCall:
         """Puts what was computed into the branch's history, or lets the branch go after its last step."""
         branch = self._branch
         branch.seen += 1
+        for list_index, detour in enumerate(self._model.detours):
+            if detour.answer is not None:  # the end of the list's span was not called
+                self._order.passed(list_index, detour.taken)
         self._order.finish()
         if not self._order.started and not self._model.warned:
             self._model.warned = True
@@ -137,6 +143,8 @@ class TransformerCall:
             kept.clear()
         self._measurement.drop()
         self._policy.forget()
+        for detour in self._model.detours:
+            detour.answer = None
 
     def _decide(self, call: Call) -> Decision:
         branch, policy, measurement = self._branch, self._policy, self._measurement
@@ -151,8 +159,7 @@ class TransformerCall:
             decision = policy.decide(self._position, branch.tally, measurement.change)
         branch.tally = branch.tally.after(decision)
         if self._keeps and policy.needs_signal:
-            following = replace(self._position, step=self._position.step + 1)
-            measurement.keep(decision.compute, policy.may_measure(following))
+            measurement.keep(decision.compute, policy.may_measure(self._following))
         measurement.drop()
         self._model.log(self.run, self._position.step, self._key[1], decision)
         return decision
@@ -181,6 +188,9 @@ class TransformerCall:
             self._skipped[list_index] = self._predict(branch.histories[list_index], inputs)
         if index == blocks.end - 1:
             return branch.forms[list_index, True](self._skipped.pop(list_index))
+        if index + 1 < blocks.end - 1:
+            detour = self._model.detours[list_index]
+            detour.answer, detour.taken = branch.passing(list_index), 0
         return branch.forms[list_index, False](inputs)
 
     def _time(self) -> float:

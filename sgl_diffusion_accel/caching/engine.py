@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from sgl_diffusion_accel.caching.cached_model import Branch, CachedModel
 from sgl_diffusion_accel.caching.call import TransformerCall
 from sgl_diffusion_accel.caching.foreign import FORBIDDEN, refuse_late_cache
-from sgl_diffusion_accel.caching.loop import locate
-from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
+from sgl_diffusion_accel.caching.loop import HOW_TO_PLACE, LoopCall, Unplaced, locate
+from sgl_diffusion_accel.caching.models import full_call_argument, full_call_remark
 from sgl_diffusion_accel.caching.policies import Decision
 from sgl_diffusion_accel.caching.runs import Kept, Run, Runs
-from sgl_diffusion_accel.caching.stats import Stats
+from sgl_diffusion_accel.caching.stats import RunStats, Stats
+from sgl_diffusion_accel.intercept import Detour
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.targets import unwrap
 
@@ -24,36 +25,47 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """The runs and the statistics that the transformers of one patch share."""
+    """The runs and the statistics that the transformers of one patch share.
 
-    def __init__(self) -> None:
+    Args:
+        otherwise: What happens to calls that cannot be placed, for the user.
+    """
+
+    def __init__(self, otherwise: str = "are computed in full") -> None:
         self.runs = Runs()
         self.stats = Stats()
+        self._otherwise = otherwise
         self._lock = threading.Lock()
+        self._threads = threading.local()
+
+    @property
+    def run_here(self) -> RunStats | None:
+        """What is noted of the run whose call came last in this thread."""
+        return getattr(self._threads, "run", None)
 
     def nbytes(self) -> int:
         """Bytes of the tensors that are kept for all runs under way."""
         return sum(part.nbytes() for run in self.runs for part in run.data.values() if isinstance(part, Kept))
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, int, str] | None:
-        """Tells the run, step and branch of a transformer call, None outside of any loop."""
+        """Tells the run, step and branch of a transformer call, None where it cannot be placed."""
         call = locate(module, args, kwargs)
         with self._lock:
-            if call is not None:
-                run, new = self.runs.find(call)
-                if new:
-                    run.data["stats"] = self.stats.start(run.total)
-                    run.data["number"] = self.stats.started
-                step, branch = run.advance(module, call)
-                if step < run.total:
-                    return run, step, branch
-            self.stats.outside += 1
-            if self.stats.outside == 1:
-                logger.warning(
-                    "a call of %s belongs to no denoising loop that is known: it does not come from a method of a "
-                    "diffusers pipeline that loops over its timesteps. Such calls are computed in full.",
-                    type(module).__name__,
-                )
+            if isinstance(call, LoopCall):
+                if call.step < call.total:
+                    run, new = self.runs.find(call)
+                    if new:
+                        run.data["stats"] = self.stats.start(run.total)
+                        run.data["number"] = self.stats.started
+                    self._threads.run = run.data.get("stats")
+                    return run, *run.advance(module, call)
+                call = Unplaced("its loop is over")
+            is_new = self.stats.add_unplaced(call.missing)
+        if is_new:
+            logger.warning(
+                "a call of %s cannot be placed in a denoising loop: %s. Such calls %s. %s.",
+                type(module).__name__, call.missing, self._otherwise, HOW_TO_PLACE,
+            )  # fmt: skip
         return None
 
 
@@ -79,17 +91,24 @@ class Controller(PatchHandler):
         """The transformer call that is under way in this thread."""
         return getattr(self._threads, "current", None)
 
+    def detour_past(self, list_index: int, index: int) -> Detour | None:
+        """The short way past a block; None for one at an end of its list's span, which has more to do."""
+        blocks = self._model.parts.layout.lists[list_index]
+        return self._model.detours[list_index] if blocks.start < index < blocks.end - 1 else None
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransformerCall | None:
         """Begins a transformer call."""
-        if self.current is not None:  # the wrapper of `torch.compile` has entered this call already
+        if self.current is not None:  # a wrapper (`targets.unwrap`) has entered this call already
             return None
         where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:
             return None
         if where[1] == 0:
             refuse_late_cache(module)
-        if any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS):
+        argument = full_call_argument(kwargs)
+        if argument is not None:
             self._model.log(*where, Decision(True, "arguments forbid skipping"))
+            self._model.tell(where[0], full_call_remark(argument), logging.WARNING)
         else:
             self._threads.current = self._begin(module, *where, _latents(args, kwargs))
         return self.current
@@ -140,6 +159,7 @@ class BlockHandler(PatchHandler):
         self._controller = controller
         self._list = list_index
         self._index = index
+        self.detour = controller.detour_past(list_index, index)
 
     def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answers for a skipped block."""

@@ -12,7 +12,7 @@ from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings
 from sgl_diffusion_accel.caching.policies import Change, Comparison, Decision, Policy, Position, Tally
 from sgl_diffusion_accel.caching.prediction_error import PredictionError
 from sgl_diffusion_accel.caching.predictors import Predictor
-from sgl_diffusion_accel.caching.response import response_of
+from sgl_diffusion_accel.caching.response import passing_influence, response_of
 from sgl_diffusion_accel.caching.runs import Kept, Run
 from sgl_diffusion_accel.caching.signals import Reduce
 
@@ -156,8 +156,9 @@ def gap_control(
     def policy(run: Run) -> Policy:
         response = response_of(run.scheduler, run.total) if tolerance > 0 else None
         final = np.ones(run.total) if response is None else response[-1]
+        passing = None if response is None else passing_influence(response)
         times = run.sigmas() if spacing == "sigma" and tolerance > 0 else None
         growth = ResidualGrowth(predictor.depth - 1, times)
-        return GapPolicy(GapControl(settings, final, corrects=False, growth=growth), limits)
+        return GapPolicy(GapControl(settings, final, corrects=False, growth=growth, passing=passing), limits)
 
     return policy

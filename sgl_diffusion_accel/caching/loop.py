@@ -1,8 +1,11 @@
 """Where in which denoising loop a transformer call is: which run, which step of how many, which branch.
 
-The answer is read from the pipeline that is calling: its local `timesteps` and loop index, the cache context where it
-sets one, the names that it gives to the conditioning it passes. So it holds for any pipeline that happens to use the
-transformer, and a call from anywhere else is known to belong to no loop. Nothing is read from the device.
+A loop of one's own says so itself (`explicit.py`). Of a pipeline the answer is read from its frame: its local
+`timesteps`, the cache context where it sets one, the names that it gives to the conditioning it passes; the step is
+proved from its variables (`step_proof.py`). Frames are read because nothing else tells: pipelines pass neither index
+nor schedule on, hooks see the arguments alone, and a step that is counted from calls is wrong as soon as one comes
+from elsewhere. So it holds for any pipeline that happens to use the transformer, a call from anywhere else is known to
+belong to no loop, and nothing is read from the device.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from __future__ import annotations
 import functools
 import re
 import sys
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType
@@ -18,7 +20,11 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from sgl_diffusion_accel.caching.context_loop import loop_of_context
+from sgl_diffusion_accel.caching.explicit import StepIterator, branches_entered, loops_entered
+from sgl_diffusion_accel.caching.step_proof import proved_step, schedule_of
 from sgl_diffusion_accel.intercept import cache_context_of
+from sgl_diffusion_accel.targets import unwrap
 
 _PROGRESS_BARS = ("progress_bar", "pbar")
 _CALLBACKS = ("callback_on_step_end", "callback")
@@ -28,36 +34,55 @@ _GUIDANCE_OF = ("_guidance_scale", "guidance_scale")
 _GUIDER_NAME = "__guidance_identifier__"  # under which a guider of diffusers names the branches, "pred_cond", …
 _CONDITIONING = re.compile(r"prompt|embed|text|cond", re.IGNORECASE)
 
+HOW_TO_PLACE = (
+    "For a loop of your own type: for t in denoising_steps(scheduler.timesteps, scheduler=scheduler, guidance=scale): "
+    "and inside it, around each call: with branch('cond'): or with branch('uncond'):"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class LoopCall:
-    """What the calling pipeline tells about one transformer call.
+    """Where one transformer call is.
 
     Attributes:
-        scheduler: The pipeline's scheduler, if it has one.
-        timesteps: The timesteps of this run, one a step; a new object at every run.
+        loop: The object that stands for the loop, the same one at all its calls and another one for each run: the
+            run's timesteps, or the loop of one's own.
+        total: Number of denoising steps.
+        step: Index of the step.
+        branch: `"cond"`, `"uncond"`, or whatever name was set.
+        timesteps: The timesteps of this run, one a step, `[S]`; None where the loop does not tell them.
+        scheduler: What steps the latents, if it is known.
         owner: An object that lives exactly as long as the run (its progress bar), or None.
-        step: Index into `timesteps`, or None where the pipeline does not tell.
-        timestep: The loop's current timestep; a new object at every step.
-        branch: `"cond"`, `"uncond"`, or whatever name the pipeline has set.
-        passed: The tensors that are passed, where the name is not the pipeline's word: the conditioning among them is
-            the same at every step, and tells branches apart.
-        guidance: The scale with which the pipeline combines its branches, None where it does not tell.
+        passed: The tensors that are passed, where the name is nobody's word: the conditioning among them is the same at
+            every step, and tells branches apart.
+        guidance: The scale with which the branches are combined, None where nothing tells.
         boundary: The timestep below which a second transformer takes over, None if there is none.
     """
 
-    scheduler: Any
-    timesteps: Tensor
-    owner: Any
-    step: int | None
-    timestep: Any
+    loop: Any
+    total: int
+    step: int
     branch: str
+    timesteps: Tensor | None = None
+    scheduler: Any = None
+    owner: Any = None
     passed: tuple[Tensor, ...] = ()
     guidance: float | None = None
     boundary: float | None = None
 
 
-def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LoopCall | None:
+@dataclass(frozen=True, slots=True)
+class Unplaced:
+    """A call that cannot be placed.
+
+    Attributes:
+        missing: What is missing, as the end of a sentence.
+    """
+
+    missing: str
+
+
+def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LoopCall | Unplaced:
     """Finds the denoising loop from which `module` is being called.
 
     Args:
@@ -66,45 +91,187 @@ def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         kwargs: Its keyword arguments.
 
     Returns:
-        The position as the pipeline tells it, or None for a call that belongs to no known loop.
+        The position, or what is missing for a call that belongs to no known loop or is not proved to be at a step.
     """
+    walk = _Walk(module, args, kwargs)
     frame: FrameType | None = sys._getframe(1)
-    fallback: tuple[Any, LoopCall] | None = None
-    passed: set[CodeType] = set()
-    while frame is not None:
-        code = frame.f_code
-        interesting = _interesting.get(code)
-        if interesting is None:
-            interesting = _interesting[code] = _may_be_loop(code)
-        if interesting:
-            with _Locals(frame) as local:
-                pipeline = _pipeline_of(local)
-                if pipeline is not None and passed & _callback_codes(local):
-                    return None  # a step callback calls the transformer for its own ends
-                call = _read(pipeline, local, module, args, kwargs) if pipeline is not None else None
-            if call is not None and (fallback is None or pipeline is fallback[0]):
-                if call.step is not None and call.owner is not None:
-                    return call
-                fallback = fallback or (pipeline, call)  # a helper of the pipeline: its caller may tell more
-        passed.add(code)
+    found = None
+    while frame is not None and found is None:
+        found = walk.visit(frame)
         frame = frame.f_back
-    return fallback[1] if fallback else None
+    return found or walk.outcome(sys._getframe(1))
 
 
-_interesting: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()
+class _Walk:
+    """Goes through the frames around a call, from the inside out.
+
+    Args:
+        module: The transformer.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._module, self._args, self._kwargs = module, args, kwargs
+        self._loops = {loop.frame: loop for loop in loops_entered()}
+        self._context = cache_context_of(module)
+        self._inner: set[int] = set()  # identities of the code of the frames inside the present one
+        self._frames: set[int] = set()
+        self._helper: tuple[Any, LoopCall] | None = None
+        self._missing: str | None = None
+
+    def visit(self, frame: FrameType) -> LoopCall | Unplaced | None:
+        """Looks at the next frame; returns where the call is once that is known."""
+        self._frames.add(id(frame))
+        if self._loops and id(frame) in self._loops:
+            return self._of_own_loop(self._loops[id(frame)])
+        code = frame.f_code
+        found = self._visit_pipeline(frame) if _may_be_loop(code) else None
+        self._inner.add(id(code))
+        return found
+
+    def _visit_pipeline(self, frame: FrameType) -> LoopCall | Unplaced | None:
+        with _Locals(frame) as local:
+            pipeline = _pipeline_of(frame.f_code, local)
+            if pipeline is None:
+                return None
+            if self._inner & _callback_codes(local):
+                return Unplaced("a step callback makes it for its own ends")
+            call = self._read(frame, pipeline, local)
+        if call is None or (self._helper is not None and pipeline is not self._helper[0]):
+            return None
+        if any(_share_memory(loop.timesteps, call.timesteps) for loop in self._loops.values()):
+            return None  # a helper of the pipeline that is called in a loop of one's own
+        if call.owner is not None:
+            return call
+        self._helper = self._helper or (pipeline, call)  # a method of the pipeline: its caller may tell more
+        return None
+
+    def _read(self, frame: FrameType, pipeline: Any, local: Mapping[str, Any]) -> LoopCall | None:
+        scheduler = getattr(pipeline, "scheduler", None)
+        state = local.get("block_state")
+        given = (*self._args, *self._kwargs.values())
+        timesteps = local.get("timesteps") if state is None else state.timesteps
+        if not _is_timesteps(timesteps) or any(timesteps is value for value in given):
+            timesteps = getattr(scheduler, "timesteps", None)  # the local ones are missing, or those of this step alone
+        if not _is_timesteps(timesteps):
+            self._miss(frame, pipeline, "has no timesteps that are a tensor")
+            return None
+        step = self._context[1].get("step_index") if self._context else None
+        if type(step) is not int:
+            step = proved_step(frame, local, schedule_of(timesteps, scheduler), given)
+        if step is None:
+            self._miss(frame, pipeline, "has no variable that proves the step: an element of its timesteps")
+            return None
+        owner = state or next((local[name] for name in _PROGRESS_BARS if local.get(name) is not None), None)
+        boundary = local.get("boundary_timestep")
+        name = self._named_here(local)
+        return LoopCall(
+            loop=timesteps,
+            total=len(timesteps),
+            step=step,
+            branch=name or self._branch_read(pipeline, local),
+            timesteps=timesteps,
+            scheduler=scheduler,
+            owner=owner,
+            passed=() if name else self._tensors(),
+            guidance=guidance_of(pipeline, local),
+            boundary=float(boundary) if isinstance(boundary, (int, float)) else None,
+        )
+
+    def _miss(self, frame: FrameType, pipeline: Any, what: str) -> None:
+        self._missing = self._missing or f"{type(pipeline).__name__}.{frame.f_code.co_name} {what}"
+
+    def _named_here(self, local: Mapping[str, Any]) -> str | None:
+        """The branch's name, if the pipeline or who wrote its method has set one inside its loop."""
+        if self._context:
+            return self._context[0].removeprefix("pred_")
+        named = next((each.name for each in branches_entered() if each.frame in self._frames), None)
+        guider = getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
+        return named or (guider.removeprefix("pred_") if isinstance(guider, str) else None)
+
+    def _branch_read(self, pipeline: Any, local: Mapping[str, Any]) -> str:
+        """The branch by the name of the component that is called, else of the conditioning that it is given."""
+        for name, part in vars(pipeline).items():
+            if _is_negative(name) and isinstance(part, nn.Module) and unwrap(part) is self._module:
+                return "uncond"
+        return _branch_by_name(local, self._args, self._kwargs)
+
+    def outcome(self, frame: FrameType) -> LoopCall | Unplaced:
+        """Where the call is when no frame has told it at once."""
+        if self._helper is not None:
+            return self._helper[1]
+        for loop in reversed(self._loops.values()):
+            if loop.is_around(frame):
+                return self._of_own_loop(loop)
+        if self._context is not None and self._missing is None:
+            return self._of_context(*self._context)
+        return Unplaced(
+            self._missing or "it comes from no method of a diffusers pipeline that loops over its timesteps"
+        )
+
+    def _of_own_loop(self, loop: StepIterator) -> LoopCall:
+        name = self._context[0] if self._context else next((each.name for each in branches_entered()), None)
+        return LoopCall(
+            loop=loop,
+            total=len(loop.timesteps),
+            step=loop.step,
+            branch=name or "cond",
+            timesteps=loop.timesteps,
+            scheduler=loop.scheduler,
+            owner=loop,
+            passed=() if name else self._tensors(),
+            guidance=loop.guidance,
+            boundary=loop.boundary,
+        )
+
+    def _of_context(self, name: str, details: Mapping[str, Any]) -> LoopCall | Unplaced:
+        """A cache context of diffusers that tells all there is to know."""
+        step, total = details.get("step_index"), details.get("num_inference_steps")
+        if type(step) is not int or type(total) is not int:
+            given = {"step_index": step, "num_inference_steps": total}
+            lacking = [key for key, value in given.items() if type(value) is not int]
+            return Unplaced(
+                f"its cache_context({name!r}) lacks {' and '.join(lacking)}: type cache_context({name!r}, "
+                "step_index=i, num_inference_steps=n)"
+            )
+        if not 0 <= step < total:
+            return Unplaced(f"its cache_context({name!r}) is at step {step} of {total}")
+        loop = loop_of_context(self._module, name, step, total)
+        if loop is None:
+            return Unplaced(
+                f"its cache_context({name!r}) comes twice in a step: a run that was given up and begun again, or two "
+                "calls, each of which needs a name of its own"
+            )
+        return LoopCall(loop=loop, total=total, step=step, branch=name, owner=loop)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        given = (*self._args, *self._kwargs.values())
+        values = (one for value in given for one in (value if isinstance(value, list) else [value]))
+        return tuple(value for value in values if isinstance(value, Tensor))
+
+
+_known: dict[int, tuple[CodeType, bool]] = {}  # by identity: the hash of code goes through all of its constants
+_MOST_KNOWN = 4096
 
 
 def _may_be_loop(code: CodeType) -> bool:
     """Whether a function could be a denoising loop, without looking at its variables."""
-    variables = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
-    return "timesteps" in variables or "timesteps" in code.co_names or {"block_state", "components"} <= variables
+    known = _known.get(id(code))
+    if known is None:
+        variables = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+        may_be = "timesteps" in variables or "timesteps" in code.co_names or {"block_state", "components"} <= variables
+        if len(_known) >= _MOST_KNOWN:  # cells of a notebook, run again and again
+            _known.clear()
+        known = _known[id(code)] = (code, may_be)
+    return known[1]
 
 
 class _Locals:
     """A frame's local variables, let go of again at the end.
 
     Before Python 3.13 reading them leaves a snapshot on the frame, which would keep each tensor that it names alive
-    until the next reading: it is emptied, but for frames of others, who may have asked for it with `locals()`.
+    until the next reading: it is emptied, but where the function may have asked for it with `locals()`.
     """
 
     def __init__(self, frame: FrameType) -> None:
@@ -117,7 +284,7 @@ class _Locals:
 
     def __exit__(self, *_: object) -> None:
         is_snapshot = sys.version_info < (3, 13) and self._frame.f_code.co_flags & _OPTIMIZED
-        if is_snapshot and self._is_mine and _pipeline_of(self._mapping) is not None:
+        if is_snapshot and self._is_mine:
             self._mapping.clear()
         del self._mapping, self._frame
 
@@ -126,57 +293,40 @@ _OWN_REFERENCES = 3  # the frame's, the attribute's, and the one that counting m
 _OPTIMIZED = 0x0001  # the code object of a function, whose locals are not the mapping itself
 
 
-def _pipeline_of(local: Mapping[str, Any]) -> Any:
+def _pipeline_of(code: CodeType, local: Mapping[str, Any]) -> Any:
     """The pipeline to which a frame belongs; a modular one is handed on as `components` beside its `block_state`."""
-    from diffusers import DiffusionPipeline
-
-    if isinstance(local.get("self"), DiffusionPipeline):
+    kind = _pipeline_class()
+    if isinstance(local.get("self"), kind):
         return local["self"]
+    first = local.get(code.co_varnames[0]) if code.co_argcount else None
+    if isinstance(first, kind) and _is_method(code, type(first)):
+        return first  # whatever its author calls it
     return local.get("components") if hasattr(local.get("block_state"), "timesteps") else None
 
 
-def _callback_codes(local: Mapping[str, Any]) -> set[CodeType]:
-    """Code of the user's callback that a pipeline calls from within its loop."""
-    codes: set[CodeType] = set()
+@functools.cache
+def _pipeline_class() -> type:
+    from diffusers import DiffusionPipeline  # late: it imports much, and a module may be patched without it
+
+    kind: type = DiffusionPipeline
+    return kind
+
+
+def _is_method(code: CodeType, kind: type) -> bool:
+    found = (vars(each).get(code.co_name) for each in kind.__mro__)
+    return any(getattr(each, "__code__", None) is code for each in found)
+
+
+def _callback_codes(local: Mapping[str, Any]) -> set[int]:
+    """Identities of the code of the user's callback that a pipeline calls from within its loop."""
+    codes: set[int] = set()
     for name in _CALLBACKS:
         callback = local.get(name)
         while isinstance(callback, functools.partial):
             callback = callback.func
         method = getattr(callback, "__func__", vars(type(callback)).get("__call__"))
-        codes.update(function.__code__ for function in (callback, method) if isinstance(function, FunctionType))
+        codes.update(id(function.__code__) for function in (callback, method) if isinstance(function, FunctionType))
     return codes
-
-
-def _read(
-    pipeline: Any, local: Mapping[str, Any], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> LoopCall | None:
-    scheduler = getattr(pipeline, "scheduler", None)
-    state = local.get("block_state")
-    timesteps = local.get("timesteps") if state is None else state.timesteps
-    if not _is_timesteps(timesteps) or any(timesteps is value for value in (*args, *kwargs.values())):
-        timesteps = getattr(scheduler, "timesteps", None)  # the local ones are missing, or those of this step alone
-    if not _is_timesteps(timesteps):
-        return None
-    owner = state or next((local[name] for name in _PROGRESS_BARS if local.get(name) is not None), None)
-    context = cache_context_of(module)
-    timestep = local.get("t")
-    step = context[1].get("step_index") if context else None
-    if step is None:
-        step = _index_in(timesteps, timestep)
-    if step is None:
-        step = local["i"] if type(local.get("i")) is int else _index_in(timesteps, *local.values())
-    if step is None and owner is None:
-        return None  # neither where in the loop it is, nor when the loop ends
-    guidance = guidance_of(pipeline, local)
-    boundary = local.get("boundary_timestep")
-    boundary = float(boundary) if isinstance(boundary, (int, float)) else None
-    name = context[0] if context else getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
-    if name:
-        return LoopCall(scheduler, timesteps, owner, step, timestep, name.removeprefix("pred_"), (), guidance, boundary)
-    values = (one for value in (*args, *kwargs.values()) for one in (value if isinstance(value, list) else [value]))
-    passed = tuple(value for value in values if isinstance(value, Tensor))
-    branch = _branch_by_name(local, args, kwargs)
-    return LoopCall(scheduler, timesteps, owner, step, timestep, branch, passed, guidance, boundary)
 
 
 def guidance_of(pipeline: Any, local: Mapping[str, Any]) -> float | None:
@@ -199,25 +349,17 @@ def _is_timesteps(candidate: object) -> TypeGuard[Tensor]:
     return isinstance(candidate, Tensor) and candidate.ndim == 1 and len(candidate) > 0
 
 
-def _index_in(timesteps: Tensor, *candidates: Any) -> int | None:
-    """Index of the first candidate that is an element of `timesteps`, told by where it lies in memory.
-
-    A loop over a tensor hands out views of its elements. So the step is known without reading a value from the device.
-    """
-    for candidate in candidates:
-        if isinstance(candidate, Tensor) and candidate.ndim == 0 and _share_memory(candidate, timesteps):
-            offset, stride = int(candidate.storage_offset() - timesteps.storage_offset()), timesteps.stride(0)
-            if stride and offset % stride == 0 and 0 <= offset // stride < len(timesteps):
-                return offset // stride
-    return None
+def _share_memory(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+@functools.lru_cache(maxsize=1024)
+def _is_negative(name: str) -> bool:
+    return _NEGATIVE.search(name) is not None
 
 
 def _branch_by_name(local: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Tells cond from uncond by the name under which the pipeline holds the conditioning tensor that it passes."""
     passed = {id(value) for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, list))}
     names = [name for name, value in local.items() if id(value) in passed and _CONDITIONING.search(name)]
-    return "uncond" if any(_NEGATIVE.search(name) for name in names) else "cond"
+    return "uncond" if any(map(_is_negative, names)) else "cond"

@@ -143,13 +143,30 @@ def _is_elsewhere(part: nn.Module, device: torch.device, recurse: bool = True) -
 
 @contextlib.contextmanager
 def _loaded(block: nn.Module) -> Iterator[None]:
-    """With accelerate's sequential offload a block's own parameters are there only between its hook's two parts."""
+    """With a block's parameters, which are elsewhere while it does not run.
+
+    With accelerate's sequential offload they are there only between its hook's two parts, and of a block that was given
+    to `fully_shard` each device holds a share.
+    """
     hook: Any = getattr(block, "_hf_hook", None)
-    if hook is None:
-        yield
-        return
-    hook.pre_forward(block)
+    sharded: Any = block if _is_sharded(block) else None
+    if hook is not None:
+        hook.pre_forward(block)
+    if sharded is not None:
+        sharded.unshard()
     try:
         yield
     finally:
-        hook.post_forward(block, ())
+        if sharded is not None:
+            sharded.reshard()
+        if hook is not None:
+            hook.post_forward(block, ())
+
+
+def _is_sharded(block: nn.Module) -> bool:
+    """Whether `fully_shard` has divided a block among the devices, and it is not put together at present."""
+    if not callable(getattr(block, "unshard", None)):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in block.parameters())

@@ -41,6 +41,10 @@ class BlockOrder:
             self._refuse(f"block {index} of {self._model.where(list_index)} is called out of turn")
         self._lists[list_index] = index
 
+    def passed(self, list_index: int, count: int) -> None:
+        """Notes that some more blocks of a list, skipped ones, have been called in its order."""
+        self._lists[list_index] += count
+
     def finish(self) -> None:
         """Notes that the transformer call has ended.
 

@@ -6,6 +6,7 @@ step and branch, whatever it is made of, and the model may be compiled as a whol
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from sgl_diffusion_accel.caching.blocks import find_block_lists
 from sgl_diffusion_accel.caching.engine import Session
 from sgl_diffusion_accel.caching.foreign import FORBIDDEN, refuse_late_cache
-from sgl_diffusion_accel.caching.models import FULL_CALL_ARGUMENTS
+from sgl_diffusion_accel.caching.models import full_call_argument, full_call_remark
 from sgl_diffusion_accel.caching.output_run import OutputRun
 from sgl_diffusion_accel.caching.pacing import Pace
 from sgl_diffusion_accel.caching.policies import Decision
@@ -24,7 +25,9 @@ from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.intercept import Instead
 from sgl_diffusion_accel.patch import Patch, PatchHandler
-from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.targets import expert_of, unwrap
+
+logger = logging.getLogger(__name__)
 
 MakePace = Callable[[Run], Pace]
 """Makes what decides the steps of a run, at its start."""
@@ -64,10 +67,11 @@ class OutputController(PatchHandler):
         self._pace = pace
         self._threads = threading.local()
         self._blocks = count_blocks(module)
+        self._said: set[str] = set()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begins a transformer call, or answers for it."""
-        if getattr(self._threads, "busy", False):  # the wrapper of `torch.compile` has entered this call already
+        if getattr(self._threads, "busy", False):  # a wrapper (`targets.unwrap`) has entered this call already
             return None
         where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:
@@ -75,13 +79,15 @@ class OutputController(PatchHandler):
         run, step, branch = where
         if step == 0:
             refuse_late_cache(module)
-        if any(kwargs.get(name) is not None for name in FULL_CALL_ARGUMENTS):
+        argument = full_call_argument(kwargs)
+        if argument is not None:
             self._log(run, step, branch, Decision(True, "arguments forbid skipping"))
+            self._tell(run, full_call_remark(argument))
             return None
         kept = run.data.get(_KEY)
         if not isinstance(kept, OutputRun):
             kept = run.data[_KEY] = OutputRun(self._pace(run))
-        decision = kept.decide(step, self._name, branch, _signature(args, kwargs))
+        decision = kept.decide(step, expert_of(self._name), branch, _signature(args, kwargs))
         self._log(run, step, branch, decision)
         if not decision.compute:
             output = kept.skip(branch)
@@ -107,6 +113,15 @@ class OutputController(PatchHandler):
         if token is not None:
             self._threads.busy = False
             self._session.runs.discard(token.run)
+
+    def _tell(self, run: Run, remark: str) -> None:
+        """Puts a remark into the statistics of its run, and logs it once."""
+        stats: RunStats | None = run.data.get("stats")
+        if stats is not None:
+            stats.remark(self._name, remark)
+        if remark not in self._said:
+            self._said.add(remark)
+            logger.warning("%s: %s", self._name, remark)
 
     def _log(self, run: Run, step: int, branch: str, decision: Decision) -> None:
         stats: RunStats | None = run.data.get("stats")

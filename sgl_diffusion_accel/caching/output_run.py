@@ -49,7 +49,7 @@ class OutputRun(Kept):
         self._signature: tuple[Any, ...] = ()
         self._decision = Decision(True, "first step")
         self._weights: Weights | None = None
-        self._error = PredictionError()
+        self._error = PredictionError(ends_alike=True)
 
     def nbytes(self) -> int:
         """Bytes of the outputs that are kept."""
@@ -61,7 +61,7 @@ class OutputRun(Kept):
 
         Args:
             step: The denoising step.
-            component: Which transformer is called.
+            component: Which transformer is called; one name for those that run at the same steps.
             branch: The branch.
             signature: Shapes, dtypes and devices of what it is called with.
         """

@@ -111,6 +111,8 @@ class GapControl(Pace):
         switch: The first step of a second expert; the last step of the first one is computed, since nothing that the
             second one says could put right what was skipped before.
         growth: How the error of the predictor that runs grows.
+        passing: Influence of outputs that have no weight in the final latents, `[S]`; see `passing_influence`. None
+            where all have one.
     """
 
     settings: GapSettings
@@ -118,6 +120,7 @@ class GapControl(Pace):
     corrects: bool = True
     switch: int | None = None
     growth: Growth = growth_of_line
+    passing: npt.NDArray[np.float64] | None = None
     _computed: list[int] = field(default_factory=list)
     _skipped: dict[int, Weights] = field(default_factory=dict)
     _curvature: float | None = None
@@ -126,6 +129,7 @@ class GapControl(Pace):
     def __post_init__(self) -> None:
         self._share = np.abs(self.final) / np.abs(self.final).sum()
         self._left = np.cumsum(self._share[::-1])[::-1]
+        self._influence = self._share if self.passing is None else self._share + self.passing
         self._skips = len(self.final) >= self.settings.fewest_steps and self.settings.tolerance > 0
         self.needs_error = self._skips
 
@@ -157,7 +161,7 @@ class GapControl(Pace):
         if gap > min(self.settings.longest_gap, self.settings.growth * (newest - before)):
             return Decision(True, "longest gap")
         growth = [self.growth(self._computed, skipped) for skipped in range(newest + 1, step + 1)]
-        predicted = self._curvature * float((self._share[newest + 1 : step + 1] * growth).sum())
+        predicted = self._curvature * float((self._influence[newest + 1 : step + 1] * growth).sum())
         reach = float(self._share[newest : step + 1].sum()) / max(float(self._left[step]), 1e-9)
         estimate = predicted * (self.settings.interpolation + self.settings.propagation * reach)
         if estimate > self.settings.tolerance:
@@ -169,6 +173,8 @@ class GapControl(Pace):
         if step != nodes[0]:
             taken = self._skipped[step] = extrapolate(nodes, step)
             return taken
+        if self.final[step] == 0:  # nothing can be put right here: the next computed step does it
+            return {step: 1.0}
         skipped, self._skipped = self._skipped, {}
         known = all(node in nodes for taken in skipped.values() for node in taken)
         return correct(nodes, skipped, self.final.tolist()) if self.corrects and known else {step: 1.0}

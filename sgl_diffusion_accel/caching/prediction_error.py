@@ -20,9 +20,14 @@ class PredictionError:
 
     With guidance g the pipeline goes along u + g(c - u), so that is what is compared where both branches are known.
     Sums stay on the device until they are asked for.
+
+    Args:
+        ends_alike: Whether of branches with unlike numbers of tokens, `[B, T, C]`, the last ones are what guidance
+            combines: where a model returns the text in front of the picture (Ideogram 4), and only one branch has it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends_alike: bool = False) -> None:
+        self._ends_alike = ends_alike
         self._waiting: tuple[float, list[_Pair]] | None = None
         self._sums: list[Tensor] = []
 
@@ -54,6 +59,8 @@ class PredictionError:
             self._waiting = (factor, pairs)
             return
         (other, waiting), self._waiting = self._waiting, None
+        if self._ends_alike:
+            waiting, pairs = _shared_ends(waiting, pairs)
         if [error.shape for error, _ in waiting] != [error.shape for error, _ in pairs]:
             self._sum(waiting + pairs)  # prompts of two lengths in one stream with the picture
             return
@@ -86,6 +93,20 @@ class PredictionError:
         """Lets go of what was measured."""
         self._waiting = None
         self._sums.clear()
+
+
+def _shared_ends(ones: list[_Pair], others: list[_Pair]) -> tuple[list[_Pair], list[_Pair]]:
+    """Both without the tokens at the beginning that the other one lacks, where nothing else tells them apart."""
+    found = [_ends(one, other) for one, other in zip(ones, others, strict=False)]
+    return ([one for one, _ in found], [other for _, other in found]) if len(ones) == len(others) else (ones, others)
+
+
+def _ends(one: _Pair, other: _Pair) -> tuple[_Pair, _Pair]:
+    mine, its = one[0].shape, other[0].shape
+    if not len(mine) == len(its) == 3 or (mine[0], mine[2]) != (its[0], its[2]):
+        return one, other
+    tokens = min(mine[1], its[1])
+    return (one[0][:, -tokens:], one[1][:, -tokens:]), (other[0][:, -tokens:], other[1][:, -tokens:])
 
 
 def _norm(tensor: Tensor) -> Tensor:

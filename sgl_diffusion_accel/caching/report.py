@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
+from sgl_diffusion_accel.caching.loop import HOW_TO_PLACE
 from sgl_diffusion_accel.caching.stats import BranchStats, Stats
 
 COMPUTED, SKIPPED = "#0072b2", "#e8e4d9"  # told apart also without colour vision: dark and light
@@ -19,19 +21,37 @@ def text(title: str, active: bool, stats: Stats) -> str:
         lines.append(f"  run {stats.started}: {run.steps} steps, {run.compute_share:.0%} of the blocks computed")
         lines += [f"  {name:>8} {_marks(branch)} {_count(branch)}" for name, branch in run.branches.items()]
         lines += [f"  {component}: {remark}" for component, remark in run.remarks]
-    if stats.outside:
-        lines.append(f"  {stats.outside} transformer calls outside of any denoising loop, computed in full")
+    lines += [f"  {remark}" for remark in unplaced(stats)]
     return "\n".join(lines)
+
+
+def line(title: str, components: Sequence[str], active: bool, stats: Stats) -> str:
+    """Returns the one line of `repr(patch)`."""
+    parts = [f"{title} on {' and '.join(components)}", "active" if active else "removed"]
+    if stats.runs:
+        parts.append(f"{stats.started} runs, the last with {stats.runs[-1].compute_share:.0%} of the blocks computed")
+    if stats.outside:
+        parts.append(f"{stats.outside} calls not placed in a loop and computed in full: see print(patch)")
+    return f"<{'; '.join(parts)}>"
+
+
+def unplaced(stats: Stats, otherwise: str = "computed in full") -> list[str]:
+    """Tells of the calls that could not be placed, and what to type."""
+    if not stats.unplaced:
+        return []
+    found = [f"{count} calls not placed, {otherwise}: {missing}" for missing, count in stats.unplaced.items()]
+    return [*found, HOW_TO_PLACE]
 
 
 def html(title: str, active: bool, stats: Stats) -> str:
     """Returns the picture that a notebook shows: one row a branch, dark where the step was computed."""
     head = f"<b>{escape(title)}</b>{'' if active else ' (removed)'}"
     if not stats.runs:
-        return f"<div>{head}<br>no run yet</div>"
+        return f"<div>{'<br>'.join([head, 'no run yet', *map(escape, unplaced(stats))])}</div>"
     run = stats.runs[-1]
     rows = "".join(_row(name, branch) for name, branch in run.branches.items())
-    remarks = "".join(f"<br>{escape(component)}: {escape(remark)}" for component, remark in run.remarks)
+    told = [f"{component}: {remark}" for component, remark in run.remarks] + unplaced(stats)
+    remarks = "".join(f"<br>{escape(remark)}" for remark in told)
     return (
         f"<div>{head}<br>{run.steps} steps, {run.compute_share:.0%} of the blocks computed"
         f"<table style='border-collapse:collapse'>{rows}</table>{remarks}</div>"

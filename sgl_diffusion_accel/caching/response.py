@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sgl_diffusion_accel.intercept import SLOT, original_class
+
 logger = logging.getLogger(__name__)
 
 Response = npt.NDArray[np.float64]
@@ -23,6 +25,7 @@ Response = npt.NDArray[np.float64]
 _IMPULSES = (1e-3, 1e3)  # a response that depends on the size is none: the scheduler clips
 _NOISE = 1e-6  # what may come of nothing, or differ between the impulses, relative to the impulse and the response
 
+_ROUNDING = 1e-9  # what is left by rounding of an output that is gone, relative to its largest weight
 _FEW = 4
 
 _FRESH: dict[str, Any] = {
@@ -60,7 +63,29 @@ def response_of(scheduler: Any, total: int) -> Response | None:
         return None
     if small is None or large is None or np.abs(small - large).max() > 1e3 * _NOISE * np.abs(small).max():
         return None
+    small[np.abs(small) < _ROUNDING * np.abs(small).max(0)] = 0.0
     return small
+
+
+def passing_influence(response: Response) -> npt.NDArray[np.float64]:
+    """How strongly an output reaches the final latents that has no weight in them, and yet in latents on the way.
+
+    Methods with midpoints have such outputs (KDPM2): the first one of a step leads to the midpoint, and is forgotten
+    when the second one has been computed there. What is wrong with it puts the midpoint off, and so the answer that is
+    given there: by as much as the latents are off, relative to what is left of the run.
+
+    Args:
+        response: `[S + 1, S]`.
+
+    Returns:
+        max over later steps t of |C[t, s]| / left_t · |C[S, t]|, relative to the whole move, `[S]`; 0 for outputs that
+        have a weight of their own.
+    """
+    sizes = np.abs(response)
+    share = sizes[-1] / sizes[-1].sum()
+    left = np.maximum(np.cumsum(share[::-1])[::-1], 1e-9)
+    passing = (sizes[:-1] / sizes[-1].sum() * (share / left)[:, None]).max(0)
+    return np.where(sizes[-1] == 0, passing, 0.0)
 
 
 def adds_noise(scheduler: Any) -> bool:
@@ -84,9 +109,9 @@ def euler(sigmas: list[float]) -> Response:
 
 def _fresh_copy(scheduler: Any) -> Any:
     """A copy as it is before the first step, with its tensors where numbers are quick."""
-    twin = object.__new__(type(scheduler))
+    twin: Any = object.__new__(original_class(scheduler))
     for name, value in vars(scheduler).items():
-        if name == "step":  # somebody watches the scheduler, but not its twin
+        if name in ("step", SLOT):  # somebody watches the scheduler, but not its twin
             continue
         if isinstance(value, Tensor):
             value = value.detach().to("cpu", copy=True)

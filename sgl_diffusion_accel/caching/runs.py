@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.loop import LoopCall
+from sgl_diffusion_accel.errors import UnsupportedModelError
 
 
 class Kept(ABC):
@@ -29,18 +30,20 @@ class Run:
         data: What others keep for as long as the run lasts.
         guidance: The scale with which the pipeline combines the branches at the present step, None where unknown.
         boundary: The timestep below which a second transformer takes over, None if there is none.
+        ends_with_loop: Whether its end is sure to be seen, since the loop itself ends then.
     """
 
     def __init__(self, call: LoopCall) -> None:
-        self.total = len(call.timesteps)
+        self.total = call.total
         self.data: dict[Any, Any] = {}
         self.guidance: float | None = None
         self.boundary = call.boundary
-        self._timesteps = weakref.ref(call.timesteps)
+        self.ends_with_loop = call.owner is call.loop
+        self._loop = weakref.ref(call.loop)
+        self._timesteps = weakref.ref(call.timesteps) if call.timesteps is not None else lambda: None
         self._scheduler = weakref.ref(call.scheduler) if call.scheduler is not None else lambda: None
         self._owner = weakref.ref(call.owner) if _has_weakrefs(call.owner) else None
         self._step = -1
-        self._timestep: weakref.ref[Any] | None = None
         self._called: set[tuple[int, str]] = set()
         self._conditioning: dict[int, tuple[weakref.ref[Tensor], set[str]]] = {}
 
@@ -50,9 +53,24 @@ class Run:
         return self._scheduler()
 
     @property
-    def timesteps(self) -> Any:
-        """The timesteps of the run, `[S]` on the run's device; None if they are gone."""
-        return self._timesteps()
+    def timesteps(self) -> Tensor:
+        """The timesteps of the run, `[S]` on the run's device.
+
+        Raises:
+            UnsupportedModelError: The loop does not tell them.
+        """
+        timesteps: Tensor | None = self._timesteps()
+        if timesteps is None:
+            raise UnsupportedModelError(
+                "what was applied goes by the timesteps of the run, and this loop tells its steps by cache_context "
+                "alone. Type: for t in denoising_steps(scheduler.timesteps, scheduler=scheduler):"
+            )
+        return timesteps
+
+    @property
+    def has_timesteps(self) -> bool:
+        """Whether the timesteps of the run are known."""
+        return self._timesteps() is not None
 
     def switch(self) -> int | None:
         """The first step of the second transformer, None if there is none. Copies the timesteps from the device."""
@@ -64,11 +82,11 @@ class Run:
 
     def is_of(self, call: LoopCall) -> bool:
         """Whether the call belongs to this run: same loop, and not further back in it."""
-        if self._timesteps() is not call.timesteps or self.total != len(call.timesteps):
+        if self._loop() is not call.loop or self.total != call.total:
             return False
         if self._owner is not None and self._owner() is not call.owner:
             return False
-        return call.step is None or call.step >= self._step
+        return call.step >= self._step
 
     def advance(self, module: nn.Module, call: LoopCall) -> tuple[int, str]:
         """Moves the run on to the call.
@@ -76,17 +94,16 @@ class Run:
         Returns:
             The step index, and the branch: a further one of the same name within a step is `"name#2"`, ….
         """
-        step = self._step_of(call)
         self.guidance = call.guidance
-        if step != self._step:
-            self._step = step
+        if call.step != self._step:
+            self._step = call.step
             self._called.clear()
             self._conditioning = {key: known for key, known in self._conditioning.items() if known[0]() is not None}
         branch = self._branch_of(id(module), call)
         self._called.add((id(module), branch))
         for tensor in call.passed:
             self._labels(tensor).add(branch)
-        return step, branch
+        return call.step, branch
 
     def _branch_of(self, module: int, call: LoopCall) -> str:
         """The branch whose conditioning is passed, else the first of the call's name that is free in this step."""
@@ -108,28 +125,22 @@ class Run:
             known = self._conditioning[id(tensor)] = (weakref.ref(tensor), set())
         return known[1]
 
-    def _step_of(self, call: LoopCall) -> int:
-        if call.step is not None:
-            return call.step
-        if not _has_weakrefs(call.timestep):
-            return self._step + 1
-        same = self._timestep is not None and self._timestep() is call.timestep
-        self._timestep = weakref.ref(call.timestep)
-        return self._step if same else self._step + 1
-
     def sigmas(self) -> list[float]:
         """The noise level at each step: the scheduler's sigmas, or the timesteps where it has none.
 
         Copied from the device once a run.
+
+        Raises:
+            UnsupportedModelError: The loop does not tell its timesteps.
         """
         if "sigmas" not in self.data:
-            timesteps = self._timesteps()
+            timesteps = self.timesteps
             values = getattr(self._scheduler(), "sigmas", None)
             if isinstance(values, Tensor) and len(values) > self.total:
                 values = values[-self.total - 1 : -1]  # one more than steps, the last of them 0
             else:
                 values = timesteps
-            self.data["sigmas"] = values.tolist() if isinstance(values, Tensor) else []
+            self.data["sigmas"] = values.tolist()
         sigmas: list[float] = self.data["sigmas"]
         return sigmas
 
@@ -146,15 +157,16 @@ class Runs:
 
     def find(self, call: LoopCall) -> tuple[Run, bool]:
         """Returns the run of a call, and whether it is a new one."""
-        key = id(call.timesteps)
+        key = id(call.loop)
         run = self._runs.get(key)
         if run is not None and run.is_of(call):
             return run, False
         for older in self:
-            if older.scheduler is call.scheduler is not None:  # it failed, and somebody keeps its traceback
+            if older.scheduler is call.scheduler is not None and not older.ends_with_loop:
+                # It failed, and somebody keeps its traceback.
                 self.discard(older)
         run = self._runs[key] = Run(call)
-        for tied in (call.timesteps, call.owner):
+        for tied in {id(each): each for each in (call.loop, call.owner)}.values():
             if _has_weakrefs(tied):
                 run.data.setdefault("ends", []).append(weakref.ref(tied, self._forgetter(key, run)))
         return run, True

@@ -16,7 +16,7 @@ class StepRecord:
 
     Attributes:
         step: Index of the denoising step.
-        component: `"transformer"` or `"transformer_2"`.
+        component: Which transformer, such as `"transformer_2"`.
         computed: Whether the span was computed.
         reason: Why.
         change: Relative change of the signal, where it was measured.
@@ -85,6 +85,11 @@ class RunStats:
         blocks = sum(record.blocks for record in records)
         return sum(record.blocks_run for record in records) / blocks if blocks else 1.0
 
+    def remark(self, component: str, remark: str) -> None:
+        """Adds what the user should know, once."""
+        if (component, remark) not in self.remarks:
+            self.remarks.append((component, remark))
+
     def add(self, branch: str, step: int, component: str, decision: Decision, blocks_run: int, blocks: int) -> None:
         """Records one transformer call."""
         record = StepRecord(step, component, decision.compute, decision.reason, decision.change, blocks_run, blocks)
@@ -96,13 +101,24 @@ class Stats:
     """What a patch did since it was applied.
 
     Attributes:
-        outside: Transformer calls that belonged to no known denoising loop; they were computed in full.
         started: Runs in all.
+        unplaced: Transformer calls that could not be placed in a denoising loop, by what was missing. They were
+            computed in full.
     """
 
-    outside: int = 0
     started: int = 0
+    unplaced: dict[str, int] = field(default_factory=dict)
     _runs: deque[RunStats] = field(default_factory=lambda: deque(maxlen=_KEPT_RUNS))
+
+    @property
+    def outside(self) -> int:
+        """Transformer calls that could not be placed in a denoising loop; they were computed in full."""
+        return sum(self.unplaced.values())
+
+    def add_unplaced(self, missing: str) -> bool:
+        """Counts a call that could not be placed; returns whether it is the first one for which that was missing."""
+        self.unplaced[missing] = self.unplaced.get(missing, 0) + 1
+        return self.unplaced[missing] == 1
 
     @property
     def runs(self) -> tuple[RunStats, ...]:

@@ -20,7 +20,7 @@ from sgl_diffusion_accel.caching.signals import Signal, TimeEmbedding
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients, TeaCacheConfig
 from sgl_diffusion_accel.caching.teacache_models import VARIANTS, Family, family_of, nearest_size
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, UnsupportedModelError, unknown_name
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _names(transformer: nn.Module, family: Family, config: TeaCacheConfig) -> tu
     """Names of the published coefficients to be used; none where the user has given coefficients."""
     if config.coefficients is not None:
         return ()
-    model = type(transformer).__name__
+    model = model_class(transformer).__name__
     if config.variant is not None:
         if config.variant not in VARIANTS:
             raise unknown_name("variant", config.variant, VARIANTS)

@@ -71,12 +71,17 @@ def fit_recording(recording: BlockRecording) -> TeaCacheCoefficients:
     Raises:
         ConfigError: Too few steps.
     """
-    return _joined(
-        [
-            _fit(name, traces, recording.retained[name], family_of(unwrap(module)).retained is not None)
-            for (name, module), traces in zip(recording.transformers.items(), recording.traces.values(), strict=True)
-        ]
-    )
+    second = [name for name in recording.transformers if name == "transformer_2"]
+    first = [name for name in recording.transformers if name not in second]
+    return _joined([_fit_together(recording, names) for names in (first, second) if names])
+
+
+def _fit_together(recording: BlockRecording, names: Sequence[str]) -> TeaCacheCoefficients:
+    """The coefficients that components share: a model for each branch is fitted as the branches of one model are."""
+    ran = [name for name in names if recording.traces[name]] or list(names[:1])
+    has_choice = family_of(unwrap(recording.transformers[ran[0]])).retained is not None
+    traces = [trace for name in ran for trace in recording.traces[name]]
+    return _fit(" and ".join(ran), traces, recording.retained[ran[0]], has_choice)
 
 
 def _joined(fits: Sequence[TeaCacheCoefficients]) -> TeaCacheCoefficients:

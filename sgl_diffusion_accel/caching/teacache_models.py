@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.signals import ModulatedInput, Signal, TimeEmbedding
 from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients as Fit
+from sgl_diffusion_accel.targets import model_class
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Family:
 
 def family_of(transformer: nn.Module) -> Family:
     """The family of a transformer; one that is not in the table has the modulated input for its signal."""
-    return FAMILIES.get(type(transformer).__name__, Family())
+    return FAMILIES.get(model_class(transformer).__name__, Family())
 
 
 def nearest_size(sizes: Sequence[int | None], latents: torch.Size) -> int:

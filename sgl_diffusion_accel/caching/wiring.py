@@ -8,12 +8,15 @@ argument's shape and name tell.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.models import HIDDEN_NAMES, STREAM_NAMES
 from sgl_diffusion_accel.errors import UnsupportedModelError
+from sgl_diffusion_accel.intercept import eager
 
 Key = int | str
 """Position or name of an argument."""
@@ -102,6 +105,12 @@ class Wiring:
             return call[0][key] if key < len(call[0]) else call[1][self._names[key]]
         return call[1][key] if key in call[1] else call[0][self._names.index(key)]
 
+    def places(self, key: Key) -> tuple[int | None, str | None]:
+        """Position and name of an argument, whichever of them a call may give it by."""
+        if isinstance(key, int):
+            return key, self._names[key] if key < len(self._names) else None
+        return (self._names.index(key) if key in self._names else None), key
+
     def matched(self, parts: Sequence[Any]) -> list[Key | None]:
         """The keys, one for each part of an output.
 
@@ -132,8 +141,26 @@ class Wiring:
         return max(tensors, key=lambda index: parts[index].numel())
 
 
-def form_of(output: Any) -> Callable[[list[Any]], Any]:
-    """Tells how to put the parts of a block's output together again, in the form in which the block returns them.
+@dataclass(frozen=True)
+class Form:
+    """How the parts of a block's output are put together, in the form in which the block returns them.
+
+    Attributes:
+        make: Makes the output of a list of parts; None for a block that returns its only part as it is.
+        dtypes: Of the parts; None for a part that is None.
+    """
+
+    make: Callable[[list[Any]], Any] | None
+    dtypes: tuple[torch.dtype | None, ...]
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        """Puts parts together."""
+        parts = [None if dtype is None else value.to(dtype) for value, dtype in zip(values, self.dtypes, strict=True)]
+        return parts[0] if self.make is None else self.make(parts)
+
+
+def form_of(output: Any) -> Form:
+    """Tells how to put the parts of a block's output together again.
 
     Raises:
         UnsupportedModelError: A part is not a tensor.
@@ -145,12 +172,28 @@ def form_of(output: Any) -> Callable[[list[Any]], Any]:
             f"a block returns a {(strange or [type(output).__name__])[0]}; only tensors, and tuples or lists of them, "
             "can be cached."
         )
-    dtypes = [part.dtype if part is not None else None for part in parts]
-
-    def cast(values: list[Any]) -> list[Any]:
-        return [None if dtype is None else value.to(dtype) for value, dtype in zip(values, dtypes, strict=True)]
-
+    dtypes = tuple(part.dtype if part is not None else None for part in parts)
     if isinstance(output, Tensor):
-        return lambda values: cast(values)[0]
-    make = getattr(type(output), "_make", type(output))  # a named tuple takes its parts through _make
-    return lambda values: make(cast(values))
+        return Form(None, dtypes)
+    return Form(getattr(type(output), "_make", type(output)), dtypes)  # a named tuple takes its parts through _make
+
+
+def passing(wiring: Wiring, form: Form) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """Returns what a skipped block in the middle of a span answers: what it was given, in the form of its output.
+
+    It is the same as `form([wiring.get(call, key) for key in wiring.keys])`, in as little host time as may be.
+    """
+    plan: list[tuple[Any, Any, torch.dtype | None]] = [
+        (None, None, None) if key is None else (*wiring.places(key), dtype)
+        for key, dtype in zip(wiring.keys, form.dtypes, strict=True)
+    ]
+    make = form.make
+
+    def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parts = []
+        for position, name, dtype in plan:
+            value = None if dtype is None else kwargs[name] if name in kwargs else args[position]
+            parts.append(value if value is None or value.dtype is dtype else value.to(dtype))
+        return parts[0] if make is None else make(parts)
+
+    return eager(answer)

@@ -22,7 +22,7 @@ from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_pace import PlanPace
 from sgl_diffusion_accel.calibration.search import best_design, fewest_steps
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, UnsupportedModelError
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def check_model(plan: CachePlan, transformers: Mapping[str, nn.Module]) -> None:
     Raises:
         UnsupportedModelError: The plan is of another model.
     """
-    classes = tuple(type(unwrap(module)).__name__ for module in transformers.values())
+    classes = tuple(model_class(unwrap(module)).__name__ for module in transformers.values())
     if classes != plan.transformers:
         raise UnsupportedModelError(
             f"the plan is for {' and '.join(plan.transformers)}, and this pipeline has {' and '.join(classes)}. Make "

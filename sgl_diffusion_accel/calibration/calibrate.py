@@ -24,7 +24,7 @@ from sgl_diffusion_accel.caching.teacache_fit import fit_recording
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.record import Recording, recording
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +176,9 @@ def _plan(
 ) -> CachePlan:
     if not runs or not runs[0].timesteps:
         raise UnsupportedModelError(
-            f"{type(pipe).__name__} ran without a step of its scheduler: nothing was recorded. Use "
-            "apply_adaptive_cache(pipe), which needs no calibration."
+            f"{type(pipe).__name__} ran without a step of its own scheduler; it may step copies of it, one for each "
+            "frame or part. Nothing was recorded, and there can be no plan. Use apply_adaptive_cache(pipe), which "
+            "needs no calibration."
         )
     if len(runs) > 1:
         raise ConfigError(f"one call made {len(runs)} denoising runs; give calls that make one each.")
@@ -191,7 +192,7 @@ def _plan(
         raise no_plan(pipe.scheduler)
     return CachePlan(
         pipeline=type(pipe).__name__,
-        transformers=tuple(type(unwrap(module)).__name__ for module in transformers.values()),
+        transformers=tuple(model_class(unwrap(module)).__name__ for module in transformers.values()),
         config=digest(transformers),
         scheduler=type(pipe.scheduler).__name__,
         timesteps=tuple(run.timesteps),
@@ -205,6 +206,11 @@ def _plan(
 
 def no_plan(scheduler: Any) -> UnsupportedModelError:
     """The error for a scheduler that no plan can be made for."""
+    if scheduler is None:
+        return UnsupportedModelError(
+            "a plan goes by the scheduler, and this loop names none. Type: for t in denoising_steps("
+            "scheduler.timesteps, scheduler=scheduler):"
+        )
     return UnsupportedModelError(
         f"{type(scheduler).__name__} adds noise of its own, or is not linear in what it is given: there can be no plan "
         "for it. Use a deterministic scheduler, or apply_adaptive_cache(pipe)."

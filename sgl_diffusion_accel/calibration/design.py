@@ -4,7 +4,9 @@ Let v_s be what the scheduler is given at step s of an uncached run, G the Gram 
 and C the scheduler's response. A cached run gives the scheduler a_s = Σ_c A[s, c] y_c instead, y_c the outputs of
 computed steps, so that its latents are off by δ_s = Σ_j C[s, j] (a_j - v_j). All of these are combinations of the v, so
 their sizes follow from G alone, for any choice of steps and weights. A computed step sees latents that are off, and
-answers y_c = v_c + n_c with an unknown n_c, taken as noise of size κ/σ·‖δ_c‖, with σ the share of the run that is left.
+answers y_c = v_c + n_c with an unknown n_c, taken as noise of size κ/σ·‖δ_c‖/Σ_j |C[S, j]|, with σ the share of the run
+that is left. The sum is the scale of the latents in units of the outputs: 1 for flow matching, about 15 for schedulers
+with the noise levels of Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ class Draft:
         self.mask: tuple[bool, ...] = ()
         self._moments, self._settings = moments, settings
         self._final = moments.response[-1].tolist()
-        self._disturbance = (settings.disturbance / moments.left) ** 2
+        move = np.abs(moments.response[-1]).sum()
+        self._disturbance = (settings.disturbance / (moments.left * move)) ** 2
         self._noise = np.zeros(steps)  # mean square of n
         self._off = np.zeros((2, steps, steps))  # a_s - v_s, in v and in n
         self._square = np.zeros(steps + 1)
@@ -146,7 +149,8 @@ class Draft:
         if computed:
             self._noise[step] = self._disturbance[step] * self._square[step]
         nodes = [node for node in range(step) if self.mask[node]][::-1]
-        skipped = {each: self._weights[each] for each in range(nodes[0] + 1 if nodes else 0, step)}
+        weighed = next((node for node in nodes if self._final[node]), -1)  # at others nothing could be put right
+        skipped = {each: self._weights[each] for each in range(weighed + 1, step) if not self.mask[each]}
         nodes = ([step, *nodes] if computed else nodes)[: self._settings.depth]
         weights = self._prior(step, nodes, skipped)
         if step and (not computed or skipped):

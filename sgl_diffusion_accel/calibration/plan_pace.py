@@ -10,6 +10,7 @@ import numpy as np
 from sgl_diffusion_accel.caching.multistep import Weights, extrapolate
 from sgl_diffusion_accel.caching.pacing import DEPTH, GapControl, GapSettings, Pace
 from sgl_diffusion_accel.caching.policies import Decision
+from sgl_diffusion_accel.caching.response import passing_influence
 from sgl_diffusion_accel.calibration.design import Design, Moments
 
 
@@ -72,7 +73,8 @@ class PlanPace(Pace):
         if self._instead is not None:
             self._instead.observe(step, error)
         elif self._guard is not None and not error <= self._guard * self.foreseen(step):
-            self._instead = GapControl(self._settings, self._moments.response[-1])
+            response = self._moments.response
+            self._instead = GapControl(self._settings, response[-1], passing=passing_influence(response))
             self._instead.take_over(self._computed, error)
 
     def foreseen(self, step: int) -> float:

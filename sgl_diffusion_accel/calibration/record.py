@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from sgl_diffusion_accel.calibration.design import Matrix
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
+from sgl_diffusion_accel.intercept import intercept, release
+from sgl_diffusion_accel.shadow import restore, shadow
 
 SKETCH = 1 << 18
 """Elements that are kept of an output: with 262,144 of them products are off by about 0.2 %, at 1 MiB a step."""
@@ -75,6 +78,47 @@ def _picked(elements: int) -> Tensor:
     return torch.randint(elements, (SKETCH,), generator=torch.Generator().manual_seed(0)).sort().values
 
 
+class _Watch:
+    """Stands in front of the `step` of one scheduler. A copy of the scheduler is not watched: it is of the plain class.
+
+    Where a pipeline moves two things at once (LTX-2 its picture and its sound), it gives the second one a copy, so that
+    what is recorded is the picture.
+
+    Attributes:
+        runs: The recordings.
+    """
+
+    is_watching = True
+
+    def __init__(self) -> None:
+        self.runs: list[Recording] = []
+        self._timesteps: Any = None
+
+    def enter(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+        """Takes a step."""
+        if self._begins(scheduler.timesteps):
+            self._timesteps = scheduler.timesteps
+            self.runs.append(Recording())
+        given = dict(zip(_GIVEN, args, strict=False)) | kwargs
+        self.runs[-1].add(*(given[name] for name in _GIVEN))
+        return self.runs[-1]
+
+    def leave(self, _: Any, run: Recording, stepped: Any) -> Any:
+        """Keeps the latents that it led to."""
+        run.final = (stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample).detach()
+        return stepped
+
+    def fail(self, _: Any, run: Recording) -> None:
+        """Nothing: the call ends with the error."""
+
+    def _begins(self, timesteps: Any) -> bool:
+        """Whether a run begins: mostly the timesteps are set anew for it; else the schedule is through."""
+        return not self.runs or timesteps is not self._timesteps or len(self.runs[-1].timesteps) >= len(timesteps)
+
+
+_GIVEN = ("model_output", "timestep", "sample")
+
+
 @contextmanager
 def recording(pipe: Any) -> Iterator[list[Recording]]:
     """Records the runs of a pipeline for as long as the context lasts; its scheduler is put back exactly.
@@ -88,25 +132,20 @@ def recording(pipe: Any) -> Iterator[list[Recording]]:
             f"{type(pipe).__name__} has no scheduler with a step to be watched: it cannot be calibrated. Use "
             "apply_adaptive_cache(pipe), which needs no calibration."
         )
-    runs: list[Recording] = []
-    seen: list[Any] = []
-    step = scheduler.step
-    own = vars(scheduler).get("step")
-
-    def watched(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not seen or seen[-1] is not scheduler.timesteps:  # set anew at the start of each run
-            seen.append(scheduler.timesteps)
-            runs.append(Recording())
-        runs[-1].add(model_output, timestep, sample)
-        stepped = step(model_output, timestep, sample, *args, **kwargs)
-        runs[-1].final = (stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample).detach()
-        return stepped
-
-    scheduler.step = watched
+    watch = _Watch()
+    undo = _watch(scheduler, watch)
     try:
-        yield runs
+        yield watch.runs
     finally:
-        if own is None:
-            del scheduler.step
-        else:
-            scheduler.step = own
+        undo()
+
+
+def _watch(scheduler: Any, watch: _Watch) -> Callable[[], None]:
+    """Puts the watch in front of a scheduler's `step`, and returns what takes it away."""
+    held = vars(scheduler).get("step")
+    if held is not None:  # somebody else has put a step on this instance
+        vars(scheduler)["step"] = put = shadow(scheduler, held, watch)
+        return partial(restore, scheduler, "step", put, held)
+    kind = f"recording {id(watch):x}"
+    intercept(scheduler, kind, watch, "step")
+    return partial(release, scheduler, kind, "step")

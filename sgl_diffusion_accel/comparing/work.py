@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from sgl_diffusion_accel.targets import is_in_compiled_wrapper
+
 Signature = tuple[tuple[int, ...], ...]
 
 
@@ -88,6 +90,6 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
 
 def is_compiled(transformer: nn.Module) -> bool:
     """Whether the transformer or a part of it is compiled: hooks would compile it anew."""
-    return hasattr(transformer, "_orig_mod") or any(
+    return is_in_compiled_wrapper(transformer) or any(
         getattr(module, "_compiled_call_impl", None) is not None for module in transformer.modules()
     )

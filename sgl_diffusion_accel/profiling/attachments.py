@@ -10,6 +10,7 @@ from torch import nn
 
 from sgl_diffusion_accel.intercept import CALL, intercept, release, slot_of
 from sgl_diffusion_accel.profiling.probes import Probe
+from sgl_diffusion_accel.shadow import restore, shadow
 
 _KIND = "profile"
 _COMPILED = "_compiled_call_impl"
@@ -38,9 +39,9 @@ class Attachments:
             intercept(owner, self._kind, probe, method)
             self._undo[key] = owner, partial(release, owner, self._kind, method)
         elif getattr(held, _KIND, None) is not self:
-            vars(owner)[attribute] = shadow = _shadow(owner, held, probe)
-            vars(shadow)[_KIND] = self
-            self._undo[key] = owner, partial(_restore, owner, attribute, shadow, held)
+            vars(owner)[attribute] = put = shadow(owner, held, probe)
+            vars(put)[_KIND] = self
+            self._undo[key] = owner, partial(restore, owner, attribute, put, held)
         return key
 
     def keep(self, keys: set[tuple[int, str]]) -> None:
@@ -64,21 +65,3 @@ def is_profiled(owner: Any) -> bool:
     slot = slot_of(owner)
     kinds = slot.kinds if slot is not None else {}
     return any(kind.startswith(_KIND) for kind in kinds) or hasattr(vars(owner).get(_COMPILED), _KIND)
-
-
-def _shadow(owner: Any, held: Callable[..., Any], probe: Probe) -> Callable[..., Any]:
-    def shadow(*args: Any, **kwargs: Any) -> Any:
-        token = probe.enter(owner, args, kwargs)
-        try:
-            output = held(*args, **kwargs)
-        except BaseException:
-            probe.fail(owner, token)
-            raise
-        return probe.leave(owner, token, output)
-
-    return shadow
-
-
-def _restore(owner: Any, attribute: str, shadow: object, held: object) -> None:
-    if vars(owner).get(attribute) is shadow:  # else something else has been put there since: leave it
-        vars(owner)[attribute] = held

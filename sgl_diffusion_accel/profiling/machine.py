@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from sgl_diffusion_accel.attention.backends import Backend, all_backends
+from sgl_diffusion_accel.attention.backends import all_backends
+from sgl_diffusion_accel.attention.packages import flash4_beside_xformers
 from sgl_diffusion_accel.attention.requirements import AttentionFacts, capability
+from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.environment import package_versions
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "peft", "safetensors")
@@ -18,6 +22,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "peft",
 _KERNELS = ("triton", "cache-dit", "matplotlib", "rich")
 _PREFIXES = ("SGLANG_", "CUDA_", "HIP_", "ROCR_", "PYTORCH_", "TORCH", "DIFFUSERS_", "HF_HUB_OFFLINE", "NCCL_")
 _NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+_IMPORT_S = 180
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
@@ -25,6 +30,7 @@ def describe() -> str:
     """Everything, as Markdown to be pasted into a bug report."""
     chapters = [
         ("Versions", _table(("package", "version"), package_versions((*PACKAGES, *_KERNELS, *_backend_packages())))),
+        ("Problems", "\n".join(f"- {each}" for each in _problems())),
         ("Machine", _table(("what", "value"), dict(_machine()))),
         ("Attention backends", "\n".join(_backend_lines())),
         (
@@ -32,7 +38,30 @@ def describe() -> str:
             _table(("variable", "value"), dict(_environment(os.environ))) or "Nothing that matters is set.",
         ),
     ]
-    return "\n\n".join(f"### {title}\n\n{body}" for title, body in chapters)
+    return "\n\n".join(f"### {title}\n\n{body}" for title, body in chapters if body)
+
+
+def _problems() -> Iterator[str]:
+    """What keeps the packages from working together; nothing is imported for it in this process."""
+    clash = flash4_beside_xformers()
+    if clash is not None:
+        yield clash
+    failure = _failure_of_diffusers()
+    if failure is not None:
+        yield f"`import diffusers` fails: {failure}"
+
+
+def _failure_of_diffusers() -> str | None:
+    """The last line of the error at importing diffusers, None if there is none. It is tried in another process."""
+    if "diffusers.pipelines.pipeline_utils" in sys.modules:
+        return None
+    command = [sys.executable, "-c", "from diffusers import DiffusionPipeline"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{type(error).__name__}: {error}"
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return None if done.returncode == 0 else lines[-1]
 
 
 def _backend_packages() -> tuple[str, ...]:
@@ -80,7 +109,7 @@ def _backend_lines() -> Iterator[str]:
 
 
 def _why_not(backend: Backend, facts: AttentionFacts) -> str | None:
-    return backend.lacks() or backend.requirements.refuses(facts)
+    return backend.lacks() or backend.requirements.refuses(facts) or backend.would_fetch()
 
 
 def _environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:

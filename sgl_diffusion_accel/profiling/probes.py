@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion_accel.caching.loop import locate
+from sgl_diffusion_accel.caching.cache_patch import CachePatch
+from sgl_diffusion_accel.caching.loop import LoopCall, locate
 from sgl_diffusion_accel.caching.runs import Run, Runs
 from sgl_diffusion_accel.caching.stats import StepRecord
 from sgl_diffusion_accel.patch import patches_of
@@ -144,12 +145,10 @@ class LoopProbe(Probe):
         """Tells the run, step and branch of a call, and begins the step; None outside of any loop."""
         module = unwrap(module)
         call = locate(module, args, kwargs)
-        if call is None:
+        if not isinstance(call, LoopCall) or call.step >= call.total:
             return None
         run, is_new = self._runs.find(call)
         step, branch = run.advance(module, call)
-        if step >= run.total:
-            return None
         if is_new:
             self._watch(call.scheduler)
         if self._recorder.call is None:
@@ -185,7 +184,7 @@ class TransformerProbe(LoopProbe):
         recorder: Is told.
         runs: The runs that are under way.
         watch: Called with the scheduler of a new run.
-        component: `"transformer"` or `"transformer_2"`.
+        component: Which transformer, such as `"transformer_2"`.
         blocks: Of its blocks; None where they are not watched.
     """
 
@@ -294,9 +293,8 @@ class BlockProbe(Probe):
 def decision_of(module: nn.Module, step: int, branch: str) -> StepRecord | None:
     """What the cache on a transformer did at the call that has just ended, None without a cache."""
     for patch in patches_of(unwrap(module)):
-        stats = getattr(patch, "stats", None)
-        runs = stats.runs if patch.kind == "cache" and stats is not None else ()
-        known = runs[-1].branches.get(branch) if runs else None
+        run = patch.run_here if isinstance(patch, CachePatch) else None
+        known = run.branches.get(branch) if run is not None else None
         if known is not None and known.records and known.records[-1].step == step:
             record: StepRecord = known.records[-1]
             return record

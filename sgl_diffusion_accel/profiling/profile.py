@@ -34,7 +34,7 @@ from sgl_diffusion_accel.profiling.report import CallReport, ProfileReport
 from sgl_diffusion_accel.profiling.settings import ProfileSettings
 from sgl_diffusion_accel.profiling.trace import TorchEmitter, is_recording
 from sgl_diffusion_accel.profiling.window import Emitter, Window
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_transformers, is_in_compiled_wrapper, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -234,11 +234,11 @@ class Profile:
         """The blocks to be marked: none where nothing is traced, or where a compiled graph has swallowed them."""
         if not self._windows:
             return {}
-        if unwrap(module) is not module or is_compiled(module):
+        if is_in_compiled_wrapper(module) or is_compiled(unwrap(module)):
             self._remark(f"{component} is compiled as a whole: its blocks are not marked in traces")
             return {}
         try:
-            return find_block_lists(module)
+            return find_block_lists(unwrap(module))
         except UnsupportedModelError as error:
             self._remark(f"the blocks of {component} are not marked in traces: {error}")
             return {}

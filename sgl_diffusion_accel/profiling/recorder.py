@@ -159,7 +159,7 @@ class Recorder:
         else:
             self.end_loop()
             thread.run, thread.seen, thread.total = run, 0, run.total
-            thread.timesteps = HostCopy(run.timesteps.detach().float())
+            thread.timesteps = HostCopy(run.timesteps.detach().float()) if run.has_timesteps else None
             self.push("loop", "denoising_loop", steps=run.total)
         self._move_windows()
         thread.step = step

@@ -17,7 +17,7 @@ class BranchTiming:
 
     Attributes:
         name: The branch: `"cond"`, `"uncond"`, ….
-        component: `"transformer"` or `"transformer_2"`.
+        component: Which transformer, such as `"transformer_2"`.
         begin_ms: From the beginning of the pipeline call.
         duration_ms: How long it took.
         computed: Whether the cache's span was computed; None without a cache.

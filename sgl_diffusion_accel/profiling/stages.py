@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sgl_diffusion_accel.intercept import CALL
-from sgl_diffusion_accel.targets import TRANSFORMERS
+from sgl_diffusion_accel.targets import find_transformers
 
 TEXT, IMAGE, ENCODE, PREPARE = "text encoding", "image encoding", "VAE encoding", "preprocessing"
 DENOISING, DECODE, FINISH = "denoising", "decoding", "postprocessing"
@@ -59,7 +59,11 @@ class Place:
 
 
 def find_places(pipe: Any) -> Iterator[Place]:
-    """Yields what marks the stages of a pipeline: its own methods, its encoders, its VAE, its processors."""
+    """Yields what marks the stages of a pipeline: its own methods, its encoders, its VAE, its processors.
+
+    Raises:
+        UnsupportedModelError: The pipeline has no diffusion transformer.
+    """
     for method, stage in _PIPELINE_METHODS.items():
         if callable(getattr(type(pipe), method, None)):
             yield Place(pipe, method, stage, method)
@@ -68,8 +72,9 @@ def find_places(pipe: Any) -> Iterator[Place]:
         for method, stage in _PROCESSOR_METHODS.items():
             if not isinstance(processor, nn.Module) and callable(getattr(type(processor), method, None)):
                 yield Place(processor, method, stage, f"{name}.{method}")
+    transformers = find_transformers(pipe)
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name not in TRANSFORMERS:
+        if isinstance(part, nn.Module) and name not in transformers:
             yield from _places_of(name, part)
 
 

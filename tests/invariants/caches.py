@@ -28,7 +28,7 @@ from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings
 from sgl_diffusion_accel.caching.policies import ThresholdPolicy
 from sgl_diffusion_accel.caching.response import response_of
 from sgl_diffusion_accel.caching.runs import Run
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
 from zoo import FAMILIES
 
 Apply = Callable[[Any], CachePatch]
@@ -130,7 +130,7 @@ def _transformers(name: str) -> list[str]:
 
 
 def _classes(pipe: Any) -> list[str]:
-    return [type(module).__name__ for module in find_transformers(pipe).values()]
+    return [model_class(module).__name__ for module in find_transformers(pipe).values()]
 
 
 def _family_of(pipe: Any) -> str:

@@ -22,8 +22,8 @@ def family(name: str) -> Any:
 
 
 def two_branch() -> Any:
-    """Parametrises over the families that call the transformer twice a step."""
-    return families(*(name for name, found in FAMILIES.items() if len(found.branches) == 2))
+    """Parametrises over the families that call one transformer twice a step."""
+    return families(*(name for name, f in FAMILIES.items() if len(f.branches) == 2 and not f.model_per_branch))
 
 
 def present(name: str) -> Family:

@@ -14,6 +14,7 @@ from . import (
     flux_like,
     hunyuan,
     hunyuan15,
+    ideogram4,
     kandinsky5,
     ltx,
     lumina2,
@@ -43,6 +44,7 @@ _MODULES = (
     hunyuan15,
     kandinsky5,
     flux_like,
+    ideogram4,
 )
 
 FAMILIES: dict[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 #: what turns the timestep into an embedding
-_TIME = re.compile(r"(^|\.)(time(step)?_embedder|time_embeddings?|t_embedder|distilled_guidance_layer\.in_proj)\.")
+_TIME = re.compile(
+    r"(^|\.)(time(step)?_embedder|time_embeddings?|t_embedder|t_embedding|distilled_guidance_layer\.in_proj)\."
+)
 
 
 class _CapturedError(Exception):
@@ -45,6 +47,8 @@ class Family:
     contexts: tuple[str, ...] = ()
     #: attribute names of the denoisers of the pipeline
     transformers: tuple[str, ...] = ("transformer",)
+    #: whether each branch has a denoiser of its own
+    model_per_branch: bool = False
     #: why this diffusers cannot make it; None where it can
     missing: str | None = None
 

@@ -1,0 +1,421 @@
+"""Loops that say themselves where they are, of every shape that Python has for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tqdm import tqdm
+
+from sgl_diffusion_accel import ConfigError, ConfigTypeError, branch, denoising_steps
+from sgl_diffusion_accel.caching.explicit import loops_entered
+from sgl_diffusion_accel.caching.loop import LoopCall, locate
+from sgl_diffusion_accel.intercept import intercept
+from test_loop import PassOn, Pipeline, Probe, Seen, make
+
+X = torch.zeros(1)
+
+
+@pytest.fixture
+def scheduler():
+    made = FlowMatchEulerDiscreteScheduler()
+    made.set_timesteps(4)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def no_loop_is_left():
+    yield
+    gc.collect()
+    assert loops_entered() == []
+
+
+def four(branch="cond"):
+    return [Seen(step == 0, step, 4, branch) for step in range(4)]
+
+
+# Shapes of loops
+
+
+def test_for(scheduler):
+    probe = Probe()
+    given = []
+    for t in denoising_steps(scheduler.timesteps):
+        probe(X, t)
+        given.append(float(t))
+    assert probe.seen == four()
+    assert given == scheduler.timesteps.tolist()
+    assert list(probe.registry) == []
+
+
+def test_what_the_loop_was_told_reaches_the_patches(scheduler):
+    seen = []
+
+    class Module(torch.nn.Module):
+        def forward(self):
+            seen.append(locate(self, (), {}))
+
+    for _ in denoising_steps(scheduler.timesteps, scheduler, 4, boundary=500.0):
+        Module()()
+    assert {(call.scheduler, call.guidance, call.boundary) for call in seen} == {(scheduler, 4.0, 500.0)}
+    assert all(call.timesteps is scheduler.timesteps for call in seen)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        enumerate,
+        tqdm,
+        lambda steps: tqdm(enumerate(steps), disable=True),
+        lambda steps: enumerate(tqdm(steps, disable=True)),
+        lambda steps: zip(range(4), steps, strict=True),
+        lambda steps: (t for t in steps),
+    ],
+    ids=["enumerate", "tqdm", "tqdm of enumerate", "enumerate of tqdm", "zip", "generator expression"],
+)
+def test_what_passes_the_steps_on_does_not_matter(scheduler, around, capsys):
+    probe = Probe()
+    for turn in around(denoising_steps(scheduler.timesteps)):
+        probe(X, turn)
+    assert probe.seen == four()
+
+
+def test_list_of_numbers():
+    probe = Probe()
+    for t in denoising_steps([1.0, 0.75, 0.5, 0.25]):
+        assert type(t) is float
+        probe(X, t)
+    assert probe.seen == four()
+
+
+def test_each_for_is_a_run_of_its_own(scheduler):
+    probe = Probe()
+    steps = denoising_steps(scheduler.timesteps)
+    for _ in range(2):
+        for t in steps:
+            probe(X, t)
+    assert probe.seen == four() * 2
+
+
+@pytest.mark.parametrize("leave", ["break", "error", "return"])
+def test_loop_that_is_left_early_is_over(scheduler, leave):
+    probe = Probe()
+
+    def run():
+        for step, t in enumerate(denoising_steps(scheduler.timesteps)):
+            probe(X, t)
+            if step == 1:
+                if leave == "error":
+                    raise RuntimeError
+                if leave == "return":
+                    return
+                break
+        assert loops_entered() == []
+
+    for _ in range(2):
+        with contextlib.suppress(RuntimeError):
+            run()
+        assert list(probe.registry) == []
+        probe(X)
+    assert probe.seen == [*four()[:2], None] * 2
+
+
+def test_call_before_and_after_the_loop_belongs_to_none(scheduler):
+    probe = Probe()
+    steps = denoising_steps(scheduler.timesteps)
+    probe(X)
+    for t in steps:
+        probe(X, t)
+    probe(X)
+    assert probe.seen == [None, *four(), None]
+
+
+def test_loop_in_a_class_that_is_stepped_from_outside(scheduler):
+    class Sampler:
+        def __init__(self, probe):
+            self.probe = probe
+            self.steps = iter(denoising_steps(scheduler.timesteps))
+
+        def advance(self):
+            self.t = next(self.steps)
+
+        def predict(self):
+            self.probe(X)
+
+    sampler = Sampler(Probe())
+    for _ in range(4):
+        sampler.advance()
+        sampler.predict()
+    assert sampler.probe.seen == four()
+
+
+def test_function_in_the_loop_need_not_know_of_it(scheduler):
+    probe = Probe()
+
+    def predict():
+        return probe(X)
+
+    for _ in denoising_steps(scheduler.timesteps):
+        predict()
+    assert probe.seen == four()
+
+
+def test_nested_loops_are_apart(scheduler):
+    probe = Probe()
+    inner = [0.5, 0.25]
+    for _ in denoising_steps(scheduler.timesteps):
+        probe(X)
+        for _ in denoising_steps(inner):
+            probe(X)
+        probe(X)
+    assert [(seen.step, seen.total) for seen in probe.seen[:4]] == [(0, 4), (0, 2), (1, 2), (0, 4)]
+    assert [seen.branch for seen in probe.seen[:4]] == ["cond", "cond", "cond", "cond#2"]
+    assert [seen.step for seen in probe.seen if seen.total == 4] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert probe.starts == 5
+
+
+# Generators, which stop in mid-loop
+
+
+def sampler(probe, timesteps, name):
+    for _ in denoising_steps(timesteps):
+        with branch(name):
+            probe(X)
+        yield
+        probe(X)
+
+
+def test_generators_that_take_turns_are_apart(scheduler):
+    probe = Probe()
+    for _ in zip(sampler(probe, scheduler.timesteps, "a"), sampler(probe, [3.0, 2.0, 1.0], "b"), strict=False):
+        pass
+    for total, name in ((4, "a"), (3, "b")):
+        mine = [(seen.step, seen.branch) for seen in probe.seen if seen.total == total]
+        steps = range(4) if total == 4 else range(3)
+        assert mine == [(step, each) for step in steps for each in (name, "cond")][: len(mine)]
+        assert len(mine) >= 6
+
+
+def test_who_waits_for_a_generator_is_in_no_loop_of_it(scheduler):
+    probe, other = Probe(), Probe()
+    for _ in sampler(probe, scheduler.timesteps, "a"):
+        other(X)
+    assert other.seen == [None] * 4
+    assert len(probe.seen) == 8
+
+
+# Threads and tasks
+
+
+def test_threads_are_apart(scheduler):
+    probe, barrier = Probe(), threading.Barrier(4, timeout=30)
+
+    def run(total):
+        for step, _ in enumerate(denoising_steps([float(total - i) for i in range(total)])):
+            if step < 4:  # together, as long as all of them are there
+                barrier.wait()
+            probe(X)
+
+    threads = [threading.Thread(target=run, args=(4 + i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for total in range(4, 8):
+        assert [seen.step for seen in probe.seen if seen.total == total] == list(range(total))
+
+
+def test_call_in_a_worker_thread_needs_the_context(scheduler):
+    probe = Probe()
+    with ThreadPoolExecutor(1) as pool:
+        for _ in denoising_steps(scheduler.timesteps):
+            pool.submit(probe, X).result()
+            pool.submit(contextvars.copy_context().run, probe, X).result()
+    assert probe.seen == [each for seen in four() for each in (None, seen)]
+
+
+def test_tasks_are_apart(scheduler):
+    probe = Probe()
+
+    async def predict():
+        await asyncio.sleep(0)
+        probe(X)
+        await asyncio.to_thread(probe, X)
+
+    async def run(total):
+        for _ in denoising_steps([float(total - i) for i in range(total)]):
+            await predict()
+
+    async def both():
+        await asyncio.gather(run(4), run(6))
+
+    asyncio.run(both())
+    for total in (4, 6):
+        mine = [(seen.step, seen.branch) for seen in probe.seen if seen.total == total]
+        assert mine == [(step, each) for step in range(total) for each in ("cond", "cond#2")]
+
+
+# Beside pipelines
+
+
+def test_pipeline_that_runs_inside_a_loop_of_one_s_own_has_its_own_run():
+    pipe = make()
+    for _ in denoising_steps([2.0, 1.0]):
+        pipe(3)
+    assert [(seen.step, seen.total) for seen in pipe.transformer.seen] == [(0, 3), (1, 3), (2, 3)] * 2
+
+
+class OwnMethod(Pipeline):
+    """A pipeline's method that says where it is, and whose helper looks at the schedule."""
+
+    def predict(self, latents, t):
+        timesteps = self.scheduler.timesteps
+        assert len(timesteps)
+        return self.transformer(latents, t)
+
+    def sample(self):
+        timesteps = self.scheduler.timesteps
+        for t in denoising_steps(timesteps, scheduler=self.scheduler):
+            with branch("mine"):
+                self.predict(X, t)
+
+
+def test_own_loop_in_a_method_of_a_pipeline_goes_before_what_is_read():
+    pipe = make(OwnMethod)
+    pipe.scheduler.set_timesteps(4)
+    pipe.sample()
+    assert pipe.transformer.seen == four("mine")
+
+
+class Branching(Pipeline):
+    def sample(self):
+        timesteps = self.scheduler.timesteps
+        for t in timesteps:
+            for name in ("left", "right"):
+                with branch(name):
+                    self.transformer(X, t)
+
+
+def test_branch_names_the_calls_of_a_pipeline_s_own_method():
+    pipe = make(Branching)
+    pipe.scheduler.set_timesteps(2)
+    with branch("around"):  # entered outside of the loop, it names none of its calls
+        pipe.sample()
+    assert [seen.branch for seen in pipe.transformer.seen] == ["left", "right"] * 2
+
+
+def test_branch_around_a_pipeline_does_not_mix_its_branches():
+    pipe = make()
+    with branch("mine"):
+        pipe(2, guidance=True)
+    assert [seen.branch for seen in pipe.transformer.seen] == ["cond", "uncond"] * 2
+
+
+# Branches
+
+
+def test_branches_in_any_order_and_in_context_managers_of_one_s_own(scheduler):
+    probe = Probe()
+
+    @contextlib.contextmanager
+    def guided(name):
+        with branch(name):
+            yield
+
+    for t in denoising_steps(scheduler.timesteps):
+        for name in ("uncond", "cond") if float(t) > 600 else ("cond", "uncond"):
+            with guided(name):
+                probe(X)
+    assert [(seen.step, seen.branch) for seen in probe.seen[:2]] == [(0, "uncond"), (0, "cond")]
+    assert [(seen.step, seen.branch) for seen in probe.seen[-2:]] == [(3, "cond"), (3, "uncond")]
+
+
+def test_cache_context_of_the_model_counts_before_a_branch_around_it(scheduler):
+    probe = Probe()
+    intercept(probe, "test", PassOn())
+    for _ in denoising_steps(scheduler.timesteps):
+        with branch("outer"), probe.cache_context("inner"):
+            probe(X)
+        with branch("outer"), branch("nested"):
+            probe(X)
+    assert [seen.branch for seen in probe.seen] == ["inner", "nested"] * 4
+
+
+def test_branch_ends_with_its_block_also_on_an_error(scheduler):
+    probe = Probe()
+    for _ in denoising_steps(scheduler.timesteps):
+        with contextlib.suppress(ValueError), branch("other"):
+            raise ValueError
+        probe(X)
+    assert probe.seen == four()
+
+
+def test_two_calls_of_a_name_are_told_apart_by_what_they_are_given(scheduler):
+    probe = Probe()
+    one, other = torch.ones(1), torch.ones(1)
+    for step, _ in enumerate(denoising_steps(scheduler.timesteps)):
+        for prompt in (one, other) if step % 2 == 0 else (other, one):
+            probe(X, prompt=prompt)
+    assert [seen.branch for seen in probe.seen[:4]] == ["cond", "cond#2", "cond#2", "cond"]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "error", "match"),
+    [
+        (torch.zeros(2, 2), ConfigTypeError, r"shape \[2, 2\].*scheduler.timesteps"),
+        (torch.zeros(0), ConfigError, "timesteps is empty"),
+        ([], ConfigError, "timesteps is empty"),
+        (["a"], ConfigTypeError, "no number"),
+        ("timesteps", ConfigTypeError, "timesteps is a str"),
+        (iter([1.0]), ConfigTypeError, r"denoising_steps\(list\(timesteps\)\)"),
+        (7, ConfigTypeError, "timesteps is a int"),
+        (FlowMatchEulerDiscreteScheduler(), ConfigTypeError, "timesteps is a scheduler.*scheduler.timesteps"),
+    ],
+)
+def test_timesteps_that_are_none(timesteps, error, match):
+    with pytest.raises(error, match=match):
+        denoising_steps(timesteps)
+
+
+def test_scheduler_without_a_step_and_one_that_has_fewer_timesteps(scheduler):
+    with pytest.raises(ConfigTypeError, match="scheduler is a float"):
+        denoising_steps(scheduler.timesteps, 4.0)
+    with pytest.raises(ConfigError, match=r"9 timesteps, and the scheduler has 4.*set_timesteps\(9\)"):
+        denoising_steps(torch.arange(9.0), scheduler)
+
+
+@pytest.mark.parametrize("name", ["guidance", "boundary"])
+def test_scales_are_finite_numbers(scheduler, name):
+    for wrong, error in (("4", ConfigTypeError), (True, ConfigTypeError), (float("nan"), ConfigError)):
+        with pytest.raises(error, match=name):
+            denoising_steps(scheduler.timesteps, **{name: wrong})
+
+
+def test_names_of_branches():
+    with pytest.raises(ConfigTypeError, match="a int; allowed: a string"):
+        branch(1)
+    with pytest.raises(ConfigError, match="is empty"):
+        branch(" ")
+
+
+def test_length_is_that_of_the_timesteps(scheduler):
+    assert len(denoising_steps(scheduler.timesteps)) == 4
+
+
+def test_call_when_the_steps_are_used_up_is_not_placed(scheduler):
+    steps = iter(denoising_steps(scheduler.timesteps))
+    for _ in steps:
+        pass
+    with pytest.raises(StopIteration):
+        next(steps)
+    assert not isinstance(locate(Probe(), (), {}), LoopCall)
