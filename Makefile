@@ -1,11 +1,12 @@
 # Every target sets up what it needs: a virtual environment, the pinned packages, this package in editable form.
-#   make demo    make test    make lint    make test-oldest    make bench    make clean
+#   make demo    make test    make lint    make test-oldest    make test-pythons    make bench    make clean
 # Another Python: make PYTHON=python3.12 test.  More arguments for pytest: make test ARGS="-k warmup -x"
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 VENV_BENCH ?= .venv-bench
+VENV_PYTHON ?= .venv-python
 JOBS ?= auto
 ARGS ?=
 
@@ -19,7 +20,7 @@ READY_OLDEST := $(VENV_OLDEST)/.ready
 READY_BENCH := $(VENV_BENCH)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint format bench table clean
+.PHONY: help demo test test-oldest test-pythons test-floors lint format bench table clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -32,6 +33,27 @@ test: $(READY)
 
 test-oldest: $(READY_OLDEST)
 	@$(ONE_THREAD) $(VENV_OLDEST)/bin/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
+
+# The Pythons of setup.cfg beside the usual one; the oldest runs the lowest versions that setup.cfg allows.
+OLDEST_PYTHON := 3.10
+OTHER_PYTHONS := $(OLDEST_PYTHON) 3.12 3.13
+constraints_of = $(if $(filter $(OLDEST_PYTHON),$(1)),constraints-floors.txt,constraints.txt)
+
+# What may differ between Pythons: everything is imported, frames and bytecode are read, functions and classes are made
+# again, and one small model runs with every patch, eager and compiled.
+SMOKE := tests/test_public.py tests/test_code_loops.py tests/test_step_proof.py tests/test_loop.py \
+	tests/test_explicit.py tests/test_context_loop.py tests/test_intercept.py tests/test_attention_sites.py \
+	tests/test_attention_patch.py tests/test_exact.py tests/test_compile.py tests/test_profile_window.py
+SMOKE_OF := (wan or not (test_attention_patch or test_exact or test_compile)) and not (wan22 or wan_ or wrapper or gaps)
+
+test-pythons:
+	@for version in $(OTHER_PYTHONS); do $(MAKE) --no-print-directory smoke-$$version || exit 1; done
+
+smoke-%:
+	$(call in_python,$*,-m "not slow" -k "$(SMOKE_OF)" $(SMOKE))
+
+test-floors:
+	$(call in_python,$(OLDEST_PYTHON),-m "not slow")
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check --quiet .
@@ -54,7 +76,7 @@ table: $(READY)
 	@$(VENV)/bin/python -m benchmarks.table
 
 clean:
-	@rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BENCH) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) $(VENV_OLDEST) $(VENV_BENCH) $(VENV_PYTHON)3.* build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): constraints.txt setup.cfg
@@ -74,3 +96,23 @@ define install
 	@$(1)/bin/python -m pip install -qq -c $(2) torch -e ".[$(3)]"
 	@touch $(1)/.ready
 endef
+
+# $(call python_at,version): the Python of that version on the path or with pyenv, nothing where there is none.
+PYENV_ROOT ?= $(HOME)/.pyenv
+python_at = $(firstword $(foreach python,python$(1) $(wildcard $(PYENV_ROOT)/versions/$(1).*/bin/python),\
+	$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+
+# $(call in_python,version,arguments): runs pytest with that Python.
+define in_python
+	@$(if $(call python_at,$(1)),$(MAKE) --no-print-directory $(VENV_PYTHON)$(1)/.ready && \
+	echo "Python $(1) with $(call constraints_of,$(1))" && \
+	$(ONE_THREAD) $(VENV_PYTHON)$(1)/bin/python -m pytest -q -n $(JOBS) $(2) $(ARGS),\
+	echo "skipped: no Python $(1) on this machine")
+endef
+
+# With uv, since these take PyPI's files of torch, of several gigabytes, which it keeps once for all environments.
+$(VENV_PYTHON)%/.ready: constraints.txt constraints-floors.txt setup.cfg $(READY)
+	@echo "setting up $(VENV_PYTHON)$* (once)"
+	@$(VENV)/bin/uv venv --quiet --allow-existing --python $(call python_at,$*) $(VENV_PYTHON)$*
+	@$(VENV)/bin/uv pip install --quiet --python $(VENV_PYTHON)$* -c $(call constraints_of,$*) torch -e ".[test]"
+	@touch $@

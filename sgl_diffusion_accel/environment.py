@@ -50,6 +50,8 @@ def cpu_name() -> str:
 
 
 def _version(name: str) -> str | None:
+    if name == "torch":
+        return str(torch.__version__)  # with its build, such as +cu128, which the metadata may lack
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -133,12 +132,11 @@ _REASON = (
 
 _disable: Any = torch.compiler.disable
 _skip: Any = getattr(decorators, "skip", functools.partial(_disable, recursive=False))
-_with_reason = {"reason": _REASON} if "reason" in inspect.signature(_disable).parameters else {}  # torch 2.7 and newer
 
 
 def _eager(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps `torch.compile` of a whole transformer out of a function and of what it calls."""
-    wrapped: Callable[..., Any] = _disable(function, **_with_reason)
+    wrapped: Callable[..., Any] = _disable(function, reason=_REASON)
     return wrapped
 
 

@@ -328,9 +328,9 @@ def test_second_expert_follows_the_first_unless_it_is_named(
 CONFIG = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2}
 
 
-def clip() -> Any:
+def clip(**more: Any) -> Any:
     """Causal, and with a mask where it is given one."""
-    config = transformers.CLIPTextConfig(**CONFIG, num_attention_heads=2, max_position_embeddings=24)
+    config = transformers.CLIPTextConfig(**CONFIG, num_attention_heads=2, max_position_embeddings=24, **more)
     return transformers.CLIPTextModel(config).eval()
 
 
@@ -394,8 +394,7 @@ def test_text_encoder_alone_leaves_the_transformer() -> None:
 
 
 def test_text_encoder_that_does_not_use_the_function_is_refused() -> None:
-    encoder = clip()
-    encoder.config._attn_implementation = "eager"
+    encoder = clip(attn_implementation="eager")
     _, pipe = wan(num_layers=1)
     pipe.register_modules(text_encoder=encoder)
     with pytest.raises(

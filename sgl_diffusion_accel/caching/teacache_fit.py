@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -107,9 +106,7 @@ def _fit(component: str, traces: Sequence[tuple[int, Trace]], retains: bool, has
             f"{max((len(trace) + 1 for _, trace in traces), default=1)} steps at most; a polynomial of degree {DEGREE} "
             f"needs more than {DEGREE} changes. Give calls of 10 denoising steps or more for each transformer."
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", np.exceptions.RankWarning)
-        coefficients = np.polyfit(changes, moved, DEGREE)
+    coefficients = np.polyfit(changes, moved, DEGREE, full=True)[0]  # in full, it does not warn of a low rank
     residual = moved - np.polyval(coefficients, changes)
     spread = float(((moved - moved.mean()) ** 2).sum())
     r_squared = 1 - float((residual**2).sum()) / spread if spread else 1.0

@@ -10,6 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+_OF_DYNAMO = "torch.distributed"
+"""Named in a warning filter that the compiler of torch 2.8 adds when it runs."""
+
+_ENVIRON_OF_TOOLS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+"""Environment variables that pytest and that compiler set."""
+
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -64,11 +70,11 @@ class Snapshot:
             "random state": tuple(torch.get_rng_state().tolist()),
             "Module.__call__": nn.Module.__call__,
             "scaled_dot_product_attention": nn.functional.scaled_dot_product_attention,
-            "warning filters": tuple(map(str, warnings.filters)),
+            "warning filters": tuple(text for text in map(str, warnings.filters) if _OF_DYNAMO not in text),
             "log handlers": tuple(map(str, logging.getLogger().handlers)),
             "log level": logging.getLogger().level,
         }
-        self._mapping("environ", dict(os.environ), skip=("PYTEST_CURRENT_TEST",))
+        self._mapping("environ", {name: value for name, value in os.environ.items() if name not in _ENVIRON_OF_TOOLS})
 
     def differences(self, other: Snapshot) -> list[str]:
         """What is not the same object, or for plain values not equal, in the other snapshot."""
