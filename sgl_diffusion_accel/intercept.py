@@ -17,7 +17,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -99,7 +99,8 @@ class Slot:
 
 _REASON = (
     "sgl_diffusion_accel decides at each step whether this block runs, which one graph of the whole transformer cannot "
-    "hold. Compile the blocks instead: pipe.transformer.compile_repeated_blocks(fullgraph=True)"
+    "hold. Compile the blocks instead: pipe.transformer.compile_repeated_blocks(fullgraph=True). To export the model, "
+    "type: remove(pipe), export it, and apply the patch again"
 )
 
 
@@ -109,6 +110,41 @@ def _eager(function: Callable[..., Any], recursive: bool = True) -> Callable[...
     reason = {"reason": _REASON} if "reason" in inspect.signature(disable).parameters else {}  # torch 2.7 and newer
     wrapped: Callable[..., Any] = disable(function, recursive=recursive, **reason)
     return wrapped
+
+
+def _skipped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, not recursive, for a function that can tell by itself when a model is being exported.
+
+    `torch.compiler.disable` would raise an error there that says nothing of what to do.
+    """
+    try:
+        from torch._dynamo.decorators import skip
+    except ImportError:  # it is no public name; the error is what is lost
+        return _eager(function, recursive=False)
+    skipped: Any = skip(function)
+    skipped._torchdynamo_disable_msg = _REASON
+    return cast(Callable[..., Any], skipped)
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.7
+_jit: Any = torch.jit  # its `is_tracing` is public and has no types
+
+
+def _acting(module: nn.Module, handlers: tuple[Handler, ...]) -> tuple[Handler, ...]:
+    """The handlers that may act on a call: while a model is being exported none but watchers could, and they need not.
+
+    Raises:
+        UnsupportedModelError: The model is being exported, and a handler would leave its decision in the graph.
+    """
+    if not (_is_exporting() or _jit.is_tracing()):
+        return handlers
+    if all(getattr(handler, "is_watching", False) for handler in handlers):
+        return ()
+    raise UnsupportedModelError(
+        f"{original_class(module).__name__} is patched by sgl_diffusion_accel, and is being exported or traced: the "
+        "graph would hold what the patch decides now, for ever. Type: remove(pipe), export the model, and apply the "
+        "patch again."
+    )
 
 
 _enter = _eager(lambda handler, *rest: handler.enter(*rest))
@@ -254,7 +290,8 @@ def _base_of(cls: type) -> type | None:
 def _make_class(base: Any, methods: frozenset[str]) -> Any:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         slot = self.__dict__.get(SLOT)
-        return _run(self, slot.handlers if slot else (), base.__call__, args, kwargs)
+        handlers = _acting(self, slot.handlers) if slot and slot.handlers else ()
+        return _run(self, handlers, base.__call__, args, kwargs) if handlers else base.__call__(self, *args, **kwargs)
 
     def __getstate__(self: nn.Module) -> Any:
         state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
@@ -278,7 +315,7 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         "__doc__": base.__doc__,
     }
     if issubclass(base, nn.Module):
-        namespace[CALL] = _eager(__call__, recursive=False)
+        namespace[CALL] = _skipped(__call__)
         namespace["_replicate_for_data_parallel"] = _refuse_to_replicate
     elif any(CALL in vars(each) for each in base.__mro__):  # hasattr would find that of the class's own class
         namespace[CALL] = _intercepted_method(base, CALL)
