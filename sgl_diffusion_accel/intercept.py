@@ -126,7 +126,8 @@ class Slot:
 
 _REASON = (
     "sgl_diffusion_accel decides at each step whether this block runs, which one graph of the whole transformer cannot "
-    "hold. Compile the blocks instead: pipe.transformer.compile_repeated_blocks(fullgraph=True)"
+    "hold. Compile the blocks instead: pipe.transformer.compile_repeated_blocks(fullgraph=True). To export the model, "
+    "type: remove(pipe), export it, and apply the patch again"
 )
 
 
@@ -148,6 +149,29 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     made: Any = _skip(function)
     made._torchdynamo_disable_msg = _REASON
     return made  # type: ignore[no-any-return]
+
+
+_jit: Any = torch.jit  # its `is_tracing` is public and has no types
+
+
+def _acting(module: nn.Module, handlers: tuple[Handler, ...]) -> tuple[Handler, ...]:
+    """The handlers that may act on a call: while a model is being exported none but watchers could, and they need not.
+
+    Raises:
+        UnsupportedModelError: The model is being exported, and a handler would leave its decision in the graph.
+    """
+    if not (torch.compiler.is_exporting() or _jit.is_tracing()):
+        return handlers
+    if all(getattr(handler, "is_watching", False) for handler in handlers):
+        return ()
+    raise UnsupportedModelError(
+        f"{original_class(module).__name__} is patched by sgl_diffusion_accel, and is being exported or traced: the "
+        "graph would hold what the patch decides now, for ever. Type: remove(pipe), export the model, and apply the "
+        "patch again."
+    )
+
+
+_acting = eager(_acting)
 
 
 _enter = _eager(lambda handler, *rest: handler.enter(*rest))
@@ -342,7 +366,8 @@ def _intercepted_call(base: Any) -> Callable[..., Any]:
             if answer is not None:
                 detour.taken += 1
                 return answer(args, kwargs)
-        return _run(self, slot.handlers, base.__call__, args, kwargs)
+        handlers = _acting(self, slot.handlers) if slot.handlers else ()
+        return _run(self, handlers, base.__call__, args, kwargs) if handlers else base.__call__(self, *args, **kwargs)
 
     return eager(__call__)
 
