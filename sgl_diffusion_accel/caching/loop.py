@@ -211,7 +211,7 @@ class _Walk:
         for loop in reversed(self.loops.values()):
             if loop.is_around(frame):
                 return self.of_own_loop(loop)
-        if self._context is not None and self._missing is None:
+        if self._context is not None and (self._missing is None or "num_inference_steps" in self._context[1]):
             return self._of_context(*self._context)
         return Unplaced(
             self._missing or "it comes from no method of a diffusers pipeline that loops over its timesteps"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.code_loops import CodeLoop, loops_around
@@ -41,7 +42,7 @@ class Schedule:
     def index_of(self, candidate: Tensor) -> int | None:
         """The step whose timestep or noise level a tensor is a view of, also where it is expanded."""
         size = candidate.numel()
-        if size == 0 or (size > 1 and any(candidate.stride())):
+        if size == 0 or candidate.layout is not torch.strided or (size > 1 and any(candidate.stride())):
             return None
         memory = _memory_of(candidate)
         for table, its_memory, before in self._tables:
