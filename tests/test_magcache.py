@@ -21,6 +21,7 @@ from sgl_diffusion_accel import (
     apply_magcache,
     calibrate,
 )
+from sgl_diffusion_accel.caching.few_steps import few_steps_remark
 from zoo import Family
 
 STEPS = 20
@@ -183,9 +184,10 @@ def test_run_of_another_length_is_remarked_on(caplog: pytest.LogCaptureFixture) 
         family.run(pipe, steps=STEPS)
         assert not patch.stats.runs[-1].remarks
         family.run(pipe, steps=8)
-    (component, remark), *others = patch.stats.runs[-1].remarks
+    (component, remark), (_, few), *others = patch.stats.runs[-1].remarks
     assert component == "transformer"
     assert "those of 20 steps, and this run has 8" in remark
+    assert few == few_steps_remark(8)
     assert not others
     assert remark in str(patch)
     assert remark in caplog.text

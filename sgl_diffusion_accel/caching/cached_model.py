@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.blocks import Layout, find_block_lists
 from sgl_diffusion_accel.caching.entry import Entry
+from sgl_diffusion_accel.caching.few_steps import few_steps_remark
 from sgl_diffusion_accel.caching.history import History
 from sgl_diffusion_accel.caching.policies import Decision, Policy, Tally
 from sgl_diffusion_accel.caching.predictors import Predictor
@@ -195,6 +196,9 @@ class CachedModel:
             layout = self.parts.layout
             executed = layout.total - (0 if decision.compute else layout.skippable)
             stats.add(branch, step, self.name, decision, executed, layout.total)
+        remark = None if decision.compute else few_steps_remark(run.total)
+        if remark is not None:
+            self.tell(run, remark, logging.WARNING)
 
 
 def _parameters(block: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.blocks import find_block_lists
 from sgl_diffusion_accel.caching.engine import Session
+from sgl_diffusion_accel.caching.few_steps import few_steps_remark
 from sgl_diffusion_accel.caching.foreign import FORBIDDEN, refuse_late_cache
 from sgl_diffusion_accel.caching.models import full_call_argument, full_call_remark
 from sgl_diffusion_accel.caching.output_run import OutputRun
@@ -90,6 +91,7 @@ class OutputController(PatchHandler):
         decision = kept.decide(step, expert_of(self._name), branch, _signature(args, kwargs), run.given)
         self._log(run, step, branch, decision)
         if not decision.compute:
+            self._tell(run, few_steps_remark(run.total))
             output = kept.skip(branch)
             if step == run.total - 1:
                 kept.end(branch)
@@ -114,8 +116,10 @@ class OutputController(PatchHandler):
             self._threads.busy = False
             self._session.runs.discard(token.run)
 
-    def _tell(self, run: Run, remark: str) -> None:
-        """Puts a remark into the statistics of its run, and logs it once."""
+    def _tell(self, run: Run, remark: str | None) -> None:
+        """Puts a remark, if there is one, into the statistics of its run, and logs it once."""
+        if remark is None:
+            return
         stats: RunStats | None = run.data.get("stats")
         if stats is not None:
             stats.remark(self._name, remark)
