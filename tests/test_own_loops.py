@@ -394,3 +394,18 @@ def test_profile_of_two_threads_over_one_transformer_has_each_with_its_own_decis
             seen = [one.computed for step in call.steps for one in step.branches if one.name == name]
             assert seen == list(wanted.computed)
     assert len({done.branches["cond"].computed[:8] for done in patch.stats.runs}) == 2, "both decide alike"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_adaptive_cache_says_where_it_cannot_put_right_what_it_predicts(named: bool, caplog: Any) -> None:
+    pipe = present("wan").make()
+    call = present("wan").call(pipe)
+    pipe.scheduler.set_timesteps(12)
+    steps = pipe.scheduler.timesteps
+    with apply_adaptive_cache(pipe) as patch, caplog.at_level(logging.WARNING, logger="sgl_diffusion_accel"):
+        for _ in range(2):
+            for t in denoising_steps(steps, scheduler=pipe.scheduler if named else None):
+                pipe.transformer(call["latents"], t.expand(1), call["prompt_embeds"])
+    told = [record for record in caplog.records if "not put right" in record.getMessage()]
+    assert len(told) == (0 if named else 1)
+    assert ("scheduler=scheduler" in str(patch)) is not named

@@ -17,6 +17,7 @@ from sgl_diffusion_accel.caching.few_steps import few_steps_remark
 from sgl_diffusion_accel.caching.history import History
 from sgl_diffusion_accel.caching.policies import Decision, Policy, Tally
 from sgl_diffusion_accel.caching.predictors import Predictor
+from sgl_diffusion_accel.caching.remarks import Remarks
 from sgl_diffusion_accel.caching.runs import Kept, Run
 from sgl_diffusion_accel.caching.signals import Signal, TimeEmbedding
 from sgl_diffusion_accel.caching.stats import RunStats
@@ -122,7 +123,7 @@ class CachedModel:
         detours: The short ways past the skipped blocks of each list's span: past those between its first and its last
             one, and past the last one.
         warned: Whether it has been said that the model runs without its blocks.
-        said: Remarks on runs that have been logged.
+        remarks: What the user is told of its runs.
     """
 
     def __init__(self, name: str, module: nn.Module, parts: Parts) -> None:
@@ -131,7 +132,7 @@ class CachedModel:
         self.writes_inputs = False
         self.detours = [(Detour(), Detour()) for _ in parts.layout.lists]
         self.warned = False
-        self.said: set[str] = set()
+        self.remarks = Remarks(name)
         self._class = model_class(module).__name__
         self._parameters = [_parameters(blocks[0]) for blocks in find_block_lists(module).values()]
 
@@ -159,10 +160,9 @@ class CachedModel:
             branch.policy = self._shared(run) or chosen
             if self.parts.by_latents is not None and latents is not None:
                 branch.policy, choice = self.parts.by_latents(latents)
-                self.tell(run, choice, logging.INFO)
+                self.remarks.tell(run, choice, logging.INFO)
             remark = branch.policy.prepare(run.total)
-            if remark is not None:
-                self.tell(run, remark, logging.WARNING)
+            self.remarks.tell(run, remark)
         return branch.policy
 
     def _shared(self, run: Run) -> Policy | None:
@@ -174,15 +174,6 @@ class CachedModel:
             run.data[key] = self.parts.by_run(run)
         shared: Policy = run.data[key]
         return shared
-
-    def tell(self, run: Run, remark: str, level: int) -> None:
-        """Puts a remark into the statistics of its run, and logs it once."""
-        stats: RunStats | None = run.data.get("stats")
-        if stats is not None:
-            stats.remark(self.name, remark)
-        if remark not in self.said:
-            self.said.add(remark)
-            logger.log(level, "%s: %s", self.name, remark)
 
     def has_written(self, entry: Entry) -> bool:
         """Whether blocks have written over an input that was kept; from then on inputs are copied."""
@@ -196,9 +187,8 @@ class CachedModel:
             layout = self.parts.layout
             executed = layout.total - (0 if decision.compute else layout.skippable)
             stats.add(branch, step, self.name, decision, executed, layout.total)
-        remark = None if decision.compute else few_steps_remark(run.total)
-        if remark is not None:
-            self.tell(run, remark, logging.WARNING)
+        if not decision.compute:
+            self.remarks.tell(run, few_steps_remark(run.total))
 
 
 def _parameters(block: nn.Module) -> list[str]:

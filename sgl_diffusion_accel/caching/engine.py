@@ -113,7 +113,7 @@ class Controller(PatchHandler):
         argument = full_call_argument(kwargs)
         if argument is not None:
             self._model.log(*where, Decision(True, "arguments forbid skipping"))
-            self._model.tell(where[0], full_call_remark(argument), logging.WARNING)
+            self._model.remarks.tell(where[0], full_call_remark(argument))
         else:
             self._threads.current = self._begin(module, *where, _latents(args, kwargs))
         return self.current

@@ -6,7 +6,6 @@ step and branch, whatever it is made of, and the model may be compiled as a whol
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +20,13 @@ from sgl_diffusion_accel.caching.models import full_call_argument, full_call_rem
 from sgl_diffusion_accel.caching.output_run import OutputRun
 from sgl_diffusion_accel.caching.pacing import Pace
 from sgl_diffusion_accel.caching.policies import Decision
+from sgl_diffusion_accel.caching.remarks import Remarks
 from sgl_diffusion_accel.caching.runs import Run
 from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.intercept import Instead
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.targets import expert_of, unwrap
-
-logger = logging.getLogger(__name__)
 
 MakePace = Callable[[Run], Pace]
 """Makes what decides the steps of a run, at its start."""
@@ -68,7 +66,7 @@ class OutputController(PatchHandler):
         self._pace = pace
         self._threads = threading.local()
         self._blocks = count_blocks(module)
-        self._said: set[str] = set()
+        self._remarks = Remarks(name)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begins a transformer call, or answers for it."""
@@ -83,15 +81,16 @@ class OutputController(PatchHandler):
         argument = full_call_argument(kwargs)
         if argument is not None:
             self._log(run, step, branch, Decision(True, "arguments forbid skipping"))
-            self._tell(run, full_call_remark(argument))
+            self._remarks.tell(run, full_call_remark(argument))
             return None
         kept = run.data.get(_KEY)
         if not isinstance(kept, OutputRun):
             kept = run.data[_KEY] = OutputRun(self._pace(run))
+            self._remarks.tell(run, kept.pace.remark)
         decision = kept.decide(step, expert_of(self._name), branch, _signature(args, kwargs), run.given)
         self._log(run, step, branch, decision)
         if not decision.compute:
-            self._tell(run, few_steps_remark(run.total))
+            self._remarks.tell(run, few_steps_remark(run.total))
             output = kept.skip(branch)
             if step == run.total - 1:
                 kept.end(branch)
@@ -115,17 +114,6 @@ class OutputController(PatchHandler):
         if token is not None:
             self._threads.busy = False
             self._session.runs.discard(token.run)
-
-    def _tell(self, run: Run, remark: str | None) -> None:
-        """Puts a remark, if there is one, into the statistics of its run, and logs it once."""
-        if remark is None:
-            return
-        stats: RunStats | None = run.data.get("stats")
-        if stats is not None:
-            stats.remark(self._name, remark)
-        if remark not in self._said:
-            self._said.add(remark)
-            logger.warning("%s: %s", self._name, remark)
 
     def _log(self, run: Run, step: int, branch: str, decision: Decision) -> None:
         stats: RunStats | None = run.data.get("stats")

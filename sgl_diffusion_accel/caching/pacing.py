@@ -36,6 +36,11 @@ class Pace(ABC):
     needs_error = False
     """Whether it wants to know how far a prediction was from what a computed step gave."""
 
+    @property
+    def remark(self) -> str | None:
+        """What the user should know of the run, None for nothing."""
+        return None
+
     @abstractmethod
     def decide(self, step: int) -> Decision:
         """Decides a step; called once for each step, in order. The first step of a run is always computed."""
@@ -145,6 +150,17 @@ class GapControl(Pace):
         self._influence = self._share if self.passing is None else self._share + self.passing
         self._skips = len(self.final) >= self.settings.fewest_steps and self.settings.tolerance > 0
         self.needs_error = self._skips
+
+    @property
+    def remark(self) -> str | None:
+        """That nothing is put right, where that is so."""
+        if self.corrects or not self._skips:
+            return None
+        return (
+            "what is predicted is not put right at computed steps: the scheduler is not known (a loop of one's own says "
+            "it by denoising_steps(..., scheduler=scheduler)), adds noise of its own, or is not linear. Compare the "
+            "result with that of fewer steps."
+        )
 
     def decide(self, step: int) -> Decision:
         """See `Pace.decide`."""
