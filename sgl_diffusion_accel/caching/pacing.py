@@ -157,9 +157,9 @@ class GapControl(Pace):
         if self.corrects or not self._skips:
             return None
         return (
-            "what is predicted is not put right at computed steps: the scheduler is not known (a loop of one's own says "
-            "it by denoising_steps(..., scheduler=scheduler)), adds noise of its own, or is not linear. Compare the "
-            "result with that of fewer steps."
+            "what is predicted is not put right at computed steps: the scheduler is not known (a loop of one's own "
+            "says it by denoising_steps(..., scheduler=scheduler)), adds noise of its own, or is not linear. Compare "
+            "the result with that of fewer steps."
         )
 
     def decide(self, step: int) -> Decision:
