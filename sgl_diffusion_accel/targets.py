@@ -85,6 +85,19 @@ def expert_of(name: str) -> str:
     return _BESIDE.get(name, name)
 
 
+def branch_label(name: str, branch: str) -> str:
+    """The name of a branch in what components share: of a component that is not known by name, its own.
+
+    What such a component is for is not known either: it may run at the same steps as another one, on a branch of the
+    same name.
+
+    Example:
+        >>> branch_label("transformer_2", "cond"), branch_label("refiner", "cond")
+        ('cond', 'cond of refiner')
+    """
+    return branch if name in TRANSFORMERS else f"{branch} of {name}"
+
+
 def model_class(module: nn.Module) -> type:
     """The class that a model was made with, without what interception and PyTorch's sharding have put on top."""
     classes = (each for each in original_class(module).__mro__ if not each.__module__.startswith("torch.distributed."))

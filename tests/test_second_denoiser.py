@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from invariants import CACHES, NEVER_SKIPPING, Apply, Snapshot, assert_same, count_blocks
 from invariants.families import present
@@ -27,6 +29,7 @@ from sgl_diffusion_accel import (
     set_attention_backend,
 )
 from zoo import Family
+from zoo.base import flow_euler
 
 COMPONENTS = ("transformer", "unconditional_transformer")
 STEPS = 20
@@ -214,3 +217,47 @@ def test_modular_pipeline_skips_both_on_the_same_steps(family: Family, pipe: Any
     one, other = (branch.computed for branch in patch.stats.runs[-1].branches.values())
     assert one == other
     assert sum(one) < steps
+
+
+class Constant(nn.Module):
+    """Says the same at each step."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(hidden) * self.value
+
+
+class TwoInTheDark(DiffusionPipeline):
+    """A pipeline of somebody's own, with a second denoiser under a name that tells nothing."""
+
+    def __init__(self, transformer: nn.Module, refiner: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, refiner=refiner, scheduler=scheduler)
+        self.set_progress_bar_config(disable=True)
+        self.seen: list[tuple[float, float]] = []
+
+    @torch.no_grad()
+    def __call__(self, steps: int) -> None:
+        self.scheduler.set_timesteps(steps)
+        timesteps, hidden = self.scheduler.timesteps, torch.ones(2, 4)
+        with self.progress_bar(total=steps) as progress_bar:
+            for t in timesteps:
+                said = [self.transformer(hidden, t), self.refiner(hidden, t)]
+                self.seen.append((float(said[0].mean()), float(said[1].mean())))
+                hidden = self.scheduler.step(said[0] + said[1], t, hidden, return_dict=False)[0]
+                progress_bar.update()
+
+
+def test_second_denoiser_that_is_known_by_its_class_alone_keeps_its_own_outputs() -> None:
+    pipe = TwoInTheDark(Constant(1.0), Constant(2.0), flow_euler())
+    patch = apply_adaptive_cache(pipe, 0.1)
+    pipe(STEPS)
+    assert patch.components == ["transformer", "refiner"]
+    run = patch.stats.runs[-1]
+    assert set(run.branches) == {"cond", "cond of refiner"}
+    assert torch.tensor(pipe.seen).sub(torch.tensor([1.0, 2.0])).abs().max() < 1e-5
+    assert all(len(branch.records) == STEPS for branch in run.branches.values())
+    assert all(sum(branch.computed) < STEPS for branch in run.branches.values())

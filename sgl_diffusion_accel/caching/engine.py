@@ -20,7 +20,7 @@ from sgl_diffusion_accel.caching.runs import Kept, Run, Runs
 from sgl_diffusion_accel.caching.stats import RunStats, Stats
 from sgl_diffusion_accel.intercept import Detour
 from sgl_diffusion_accel.patch import Patch, PatchHandler
-from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.targets import branch_label, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class Controller(PatchHandler):
         where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:
             return None
+        where = where[0], where[1], branch_label(self._model.name, where[2])
         if where[1] == 0:
             refuse_late_cache(module)
         argument = full_call_argument(kwargs)

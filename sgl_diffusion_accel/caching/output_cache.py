@@ -26,7 +26,7 @@ from sgl_diffusion_accel.caching.stats import RunStats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.intercept import Instead
 from sgl_diffusion_accel.patch import Patch, PatchHandler
-from sgl_diffusion_accel.targets import expert_of, unwrap
+from sgl_diffusion_accel.targets import branch_label, expert_of, unwrap
 
 MakePace = Callable[[Run], Pace]
 """Makes what decides the steps of a run, at its start."""
@@ -75,7 +75,7 @@ class OutputController(PatchHandler):
         where = self._session.enter(unwrap(module), args, kwargs)
         if where is None:
             return None
-        run, step, branch = where
+        run, step, branch = where[0], where[1], branch_label(self._name, where[2])
         if step == 0:
             refuse_late_cache(module)
         argument = full_call_argument(kwargs)
