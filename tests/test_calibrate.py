@@ -421,6 +421,8 @@ def test_frames_with_a_scheduler_each_are_refused() -> None:
         assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(0)).frames, expected)
     assert not runs
     with pytest.raises(UnsupportedModelError, match="one for each frame"):
+        calibrate(pipe, [call], teacache=False, magnitudes=False)
+    with pytest.raises(UnsupportedModelError, match="nothing was recorded"):
         calibrate(pipe, [call])
 
 
