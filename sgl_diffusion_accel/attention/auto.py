@@ -74,7 +74,9 @@ class MeasuredChoice:
 
     def pick(self, facts: AttentionFacts, sides: tuple[Tensor, Tensor, Tensor], more: dict[str, Any]) -> Backend:
         """See `redirect.Choice`. In compiled code nothing can be timed: there it is PyTorch's own."""
-        key = (facts, sides[0].shape, sides[1].shape)
+        # Plain values: the compiler of torch 2.8 cannot look up an object. The shapes tell the other facts.
+        kind = (facts.device, facts.capability, facts.dtype, facts.mask, facts.is_causal)
+        key = (*kind, *sides[0].shape, *sides[1].shape)
         picked = self._picked.get(key)
         if picked is None:
             if torch.compiler.is_compiling():
