@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections import Counter
 from typing import Any
 
@@ -142,3 +144,36 @@ def test_parts_that_are_none_stay_none() -> None:
     wiring = Wiring(["hidden_states"], "here")
     wiring.keys = [None, 0]
     assert passing(wiring, Form(tuple, (None, torch.float32)))((torch.ones(1),), {})[0] is None
+
+
+def python_calls_of_a_skipped_step(blocks: int) -> int:
+    """Python functions that are entered in one skipped transformer call."""
+    pipe = make(Toy(count=blocks))
+    counted: list[int] = []
+    forward = Toy.forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        sys.setprofile(count)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            sys.setprofile(None)
+            counted.append(calls)
+
+    pipe.transformer.forward = types.MethodType(watched, pipe.transformer)
+    with apply_cache_dit(pipe, **STATIC) as patch:
+        pipe(steps=6)
+    computed = patch.stats.runs[-1].branches["cond"].computed
+    return min(calls for calls, was_computed in zip(counted, computed, strict=True) if not was_computed)
+
+
+def test_a_block_that_is_passed_by_costs_two_python_calls() -> None:
+    """It was about forty: 45 µs a block, which kept the host from feeding a GPU."""
+    few, many = python_calls_of_a_skipped_step(10), python_calls_of_a_skipped_step(50)
+    assert (many - few) / 40 <= 2
