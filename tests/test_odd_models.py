@@ -657,16 +657,17 @@ def test_foreign_cache_that_was_taken_off_again_is_no_obstacle():
 
 
 class Unplaced(Pipe):
-    """Neither an index that could be told from others, nor a progress bar, nor timesteps in the device's memory."""
+    """Neither an element of the timesteps, nor numbers of theirs, nor a count of them among the loop's variables."""
 
     @torch.no_grad()
     def __call__(self):
         self.scheduler.set_timesteps(STEPS)
         timesteps = self.scheduler.timesteps.tolist()
         outputs = []
-        for number, t in enumerate(timesteps):
-            self.transformer.step = number
-            outputs.append(self.transformer(LATENTS.clone(), t))
+        self.transformer.step = 0
+        while timesteps:
+            outputs.append(self.transformer(LATENTS.clone(), timesteps.pop(0)))
+            self.transformer.step += 1
         return outputs
 
 
@@ -681,8 +682,8 @@ def test_loop_that_cannot_be_placed_is_computed_in_full_with_one_warning(setting
     assert patch.stats.outside == 2 * STEPS
     assert patch.stats.runs == ()
     assert len(caplog.records) == 1
-    assert "belongs to no denoising loop" in caplog.text
-    assert f"{2 * STEPS} transformer calls outside" in str(patch)
+    assert "Unplaced.__call__ has no variable that proves the step" in caplog.text
+    assert f"{2 * STEPS} calls not placed" in str(patch)
 
 
 class KeepsLocals(Pipe):

@@ -10,11 +10,12 @@ with `--tiny`, the same parts run on tiny configurations, to see that all of it 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,11 +47,24 @@ def main(arguments: Sequence[str] | None = None, parts: Mapping[str, Part] = PAR
     is_tiny = given.tiny or device.type == "cpu"
     place = Place(device, torch.float32 if device.type == "cpu" else torch.bfloat16, is_tiny)
     store = Store(given.output or _file(device, is_tiny))
-    logging.getLogger("sgl_diffusion_accel").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    measure(store, {name: parts[name] for name in chosen}, place, given.seconds, given.again)
+    with _quiet():
+        measure(store, {name: parts[name] for name in chosen}, place, given.seconds, given.again)
     print(tables(store.result))
     print(f"written to {store.path}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the library tells of settings that nobody would use but to measure them."""
+    log = logging.getLogger("sgl_diffusion_accel")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def measure(store: Store, parts: Mapping[str, Part], place: Place, seconds: float, again: bool = False) -> None:

@@ -33,7 +33,7 @@ def relative_l1(now: Tensor, reference: Tensor, reduce: Reduce | None = None) ->
     """
     moved, size = (now - reference).abs().mean(dtype=torch.float32), reference.abs().mean(dtype=torch.float32)
     if reduce is None:
-        return float(moved.div(size))
+        return float(moved.div(size).detach())
     means = torch.stack((moved, size)).detach()
     reduce(means)
     return float(means[0].div(means[1]))
