@@ -82,7 +82,7 @@ class StepIterator:
         self.is_run_in_place = False
         self.begun = self.moved = 0
         self._given = given
-        self._named: set[tuple[int, str]] = set()  # of calls that were placed though no frame tells of them
+        self._called: set[int] = set()  # modules of calls that were placed though no frame tells of them
 
     def __iter__(self) -> StepIterator:
         return self
@@ -98,7 +98,7 @@ class StepIterator:
         self.place = asking()
         self.moved = next(_moves)
         self.begun = self.begun or self.moved
-        self._named.clear()
+        self._called.clear()
         _entered.set((*others, weakref.ref(self)))
         return self.timestep
 
@@ -127,14 +127,13 @@ class StepIterator:
             return value is self.timestep or schedule.index_of(value) == self.step
         return isinstance(value, float) and value is self.timestep
 
-    def is_new(self, module: object, name: str) -> bool:
-        """Whether a call is the first of its name in this step; asked where no frame tells that it is of the loop.
+    def is_new(self, module: object) -> bool:
+        """Whether a call without a name is the first in this step; asked where no frame tells that it is of the loop.
 
         A loop that was left in the middle, and is kept by somebody, must not take the calls of others for its own.
         """
-        key = (id(module), name)
-        is_new = key not in self._named
-        self._named.add(key)
+        is_new = id(module) not in self._called
+        self._called.add(id(module))
         return is_new
 
 
@@ -217,7 +216,8 @@ def denoising_steps(
                 f"there are {len(schedule)} timesteps, and the scheduler has {len(known)}: set them first, with "
                 f"scheduler.set_timesteps({len(schedule)})."
             )
-    return DenoisingSteps(timesteps, schedule, scheduler, _number("guidance", guidance), _number("boundary", boundary))
+    given = given if isinstance(given, Tensor) else tuple(given)  # a list may change while the loop runs
+    return DenoisingSteps(given, schedule, scheduler, _number("guidance", guidance), _number("boundary", boundary))
 
 
 def _kind(given: object) -> str:

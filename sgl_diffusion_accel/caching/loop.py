@@ -233,7 +233,8 @@ class _Walk:
         for loop in reversed(self._loops):
             if loop.is_around(frame):
                 call = self._of_own_loop(loop, loop.step, self._branch_around())
-                if loop.is_new(self._module, call.branch):
+                is_named = not call.passed
+                if is_named or loop.is_new(self._module):
                     return call
         if self._loops and self._missing is None:
             return Unplaced(_NOT_OF_THE_LOOP)

@@ -44,6 +44,11 @@ class _Passed:
     is_lasting: bool = False
 
 
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """What a prompt has in common with another one, which may be longer."""
+    return tensor.ndim, tensor.dtype, tensor.shape[-1:]
+
+
 class Run:
     """One pass through a denoising loop.
 
@@ -138,15 +143,19 @@ class Run:
     def _branch_of(self, module: int, call: LoopCall) -> str:
         """The branch whose conditioning is passed, else the first of the call's name that is free in this step.
 
-        A name is not free for others while its own conditioning, the same at several steps, is there and not passed.
+        A name is not free for another prompt: where something new comes in the place of what was passed to its calls
+        alone, at several steps, and is still there.
         """
-        lasting = [each for each in self._conditioning.values() if each.is_lasting and len(each.branches) == 1]
         passed = {id(tensor) for tensor in call.passed}
-        mine: set[str] = set().union(*(each.branches for each in lasting if each.key in passed))
-        others: set[str] = set().union(*(each.branches for each in lasting if each.tensor() is not None)) - mine
+        new = {_form(tensor) for tensor in call.passed if self._is_new(tensor)}
+        others: set[str] = set()
+        for each in self._conditioning.values():
+            held = each.tensor() if each.is_lasting and len(each.branches) == 1 and each.key not in passed else None
+            if held is not None and _form(held) in new:
+                others |= each.branches
 
         def free(label: str) -> bool:
-            return (module, label) not in self._called and (not passed or label not in others)
+            return (module, label) not in self._called and label not in others
 
         known = [each.branches for each in map(self._passed, call.passed) if len(each.branches) == 1]
         tied = {label for label in set().union(*known) if label.partition("#")[0] == call.branch and free(label)}
@@ -155,10 +164,14 @@ class Run:
         names = (call.branch if n == 1 else f"{call.branch}#{n}" for n in itertools.count(1))
         return next(filter(free, names))
 
+    def _is_new(self, tensor: Tensor) -> bool:
+        known = self._conditioning.get(id(tensor))
+        return known is None or known.tensor() is not tensor
+
     def _passed(self, tensor: Tensor) -> _Passed:
         """What is known of a tensor that is passed."""
         known = self._conditioning.get(id(tensor))
-        if known is None or known.tensor() is not tensor:
+        if known is None or self._is_new(tensor):
             known = self._conditioning[id(tensor)] = _Passed(id(tensor), weakref.ref(tensor), self._step)
         return known
 
