@@ -122,7 +122,9 @@ class TransformerCall:
         for list_index, residuals in self._residuals.items():
             history = branch.histories.setdefault(list_index, History(self._parts.predictor.depth))
             history.append(time, residuals)
-            if branch.recorded == _FIRST_OUT and len(history) > _FIRST_OUT:
+            if self.step < self._parts.settling:
+                history.keep_newest()
+            elif branch.recorded == _FIRST_OUT and len(history) > _FIRST_OUT:
                 history.drop_oldest()
         branch.recorded += bool(self._residuals)
 
