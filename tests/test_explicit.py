@@ -531,6 +531,23 @@ def test_loop_that_is_kept_and_given_up_does_not_take_later_calls(scheduler):
     assert probe.seen[1:] == [None] * 4
 
 
+def test_loop_that_was_left_does_not_take_the_calls_of_functions_that_are_called_later(scheduler):
+    probe = Probe()
+    steps = iter(denoising_steps(scheduler.timesteps))
+    for _ in range(2):
+        next(steps)
+        probe(X)
+        probe(X)
+
+    def untold():
+        for t in scheduler.timesteps:
+            probe(X, t)
+
+    untold()
+    assert [seen.step for seen in probe.seen[:4]] == [0, 0, 1, 1]
+    assert [seen is not None for seen in probe.seen[4:]] == [True, False, False, False]
+
+
 def test_loops_side_by_side_are_told_apart_by_what_is_given(scheduler):
     probe = Probe()
     own = [torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([40.0, 30.0, 20.0, 10.0])]

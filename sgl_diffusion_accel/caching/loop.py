@@ -255,7 +255,9 @@ class _Walk:
                 return Unplaced(_SIDE_BY_SIDE)
             (loop,) = mine
         loop.is_run_in_place = True
-        return self._of_own_loop(loop, loop.step_in(frame), self._branch_around())
+        call = self._of_own_loop(loop, loop.step_in(frame), self._branch_around())
+        is_left = loops_around(frame.f_code, frame.f_lasti) == ()  # it was stepped by hand, and may be over
+        return Unplaced(_NOT_OF_THE_LOOP) if is_left and call.passed and not loop.is_new(self._module) else call
 
     def _branch_around(self) -> str | None:
         """The innermost branch that is around the call. A generator that has stopped inside of one is none."""
