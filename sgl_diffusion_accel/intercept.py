@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +25,7 @@ from torch import nn
 from torch._dynamo import decorators
 
 from sgl_diffusion_accel.errors import UnsupportedModelError
+from sgl_diffusion_accel.frames import Place, entering, frames_from, key_of
 
 SLOT = "_sgl_diffusion_accel"
 """Key in the instance's `__dict__` under which the handlers of an intercepted module live."""
@@ -204,14 +207,19 @@ def _run(
 _run = eager(_run)
 
 
-class _Contexts(threading.local):
-    """The cache contexts that this thread has entered, innermost last, as (module, name, details)."""
+class _CacheContext:
+    """A cache context that a pipeline, or a loop of one's own, has entered."""
 
-    def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, str, dict[str, Any]]] = []
+    def __init__(self, module: nn.Module, name: str, details: dict[str, Any], place: Place) -> None:
+        self.module, self.name, self.details, self.place = module, name, details, place
+
+    def is_around_here(self) -> bool:
+        """Whether it is around the present call: a generator may have stopped inside of it."""
+        return not self.place.may_stop or any(key_of(each) == self.place.key for each in frames_from(sys._getframe(2)))
 
 
-_contexts = _Contexts()
+# By context and not by thread: tasks take turns in one.
+_contexts: ContextVar[tuple[_CacheContext, ...]] = ContextVar("cache_contexts", default=())
 
 
 def cache_context_of(module: nn.Module) -> tuple[str, dict[str, Any]] | None:
@@ -220,9 +228,9 @@ def cache_context_of(module: nn.Module) -> tuple[str, dict[str, Any]] | None:
     Returns:
         The context's name, such as `"cond"`, and its details (`step_index`, …), or None outside of any.
     """
-    for owner, name, details in reversed(_contexts.stack):
-        if owner is module:
-            return name, details
+    for each in reversed(_contexts.get()):
+        if each.module is module and each.is_around_here():
+            return each.name, each.details
     return None
 
 
@@ -406,13 +414,13 @@ def _forbidden_enable_cache(base: Any) -> Callable[..., Any]:
 def _listening_cache_context(base: Any) -> Callable[..., Any]:
     @contextlib.contextmanager
     def cache_context(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        entry = (self, name, kwargs)
-        _contexts.stack.append(entry)
+        entry = _CacheContext(self, name, kwargs, entering())
+        _contexts.set((*_contexts.get(), entry))
         try:
             with base.cache_context(self, name, *args, **kwargs) as entered:
                 yield entered
         finally:
-            _contexts.stack.pop()
+            _contexts.set(tuple(each for each in _contexts.get() if each is not entry))
 
     cache_context.__doc__ = base.cache_context.__doc__
     return cache_context

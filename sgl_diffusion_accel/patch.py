@@ -53,6 +53,11 @@ class Patch:
         return not self._components or len(self.replaced) < len(self._components)
 
     @property
+    def is_in_place(self) -> bool:
+        """Whether its handlers are where it has put them: it is neither removed, nor does it wait for another one."""
+        return not (self._undone or self._is_suspended)
+
+    @property
     def replaced(self) -> tuple[str, ...]:
         """Components that the pipeline has given up for others since: the patch does nothing to the others."""
         pipe = self._pipe() if self._pipe is not None else None

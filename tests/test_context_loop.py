@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import pytest
 import torch
 
+from sgl_diffusion_accel import denoising_steps
 from sgl_diffusion_accel.caching.loop import LoopCall, locate
 from sgl_diffusion_accel.intercept import intercept
 from test_loop import PassOn, Probe
@@ -109,3 +111,21 @@ def test_loops_are_let_go_with_the_model():
     before = len(context_loop._loops.of)
     del made
     assert len(context_loop._loops.of) == before - 1
+
+
+def test_tasks_that_take_turns_have_their_own_contexts(probe):
+    steps = [2.0, 1.0]
+
+    async def task(name):
+        with probe.cache_context(name):
+            await asyncio.sleep(0)
+            probe(X)
+            await asyncio.to_thread(probe, X)
+
+    async def run():
+        for _ in denoising_steps(steps):
+            await asyncio.gather(task("cond"), task("uncond"))
+
+    asyncio.run(run())
+    names = sorted(seen[2] for seen in probe.seen if seen[1] == 1)
+    assert names == ["cond", "cond#2", "uncond", "uncond#2"]

@@ -241,9 +241,8 @@ def test_signal_and_residuals_are_all_that_is_kept(family: Family, order: int) -
     computed = [branch.computed for branch in patch.stats.runs[-1].branches.values()]
     assert len(computed) == len(family.branches)
     for step in range(STEPS - 1):
-        counts = [sum(branch[: step + 1]) for branch in computed]
-        # From the third on the first computed step is left out, where it would be used.
-        kept = [min(count - (order >= 2 and count >= 3), order + 1) for count in counts]
+        # The first three steps make no slope: the newest of them is kept alone.
+        kept = [min(1 + sum(branch[3 : step + 1]), order + 1) for branch in computed]
         expected = sum(signal + count * span for (signal, span), count in zip(sizes, kept, strict=True))
         assert held[step] == expected, f"step {step}"
     assert held[-1] == 0, "after its last step a run needs nothing"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -419,3 +420,207 @@ def test_call_when_the_steps_are_used_up_is_not_placed(scheduler):
     with pytest.raises(StopIteration):
         next(steps)
     assert not isinstance(locate(Probe(), (), {}), LoopCall)
+
+
+# Where a loop and a branch stand
+
+
+def test_branch_of_a_generator_that_has_stopped_is_not_that_of_others(scheduler):
+    """Two generators, each a branch, are asked in changing order."""
+    probe = Probe()
+
+    def guided(name):
+        while True:
+            with branch(name):
+                probe(X)
+                yield
+
+    cond, uncond = guided("cond"), guided("uncond")
+    for t in denoising_steps(scheduler.timesteps):
+        for each in (cond, uncond) if float(t) > 600 else (uncond, cond):
+            next(each)
+        probe(X)
+    assert [seen.branch for seen in probe.seen[:3]] == ["cond", "uncond", "cond#2"]
+    assert [seen.branch for seen in probe.seen[-3:]] == ["uncond", "cond", "cond#2"]
+
+
+class Guided:
+    """A context manager of one's own that enters a branch."""
+
+    def __init__(self, name):
+        self.branch = branch(name)
+
+    def __enter__(self):
+        return self.branch.__enter__()
+
+    def __exit__(self, *error):
+        self.branch.__exit__(*error)
+
+
+class ByOtherMeans(Pipeline):
+    def sample(self):
+        timesteps = self.scheduler.timesteps
+        for t in timesteps:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(branch("left"))
+                self.transformer(X, t)
+            with Guided("right"):
+                self.transformer(X, t)
+
+
+def test_branch_may_be_entered_by_other_means():
+    pipe = make(ByOtherMeans)
+    pipe.scheduler.set_timesteps(2)
+    pipe.sample()
+    assert [seen.branch for seen in pipe.transformer.seen] == ["left", "right"] * 2
+
+
+def test_async_generator_that_has_stopped_is_no_loop_of_who_consumes_it(scheduler):
+    probe, other = Probe(), Probe()
+
+    async def sampler():
+        for t in denoising_steps(scheduler.timesteps):
+            probe(X)
+            yield t
+
+    async def consume():
+        async for t in sampler():
+            other(X, t)
+
+    asyncio.run(consume())
+    assert probe.seen == four()
+    assert other.seen == [None] * 4
+
+
+def test_loop_that_is_stepped_by_a_function_does_not_take_the_calls_of_a_pipeline():
+    """The frame of that function is gone, and its identity may be that of another one by now."""
+    pipe = make()
+    steps = iter(denoising_steps([float(i) for i in range(40, 0, -1)]))
+
+    def advance(it):
+        return next(it)
+
+    for _ in range(40):
+        advance(steps)
+        pipe.transformer.seen.clear()
+        pipe(3)
+        assert [(seen.step, seen.total) for seen in pipe.transformer.seen] == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_loop_that_is_kept_and_given_up_does_not_take_later_calls(scheduler):
+    probe = Probe()
+
+    class Sampler:
+        def advance(self):
+            self.t = next(self.steps)
+
+        def predict(self):
+            probe(X)
+
+    sampler = Sampler()
+    sampler.steps = iter(denoising_steps(scheduler.timesteps))
+    sampler.advance()
+    sampler.predict()
+
+    def untold():
+        for t in scheduler.timesteps:
+            probe(X, t)
+
+    untold()
+    assert probe.seen[0] == Seen(True, 0, 4, "cond")
+    assert probe.seen[1:] == [None] * 4
+
+
+def test_loop_that_was_left_does_not_take_the_calls_of_functions_that_are_called_later(scheduler):
+    probe = Probe()
+    steps = iter(denoising_steps(scheduler.timesteps))
+    for _ in range(2):
+        next(steps)
+        probe(X)
+        probe(X)
+
+    def untold():
+        for t in scheduler.timesteps:
+            probe(X, t)
+
+    untold()
+    assert [seen.step for seen in probe.seen[:4]] == [0, 0, 1, 1]
+    assert [seen is not None for seen in probe.seen[4:]] == [True, False, False, False]
+
+
+def test_loops_side_by_side_are_told_apart_by_what_is_given(scheduler):
+    probe = Probe()
+    own = [torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([40.0, 30.0, 20.0, 10.0])]
+    for one, other in zip(denoising_steps(own[0]), denoising_steps(own[1]), strict=True):
+        probe(X, other)
+        probe(X, one)
+        probe(X)
+    assert [None if seen is None else seen.step for seen in probe.seen[3:]] == [1, 1, None, 2, 2, None, 3, 3, None]
+
+
+def test_pairs_of_steps_are_at_the_first_of_both(scheduler):
+    probe = Probe()
+    for t, following in itertools.pairwise(denoising_steps(scheduler.timesteps)):
+        probe(X, t - following)
+    assert probe.steps == [0, 1, 2]
+
+
+def test_timestep_that_is_given_another_shape_behind_a_progress_bar(scheduler, capsys):
+    def bar_of_one_s_own(steps):
+        for step in steps:  # noqa: UP028
+            yield step
+
+    probe = Probe()
+    for around in (tqdm, bar_of_one_s_own):
+        for t in around(denoising_steps(scheduler.timesteps)):
+            t = t.expand(1)
+            probe(X, t)
+    assert probe.seen == four() * 2
+
+
+def test_prompt_that_was_not_seen_before_does_not_take_the_branch_of_another(scheduler):
+    """Guidance begins in mid-run, and its branch comes first then."""
+    probe = Probe()
+    cond, uncond = torch.ones(1), torch.zeros(1)
+    for step, _ in enumerate(denoising_steps(scheduler.timesteps)):
+        for prompt in (cond,) if step < 2 else (uncond, cond):
+            probe(X, prompt=prompt)
+    assert [seen.branch for seen in probe.seen] == ["cond", "cond", "cond#2", "cond", "cond#2", "cond"]
+
+
+def test_part_of_a_schedule_begins_where_it_begins(scheduler):
+    probe = Probe()
+    for t in denoising_steps(scheduler.timesteps[1:3], scheduler=scheduler):
+        probe(X, t)
+        (run,) = probe.registry
+        assert run.first == 1
+        assert run.sigmas() == pytest.approx(scheduler.sigmas[1:3].tolist())
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "error", "match"),
+    [
+        ([1.0, float("nan")], ConfigError, "not finite"),
+        (torch.tensor([float("inf")]), ConfigError, "not finite"),
+        (["1", "0.5"], ConfigTypeError, "'1', which is no number"),
+        ([True, False], ConfigTypeError, "True, which is no number"),
+        (torch.ones(3, dtype=torch.complex64), ConfigTypeError, "complex64"),
+        ({1: 2.0}, ConfigTypeError, "is a dict"),
+        (make(), ConfigTypeError, "is a Pipeline"),
+    ],
+)
+def test_other_timesteps_that_are_none(timesteps, error, match):
+    with pytest.raises(error, match=match):
+        denoising_steps(timesteps)
+
+
+def test_class_of_a_scheduler_is_no_scheduler(scheduler):
+    with pytest.raises(ConfigTypeError, match="class, FlowMatchEulerDiscreteScheduler"):
+        denoising_steps(scheduler.timesteps, FlowMatchEulerDiscreteScheduler)
+
+
+def test_list_that_changes_later_is_the_one_that_was_given():
+    given = [3.0, 2.0, 1.0]
+    steps = denoising_steps(given)
+    given.append(0.0)
+    assert list(steps) == [3.0, 2.0, 1.0]

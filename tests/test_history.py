@@ -135,3 +135,16 @@ def test_oldest_step_can_be_dropped():
     assert history.times == (2.0, 1.0)
     assert history.combine(0, (2.0, -1.0)).item() == 3.0
     assert history.nbytes() == 2 * 4
+
+
+def test_all_but_the_newest_can_be_forgotten():
+    history = History(3)
+    for time, value in ((0.0, 5.0), (1.0, 1.0), (2.0, 2.0)):
+        history.append(time, (torch.tensor([value]),))
+    history.keep_newest()
+    assert history.times == (2.0,)
+    assert history.combine(0, (1.0,)).item() == 2.0
+    assert history.nbytes() == 4
+    history.append(4.0, (torch.tensor([6.0]),))
+    assert history.times == (4.0, 2.0)
+    assert history.combine(0, (1.5, -0.5)).item() == 8.0

@@ -177,3 +177,24 @@ def test_a_block_that_is_passed_by_costs_two_python_calls() -> None:
     """It was about forty: 45 µs a block, which kept the host from feeding a GPU."""
     few, many = python_calls_of_a_skipped_step(10), python_calls_of_a_skipped_step(50)
     assert (many - few) / 40 <= 2
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_cache_that_is_taken_off_within_a_computed_call_leaves_the_call_as_it_is(at: int) -> None:
+    pipe = make(Interrupted(count=6))
+    expected = torch.stack(pipe(steps=6))
+    patch = apply_cache_dit(pipe, **STATIC)
+    pipe.transformer.meanwhile = _at(at if at == 0 else 3, lambda x: patch.remove() or x)  # steps 0 and 3 are computed
+    assert torch.equal(torch.stack(pipe(steps=6)), expected)
+    assert patch.held_bytes() == 0
+
+
+def test_cache_that_is_taken_off_within_a_skipped_call_is_an_error() -> None:
+    pipe = make(Interrupted(count=6))
+    expected = torch.stack(pipe(steps=6))
+    patch = apply_cache_dit(pipe, **STATIC)
+    pipe.transformer.meanwhile = _at(2, lambda x: patch.remove() or x)  # step 2 is skipped
+    with pytest.raises(UnsupportedModelError, match="in the middle of a skipped call"):
+        pipe(steps=6)
+    del pipe.transformer.meanwhile
+    assert torch.equal(torch.stack(pipe(steps=6)), expected)

@@ -306,3 +306,148 @@ def test_loops_of_diffusers_are_understood():
     ]
     assert len({name for name, _ in seen}) >= 30
     assert {targets for _, targets in seen} == {("i", "t")}
+
+
+# Variables that are of another step
+
+
+def stored_behind_the_call(self):
+    timesteps = self.scheduler.timesteps
+    for k in range(len(timesteps)):
+        self.transformer(x(0), float(timesteps[k]))
+        t = timesteps[k]
+        float(t)
+
+
+def stored_at_some_turns(self):
+    timesteps = self.scheduler.timesteps
+    for k in range(len(timesteps)):
+        if k % 2 == 0:
+            t = timesteps[k]
+        self.transformer(x(0), float(t))
+
+
+def the_next_one_alone(self):
+    timesteps = self.scheduler.timesteps
+    for k in range(len(timesteps) - 1):
+        t_next = timesteps[k + 1]
+        self.transformer(x(0), float(t_next))
+
+
+def a_helper_with_the_next_one(self):
+    timesteps = self.scheduler.timesteps
+
+    def predict(self, t_next):
+        return self.transformer(x(0), float(t_next))
+
+    for k in range(len(timesteps) - 1):
+        predict(self, timesteps[k + 1])
+
+
+def a_target_against_what_is_passed(self):
+    timesteps = self.scheduler.timesteps
+    for k, following in enumerate(timesteps[1:]):
+        self.transformer(x(0), timesteps[k].expand(2))
+        float(following)
+
+
+def a_part_of_a_list(self):
+    timesteps = self.scheduler.timesteps.tolist()[1:]
+    for k in range(len(timesteps)):
+        self.transformer(x(0), k)
+
+
+def as_many_frames_as_steps(self):
+    """The loop over the steps is the caller's."""
+    frames, timesteps = STEPS, self.scheduler.timesteps
+    for i in range(frames):
+        self.transformer(x(i), float(timesteps[2]))
+
+
+def counted_beside_another_element(self):
+    num_inference_steps, t = STEPS, self.scheduler.timesteps[2]
+    for i in range(num_inference_steps):
+        self.transformer(x(i), float(t))
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        the_next_one_alone,
+        a_helper_with_the_next_one,
+        a_target_against_what_is_passed,
+        a_part_of_a_list,
+        as_many_frames_as_steps,
+    ],
+    ids=lambda loop: loop.__name__,
+)
+def test_what_is_of_another_step_proves_none(loop):
+    seen, _ = steps_of(loop)
+    assert len(seen) >= STEPS - 1
+    assert set(seen) == {None}
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [stored_at_some_turns, stored_behind_the_call, counted_beside_another_element],
+    ids=lambda loop: loop.__name__,
+)
+def test_what_a_count_says_holds_where_no_element_speaks_against_it(loop):
+    seen, _ = steps_of(loop)
+    assert None in seen
+    assert all(step in (None, number) for number, step in enumerate(seen))
+
+
+# A batch of timesteps
+
+
+def batch_in_the_loop(self):
+    for t in self.scheduler.timesteps:
+        timesteps = t.repeat(3)
+        for i, one in enumerate(timesteps):
+            self.transformer(x(i), one[None])
+
+
+def batch_of_one(self):
+    for t in self.scheduler.timesteps:
+        timesteps = t.reshape(1)
+        self.transformer(x(0), float(timesteps))
+
+
+def batch_that_is_expanded(self):
+    for t in self.scheduler.timesteps:
+        timesteps = t.expand(3)
+        for i in range(3):
+            self.transformer(x(i), float(timesteps[i]))
+
+
+@pytest.mark.parametrize(
+    "loop", [batch_in_the_loop, batch_of_one, batch_that_is_expanded], ids=lambda each: each.__name__
+)
+def test_timesteps_of_a_batch_are_not_the_schedule(loop):
+    seen, _ = steps_of(loop)
+    assert seen == [step for step in range(STEPS) for _ in range(len(seen) // STEPS)]
+
+
+def test_timesteps_that_a_helper_is_given_for_a_batch_are_not_the_schedule():
+    def predict(self, timesteps):
+        for i, one in enumerate(timesteps):
+            self.transformer(x(i), float(one))
+
+    def sample(self):
+        for t in self.scheduler.timesteps:
+            predict(self, t.repeat(3))
+
+    seen, _ = steps_of(sample)
+    assert set(seen) <= {None, *range(STEPS)}
+    assert all(step in (None, i // 3) for i, step in enumerate(seen))
+
+
+def test_sigmas_of_a_part_of_the_schedule():
+    def sample(self):
+        timesteps = self.scheduler.timesteps[1:3]
+        for sigma in self.scheduler.sigmas[1:3]:
+            self.transformer(x(0), float(sigma))
+        del timesteps
+
+    assert steps_of(sample)[0] == [0, 1]

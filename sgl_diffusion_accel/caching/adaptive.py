@@ -58,7 +58,7 @@ def apply_adaptive_cache(pipe: object, tolerance: float | None = None) -> CacheP
     refuse_foreign_cache(transformers)
 
     def pace(run: Run) -> Pace:
-        response = response_of(run.scheduler, run.total)
+        response = response_of(run.scheduler, run.total, run.first)
         skips = settings.tolerance > 0 and run.total >= settings.fewest_steps
         switch = run.switch() if skips else None
         if response is None:

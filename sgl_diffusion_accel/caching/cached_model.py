@@ -47,6 +47,7 @@ class Parts:
         by_latents: Chooses the policy of a run by the shape of its latents, `[B, C, (F,) H, W]`, with a word on it for
             the user; None where one policy does for all.
         by_branch: Chooses the policy of a branch by its name; None where one policy does for all.
+        settling: Steps at the start of a run whose residuals are not held against the ones before them, for a slope.
     """
 
     layout: Layout
@@ -59,6 +60,7 @@ class Parts:
     by_run: Callable[[Run], Policy] | None = None
     by_latents: Callable[[torch.Size], tuple[Policy, str]] | None = None
     by_branch: Callable[[str], Policy] | None = None
+    settling: int = 0
 
 
 @dataclass

@@ -122,7 +122,9 @@ class TransformerCall:
         for list_index, residuals in self._residuals.items():
             history = branch.histories.setdefault(list_index, History(self._parts.predictor.depth))
             history.append(time, residuals)
-            if branch.recorded == _FIRST_OUT and len(history) > _FIRST_OUT:
+            if self.step < self._parts.settling:
+                history.keep_newest()
+            elif branch.recorded == _FIRST_OUT and len(history) > _FIRST_OUT:
                 history.drop_oldest()
         branch.recorded += bool(self._residuals)
 
@@ -145,6 +147,23 @@ class TransformerCall:
         for detours in self._model.detours:
             for detour in detours:
                 detour.close()
+
+    def cut_off(self) -> None:
+        """Ends a call whose patch was taken off meanwhile; what it has computed is of no use to anybody.
+
+        Raises:
+            UnsupportedModelError: The call was to be skipped, and the rest of its blocks have run on what came in.
+        """
+        if self._passing is not None:
+            self._end_passing(self._passing)
+        is_whole = self._decision is None or self._decision.compute or self._order.is_complete
+        self.abandon()
+        if not is_whole:
+            raise UnsupportedModelError(
+                f"the cache was taken off {type(self._module).__name__} in the middle of a skipped call, so that its "
+                "output is neither predicted nor computed. Remove or replace a patch between the steps of a run, in "
+                "callback_on_step_end for example, or between runs."
+            )
 
     def _decide(self, call: Call) -> Decision:
         branch, policy, measurement = self._branch, self._policy, self._measurement

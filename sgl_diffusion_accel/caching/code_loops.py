@@ -7,14 +7,14 @@ is a `FOR_ITER` that stores its targets, and what it runs over was put together 
 from __future__ import annotations
 
 import dis
-import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import CodeType
 
 _ENDS = ("RETURN_VALUE", "RETURN_CONST", "RAISE_VARARGS", "RERAISE")
 _GOES_ON = ("JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT")  # and nowhere else
 _HANDLERS = ("SETUP_",)  # Python 3.10: where an exception goes, which is no path of the loop
+_LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD")
 _STORES = ("STORE_FAST", "STORE_DEREF", "STORE_NAME", "STORE_GLOBAL")
 
 
@@ -25,16 +25,17 @@ class CodeLoop:
     Attributes:
         targets: Variables that a `for` sets at each turn, in order; empty for a `while`.
         stored: All variables that are set inside of it, the targets included.
+        fresh: Those that are set in each turn before the instruction that was asked about, whichever way it is reached;
+            what the others hold may be from an earlier turn.
         names: Variables, attributes and functions that its iterable is made from.
         is_plain: Whether the iterable holds no number and no slice, so that it begins where what it names begins.
-        body: Offsets of its instructions.
     """
 
     targets: tuple[str, ...]
     stored: frozenset[str]
+    fresh: frozenset[str]
     names: frozenset[str]
     is_plain: bool
-    body: frozenset[int]
 
 
 _MOST_KNOWN = 1024
@@ -60,29 +61,61 @@ def loops_around(code: CodeType, offset: int) -> tuple[CodeLoop, ...] | None:
     return known[1]
 
 
+_known_names: dict[int, tuple[CodeType, frozenset[str]]] = {}
+
+
+def sets(code: CodeType, name: str) -> bool:
+    """Whether a function sets a variable anywhere; an argument that it does not set is what its caller gave."""
+    known = _known_names.get(id(code))
+    if known is None:
+        if len(_known_names) >= _MOST_KNOWN:
+            _known_names.clear()
+        names = frozenset(each for one in dis.get_instructions(code) for each in _stored_by(one))
+        known = _known_names[id(code)] = (code, names)
+    return name in known[1]
+
+
 def _loops_around(code: CodeType, offset: int) -> tuple[CodeLoop, ...] | None:
-    loops, reached = _loops(code)
+    graph = _graph(code)
     # A call that is under way is told by an offset within its instruction, since Python 3.11 behind its start.
-    start = max((each for each in reached if each <= offset), default=-1)
-    if any(start < each.offset <= offset for each in dis.get_instructions(code)):
+    index = max((i for i, each in enumerate(graph.instructions) if each.offset <= offset), default=0)
+    if index not in graph.reached:
         return None
-    return tuple(sorted((loop for loop in loops if start in loop.body), key=lambda loop: len(loop.body)))
+    around = sorted(
+        (head for head, body in graph.loops.items() if index in body), key=lambda head: len(graph.loops[head])
+    )
+    return tuple(_loop(graph, head, index) for head in around)
 
 
-@functools.lru_cache(maxsize=256)
-def _loops(code: CodeType) -> tuple[tuple[CodeLoop, ...], frozenset[int]]:
-    """The loops of a function, and the offsets of what is reached without an exception."""
+@dataclass(frozen=True)
+class _Graph:
+    """The ways through a function.
+
+    Attributes:
+        instructions: Its bytecode.
+        following: Where each instruction may go on to, but for exceptions, by index.
+        reached: Instructions that are reached without an exception.
+        loops: The first instruction of each loop to all of its instructions.
+    """
+
+    instructions: list[dis.Instruction]
+    following: list[list[int]]
+    reached: set[int]
+    loops: dict[int, set[int]]
+
+
+def _graph(code: CodeType) -> _Graph:
     instructions = list(dis.get_instructions(code))
     at = {each.offset: index for index, each in enumerate(instructions)}
     following = [list(_successors(instructions, index, at)) for index in range(len(instructions))]
-    reached = _reachable(following)
+    reached = _reachable(following, 0)
     ends: dict[int, set[int]] = {}  # head of each loop to where it is jumped back from
     for index in reached:
         for successor in following[index]:
             if successor <= index:
                 ends.setdefault(successor, set()).add(index)
-    loops = tuple(_loop(instructions, head, _body(head, tails, following, reached)) for head, tails in ends.items())
-    return loops, frozenset(instructions[index].offset for index in reached)
+    loops = {head: _body(head, tails, following, reached) for head, tails in ends.items()}
+    return _Graph(instructions, following, reached, loops)
 
 
 def _successors(instructions: list[dis.Instruction], index: int, at: dict[int, int]) -> Iterator[int]:
@@ -97,11 +130,12 @@ def _successors(instructions: list[dis.Instruction], index: int, at: dict[int, i
         yield index + 1
 
 
-def _reachable(following: list[list[int]]) -> set[int]:
-    reached, waiting = set(), [0]
+def _reachable(following: list[list[int]], start: int, without: Collection[int] = ()) -> set[int]:
+    """What is reached from an instruction, on ways that lead over none of some others."""
+    reached, waiting = set(), [start]
     while waiting:
         index = waiting.pop()
-        if index not in reached:
+        if index not in reached and index not in without:
             reached.add(index)
             waiting += following[index]
     return reached
@@ -122,21 +156,26 @@ def _body(head: int, tails: set[int], following: list[list[int]], reached: set[i
     return body
 
 
-def _loop(instructions: list[dis.Instruction], head: int, body: set[int]) -> CodeLoop:
-    while instructions[head].opname == "EXTENDED_ARG":  # of a body that is long: the jump goes to this prefix
-        head += 1
-    is_for = instructions[head].opname == "FOR_ITER"
-    targets = tuple(_targets(instructions, head + 1)) if is_for else ()
-    stored = {name for index in body for name in _stored_by(instructions[index])}
-    iterable = _iterable(instructions, head) if is_for else []
-    names = {str(one.argval) for one in iterable if one.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL"))}
-    names |= {str(one.argval) for one in iterable if one.opname.startswith(("LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD"))}
+def _loop(graph: _Graph, head: int, index: int) -> CodeLoop:
+    """What is to be known of a loop, for an instruction in it."""
+    instructions, body, begin = graph.instructions, graph.loops[head], head
+    while instructions[begin].opname == "EXTENDED_ARG":  # of a body that is long: the jump goes to this prefix
+        begin += 1
+    is_for = instructions[begin].opname == "FOR_ITER"
+    targets = tuple(_targets(instructions, begin + 1)) if is_for else ()
+    stores: dict[str, set[int]] = {}
+    for each in body:
+        for name in _stored_by(instructions[each]):
+            stores.setdefault(name, set()).add(each)
+    within = [[after for after in following if after in body and after != head] for following in graph.following]
+    fresh = {name for name, where in stores.items() if index not in _reachable(within, head, where)}
+    iterable = _iterable(instructions, begin) if is_for else []
+    names = {str(one.argval) for one in iterable if one.opname.startswith(_LOADS)}
     is_plain = not any(
         "SLICE" in one.opname or (one.opname.startswith("LOAD_CONST") and isinstance(one.argval, (int, slice)))
         for one in iterable
     )
-    offsets = frozenset(instructions[index].offset for index in body)
-    return CodeLoop(targets, frozenset(stored), frozenset(names), is_plain and bool(iterable), offsets)
+    return CodeLoop(targets, frozenset(stores), frozenset(fresh), frozenset(names), is_plain and bool(iterable))
 
 
 def _stored_by(one: dis.Instruction) -> tuple[str, ...]:

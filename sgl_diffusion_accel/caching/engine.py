@@ -130,6 +130,9 @@ class Controller(PatchHandler):
         """Ends a transformer call: what it computed enters the history."""
         if token is not None:
             self._threads.current = None
+            if not self.patch.is_in_place:
+                token.cut_off()
+                return output
             try:
                 token.finish()
                 self._observe(token, output)

@@ -14,7 +14,9 @@ there alone.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+import numbers
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -22,11 +24,15 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.checks import real
+from sgl_diffusion_accel.caching.code_loops import loops_around
+from sgl_diffusion_accel.caching.step_proof import Schedule
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
+from sgl_diffusion_accel.frames import Place, asking, entering, frames_from
 
 _TYPE = "for t in denoising_steps(scheduler.timesteps, scheduler=scheduler):"
 _ALLOWED = "a tensor of one dimension, such as scheduler.timesteps, or a list of numbers, one a step"
@@ -58,7 +64,9 @@ class StepIterator:
         boundary: The timestep below which a second transformer takes over, or None.
         step: Index of the step that is under way; -1 before the first.
         timestep: What the loop was given for it.
-        frame: Identity of the frame that asked for it.
+        place: The frame that asked for it; None before the first.
+        is_run_in_place: Whether calls come from the frame that asks for the steps itself.
+        begun: When it began, and `moved`: when it moved last, in a count of all moves.
     """
 
     def __init__(
@@ -70,9 +78,11 @@ class StepIterator:
         self.boundary = boundary
         self.step = -1
         self.timestep: Any = None
-        self.frame = 0
-        self._is_in_generator = False
+        self.place: Place | None = None
+        self.is_run_in_place = False
+        self.begun = self.moved = 0
         self._given = given
+        self._called: set[int] = set()  # modules of calls that were placed though no frame tells of them
 
     def __iter__(self) -> StepIterator:
         return self
@@ -83,41 +93,58 @@ class StepIterator:
             self.step, self.timestep = len(self._given), None
             _entered.set(others)
             raise StopIteration
-        frame = sys._getframe(1)
         self.step += 1
         self.timestep = self._given[self.step]
-        self.frame = id(frame)
-        self._is_in_generator = bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
+        self.place = asking()
+        self.moved = next(_moves)
+        self.begun = self.begun or self.moved
+        self._called.clear()
         _entered.set((*others, weakref.ref(self)))
         return self.timestep
+
+    def step_in(self, frame: FrameType) -> int:
+        """The step that the frame which runs the loop is at: `pairwise` asks for one more than it hands out first."""
+        loops = loops_around(frame.f_code, frame.f_lasti) or ()
+        return self.step - 1 if any("pairwise" in loop.names for loop in loops) else self.step
 
     def is_around(self, frame: FrameType | None) -> bool:
         """Whether a call from a frame, which is in none that asked for a step, belongs to the loop.
 
         An ordinary function that asked for the step has returned since, or waits for a call that it has made in another
-        thread: the loop goes on. A generator may have stopped: it is asked for, or whoever it has passed the step on to
-        (a progress bar is a generator, too).
+        thread: the loop goes on. A generator may have stopped: then it is looked for, or whoever it gave the step to.
         """
-        if not self._is_in_generator:
+        if self.place is None or not self.place.may_stop:
             return True
-        while frame is not None:
-            if frame.f_code.co_nlocals and any(_is_or_has(value, self.timestep) for value in _values_of(frame)):
-                return True
-            frame = frame.f_back
-        return False
+        if self.is_run_in_place:  # whoever goes on meanwhile does so for his own ends
+            return False
+        schedule = Schedule(self.timesteps)
+        return any(self._is_at(value, schedule) for each in frames_from(frame) for value in _values_of(each))
+
+    def _is_at(self, value: Any, schedule: Schedule) -> bool:
+        if type(value) is tuple and len(value) <= _MOST_IN_A_TUPLE:
+            return any(self._is_at(each, schedule) for each in value)
+        if isinstance(value, Tensor):
+            return value is self.timestep or schedule.index_of(value) == self.step
+        return isinstance(value, float) and value is self.timestep
+
+    def is_new(self, module: object) -> bool:
+        """Whether a call without a name is the first in this step; asked where no frame tells that it is of the loop.
+
+        A loop that was left in the middle, and is kept by somebody, must not take the calls of others for its own.
+        """
+        is_new = id(module) not in self._called
+        self._called.add(id(module))
+        return is_new
 
 
+_moves = itertools.count(1)
 _MOST_IN_A_TUPLE = 8
-
-
-def _is_or_has(value: Any, timestep: Any) -> bool:
-    if type(value) is tuple and len(value) <= _MOST_IN_A_TUPLE:
-        return any(each is timestep for each in value)
-    return value is timestep
 
 
 def _values_of(frame: FrameType) -> list[Any]:
     """Values of a frame's variables, without a snapshot of them left on the frame."""
+    if not frame.f_code.co_nlocals:
+        return []
     local = frame.f_locals
     values = list(local.values())
     if sys.version_info < (3, 13) and sys.getrefcount(local) <= _OWN_REFERENCES and frame.f_code.co_flags & _OPTIMIZED:
@@ -173,11 +200,14 @@ def denoising_steps(
         ...         noise = noise * 4.0 - 3.0 * pipe.transformer(latents, t, no_text).sample
         ...     latents = pipe.scheduler.step(noise, t, latents).prev_sample
     """
-    schedule = _schedule(timesteps)
+    given: Any = timesteps
+    if isinstance(given, np.ndarray) and given.ndim == 1:
+        given = given.tolist()
+    schedule = _schedule(given)
     if scheduler is not None:
-        if not callable(getattr(scheduler, "step", None)):
+        if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
             raise ConfigTypeError(
-                f"scheduler is a {type(scheduler).__name__}; allowed: a scheduler of diffusers, or what has a step() "
+                f"scheduler is a {_kind(scheduler)}; allowed: a scheduler of diffusers, or what has a step() "
                 f"like it. Type: {_TYPE}"
             )
         known = getattr(scheduler, "timesteps", None)
@@ -186,7 +216,13 @@ def denoising_steps(
                 f"there are {len(schedule)} timesteps, and the scheduler has {len(known)}: set them first, with "
                 f"scheduler.set_timesteps({len(schedule)})."
             )
-    return DenoisingSteps(timesteps, schedule, scheduler, _number("guidance", guidance), _number("boundary", boundary))
+    given = given if isinstance(given, Tensor) else tuple(given)  # a list may change while the loop runs
+    return DenoisingSteps(given, schedule, scheduler, _number("guidance", guidance), _number("boundary", boundary))
+
+
+def _kind(given: object) -> str:
+    """What something is, for an error."""
+    return f"class, {given.__name__}" if isinstance(given, type) else type(given).__name__
 
 
 def _number(name: str, given: Any) -> float | None:
@@ -203,21 +239,24 @@ def _schedule(given: Any) -> Tensor:
     if callable(getattr(given, "set_timesteps", None)):
         raise ConfigTypeError(f"timesteps is a scheduler; allowed: {_ALLOWED}. Type: {_TYPE}")
     if isinstance(given, Tensor):
-        if given.ndim != 1:
-            raise ConfigTypeError(f"timesteps has the shape {list(given.shape)}; allowed: {_ALLOWED}.")
+        if given.ndim != 1 or given.is_complex() or given.dtype == torch.bool:
+            shown = f"the shape {list(given.shape)} and {given.dtype}"
+            raise ConfigTypeError(f"timesteps has {shown}; allowed: {_ALLOWED}.")
         schedule = given
-    elif isinstance(given, (str, bytes)) or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+    elif isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
+        wrong = [each for each in given if isinstance(each, bool) or not isinstance(each, numbers.Real)]
+        if wrong:
+            raise ConfigTypeError(f"timesteps holds {wrong[0]!r}, which is no number; allowed: {_ALLOWED}.")
+        schedule = torch.tensor([float(each) for each in given], dtype=torch.float32)
+    else:
         raise ConfigTypeError(
             f"timesteps is a {type(given).__name__}; allowed: {_ALLOWED}. Where it is an iterator, type: "
             "denoising_steps(list(timesteps))"
         )
-    else:
-        try:
-            schedule = torch.tensor([float(each) for each in given], dtype=torch.float32)
-        except (TypeError, ValueError):
-            raise ConfigTypeError(f"timesteps holds what is no number; allowed: {_ALLOWED}.") from None
     if len(schedule) == 0:
         raise ConfigError(f"timesteps is empty; allowed: {_ALLOWED}.")
+    if schedule.device.type == "cpu" and not bool(schedule.isfinite().all()):
+        raise ConfigError("timesteps holds a number that is not finite.")
     return schedule
 
 
@@ -226,15 +265,21 @@ class NamedBranch:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.frame = 0
+        self._places: list[Place] = []
+
+    @property
+    def place(self) -> Place:
+        """The frame that has entered it."""
+        return self._places[-1]
 
     def __enter__(self) -> NamedBranch:
-        self.frame = id(sys._getframe(1))
+        self._places.append(entering())
         _branches.set((*_branches.get(), self))
         return self
 
     def __exit__(self, *_: object) -> None:
         # Not by a token: a generator may be closed in another context than it was begun in.
+        self._places.pop()
         entered = list(_branches.get())
         if self in entered:
             del entered[len(entered) - 1 - entered[::-1].index(self)]

@@ -154,7 +154,7 @@ def gap_control(
     settings = GapSettings(tolerance, warm_up=0, interpolation=1.0, propagation=3.0)
 
     def policy(run: Run) -> Policy:
-        response = response_of(run.scheduler, run.total) if tolerance > 0 else None
+        response = response_of(run.scheduler, run.total, run.first) if tolerance > 0 else None
         final = np.ones(run.total) if response is None else response[-1]
         passing = None if response is None else passing_influence(response)
         times = run.sigmas() if spacing == "sigma" and tolerance > 0 else None

@@ -52,6 +52,10 @@ class History:
         self.times = self.times[:-1]
         self._differences = self._differences[: max(len(self.times) - 1, 0)]
 
+    def keep_newest(self) -> None:
+        """Forgets all steps but the newest."""
+        self.times, self._differences = self.times[:1], ()
+
     def combine(self, index: int, weights: Sequence[float]) -> Tensor | None:
         """Returns the weighted sum of the kept residuals of one stream.
 

@@ -20,10 +20,12 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from sgl_diffusion_accel.caching.code_loops import loops_around, sets
 from sgl_diffusion_accel.caching.context_loop import loop_of_context
 from sgl_diffusion_accel.caching.explicit import StepIterator, branches_entered, loops_entered
 from sgl_diffusion_accel.caching.given import Kind, switches_on
-from sgl_diffusion_accel.caching.step_proof import proved_step, schedule_of
+from sgl_diffusion_accel.caching.step_proof import Schedule, first_of, proved_step, schedule_of
+from sgl_diffusion_accel.frames import frames_from, key_of
 from sgl_diffusion_accel.intercept import cache_context_of
 from sgl_diffusion_accel.targets import unwrap
 
@@ -33,7 +35,17 @@ _NEGATIVE = re.compile(r"(^|_)(neg|negative|uncond)", re.IGNORECASE)
 _GUIDANCE = ("true_cfg_scale", "current_guidance_scale", "guidance_scale")
 _GUIDANCE_OF = ("_guidance_scale", "guidance_scale")
 _GUIDER_NAME = "__guidance_identifier__"  # under which a guider of diffusers names the branches, "pred_cond", …
+_TIMES = ("timestep", "timesteps", "t", "time", "sigma")
 _CONDITIONING = re.compile(r"prompt|embed|text|cond", re.IGNORECASE)
+
+_NOT_OF_THE_LOOP = (
+    "a loop by denoising_steps is under way, and the call does not come from the function that runs it. Make it there, "
+    "or give each call of a step a branch of its own"
+)
+_SIDE_BY_SIDE = (
+    "several loops by denoising_steps run side by side in one function, and the call is given the timestep of none of "
+    "them, or of several. Give each loop a function of its own"
+)
 
 HOW_TO_PLACE = (
     "For a loop of your own type: for t in denoising_steps(scheduler.timesteps, scheduler=scheduler, guidance=scale): "
@@ -97,11 +109,11 @@ def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         The position, or what is missing for a call that belongs to no known loop or is not proved to be at a step.
     """
     walk = _Walk(module, args, kwargs)
-    own = walk.loops
+    own = walk.places
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if own and id(frame) in own:
-            return walk.of_own_loop(own[id(frame)])
+        if own and key_of(frame) in own:
+            return walk.in_own_loop(frame)
         if _may_be_loop(frame.f_code):
             found = walk.visit(frame)
             if found is not None:
@@ -120,12 +132,13 @@ class _Walk:
         kwargs: Its keyword arguments.
 
     Attributes:
-        loops: The loops of one's own that are under way, by the frame that they run in.
+        places: The frames in which loops of one's own run.
         inner: The frames inside the present one.
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.loops = {loop.frame: loop for loop in loops_entered()}
+        self._loops = loops_entered()
+        self.places = {loop.place.key for loop in self._loops if loop.place is not None}
         self.inner: list[FrameType] = []
         self._module, self._args, self._kwargs = module, args, kwargs
         self._context = cache_context_of(module)
@@ -144,7 +157,7 @@ class _Walk:
             call = self._read(frame, pipeline, local)
         if call is None or (self._helper is not None and pipeline is not self._helper[0]):
             return None
-        if any(_share_memory(loop.timesteps, call.timesteps) for loop in self.loops.values()):
+        if any(_share_memory(loop.timesteps, call.timesteps) for loop in self._loops):
             return None  # a helper of the pipeline that is called in a loop of one's own
         if call.owner is not None:
             return call
@@ -155,15 +168,16 @@ class _Walk:
         scheduler = getattr(pipeline, "scheduler", None)
         state = local.get("block_state")
         given = (*self._args, *self._kwargs.values())
-        timesteps = local.get("timesteps") if state is None else state.timesteps
+        known = getattr(scheduler, "timesteps", None)
+        timesteps = _schedule_in(frame, local, known) if state is None else state.timesteps
         if not _is_timesteps(timesteps) or any(timesteps is value for value in given):
-            timesteps = getattr(scheduler, "timesteps", None)  # the local ones are missing, or those of this step alone
+            timesteps = known  # the local ones are missing, or those of this step alone
         if not _is_timesteps(timesteps):
             self._miss(frame, pipeline, "has no timesteps that are a tensor")
             return None
         step = self._context[1].get("step_index") if self._context else None
         if type(step) is not int:
-            step = proved_step(frame, local, schedule_of(timesteps, scheduler), given)
+            step = proved_step(frame, local, schedule_of(timesteps, scheduler), self._times())
         if step is None:
             self._miss(frame, pipeline, "has no variable that proves the step: an element of its timesteps")
             return None
@@ -184,6 +198,10 @@ class _Walk:
             switches=switches_on(local),
         )
 
+    def _times(self) -> list[Any]:
+        """What the transformer is given that may be its timestep; others, such as `timestep_r`, are of other steps."""
+        return [*self._args, *(value for name, value in self._kwargs.items() if name in _TIMES)]
+
     def _miss(self, frame: FrameType, pipeline: Any, what: str) -> None:
         self._missing = self._missing or f"{type(pipeline).__name__}.{frame.f_code.co_name} {what}"
 
@@ -191,11 +209,15 @@ class _Walk:
         """The branch's name, if the pipeline or who wrote its method has set one inside its loop."""
         if self._context:
             return self._context[0].removeprefix("pred_")
-        entered = list(branches_entered())
-        within = {id(frame), *map(id, self.inner)} if entered else set()
-        named = next((each.name for each in entered if each.frame in within), None)
+        named = self._branch_entered(frame)
         guider = getattr(local.get("guider_state_batch"), _GUIDER_NAME, None)
         return named or (guider.removeprefix("pred_") if isinstance(guider, str) else None)
+
+    def _branch_entered(self, frame: FrameType) -> str | None:
+        """The innermost branch that was entered in a frame, or inside of it."""
+        entered = list(branches_entered())
+        within = {key_of(each) for each in (*self.inner, frame)} if entered else set()
+        return next((each.name for each in entered if each.place.key in within), None)
 
     def _branch_read(self, pipeline: Any, local: Mapping[str, Any]) -> str:
         """The branch by the name of the component that is called, else of the conditioning that it is given."""
@@ -208,22 +230,48 @@ class _Walk:
         """Where the call is when no frame has told it at once."""
         if self._helper is not None:
             return self._helper[1]
-        for loop in reversed(self.loops.values()):
+        for loop in reversed(self._loops):
             if loop.is_around(frame):
-                return self.of_own_loop(loop)
+                call = self._of_own_loop(loop, loop.step, self._branch_around())
+                is_named = not call.passed
+                if is_named or loop.is_new(self._module):
+                    return call
+        if self._loops and self._missing is None:
+            return Unplaced(_NOT_OF_THE_LOOP)
         if self._context is not None and (self._missing is None or "num_inference_steps" in self._context[1]):
             return self._of_context(*self._context)
         return Unplaced(
             self._missing or "it comes from no method of a diffusers pipeline that loops over its timesteps"
         )
 
-    def of_own_loop(self, loop: StepIterator) -> LoopCall:
-        """A call in a loop that says itself where it is."""
-        name = self._context[0] if self._context else next((each.name for each in branches_entered()), None)
+    def in_own_loop(self, frame: FrameType) -> LoopCall | Unplaced:
+        """A call in a frame that runs a loop, or several, that say themselves where they are."""
+        key = key_of(frame)
+        loops = [loop for loop in self._loops if loop.place is not None and loop.place.key == key]
+        loop = max(loops, key=lambda each: each.begun)
+        if any(other.moved > loop.begun for other in loops if other is not loop):  # side by side, not in one another
+            mine = [each for each in loops if _is_given_step_of(each, (*self._args, *self._kwargs.values()))]
+            if len(mine) != 1:
+                return Unplaced(_SIDE_BY_SIDE)
+            (loop,) = mine
+        loop.is_run_in_place = True
+        call = self._of_own_loop(loop, loop.step_in(frame), self._branch_around())
+        is_left = loops_around(frame.f_code, frame.f_lasti) == ()  # it was stepped by hand, and may be over
+        return Unplaced(_NOT_OF_THE_LOOP) if is_left and call.passed and not loop.is_new(self._module) else call
+
+    def _branch_around(self) -> str | None:
+        """The innermost branch that is around the call. A generator that has stopped inside of one is none."""
+        entered = list(branches_entered())
+        stops = any(each.place.may_stop for each in entered)
+        around = {key_of(each) for each in frames_from(sys._getframe(1))} if stops else set()
+        return next((each.name for each in entered if not each.place.may_stop or each.place.key in around), None)
+
+    def _of_own_loop(self, loop: StepIterator, step: int, branch: str | None) -> LoopCall:
+        name = self._context[0] if self._context else branch
         return LoopCall(
             loop=loop,
             total=len(loop.timesteps),
-            step=loop.step,
+            step=step,
             branch=name or "cond",
             timesteps=loop.timesteps,
             scheduler=loop.scheduler,
@@ -356,7 +404,36 @@ def guidance_of(pipeline: Any, local: Mapping[str, Any]) -> float | None:
 
 
 def _is_timesteps(candidate: object) -> TypeGuard[Tensor]:
-    return isinstance(candidate, Tensor) and candidate.ndim == 1 and len(candidate) > 0
+    if not isinstance(candidate, Tensor) or candidate.ndim != 1 or len(candidate) == 0:
+        return False
+    return len(candidate) == 1 or candidate.stride(0) != 0  # else one timestep for each sample
+
+
+def _schedule_in(frame: FrameType, local: Mapping[str, Any], known: Any) -> Any:
+    """A function's `timesteps`, unless they are those of a batch.
+
+    They are, where the loop over the scheduler's sets them at each turn, or where they are an argument and no part of
+    the scheduler's.
+    """
+    timesteps = local.get("timesteps")
+    if not _is_timesteps(timesteps) or not _is_timesteps(known):
+        return timesteps
+    code = frame.f_code
+    is_given = "timesteps" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    if is_given and not sets(code, "timesteps") and first_of(timesteps, known) is None:
+        return None
+    schedule = Schedule(known)
+    loops = loops_around(code, frame.f_lasti) or ()
+    over_steps = (loop for loop in loops if schedule.has_any(local.get(name) for name in loop.fresh))
+    step_loop = next(over_steps, None)  # the innermost of them
+    return None if step_loop is not None and "timesteps" in step_loop.stored else timesteps
+
+
+def _is_given_step_of(loop: StepIterator, given: tuple[Any, ...]) -> bool:
+    """Whether a call is given the timestep that a loop is at."""
+    schedule = Schedule(loop.timesteps)
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    return any(value is loop.timestep or schedule.index_of(value) == loop.step for value in tensors)
 
 
 def _share_memory(one: Tensor, other: Tensor | None) -> bool:

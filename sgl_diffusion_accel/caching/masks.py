@@ -64,6 +64,11 @@ class StepsMask:
             raise unknown_name("steps_mask preset", name, PRESETS)
         return cls(_preset=name)
 
+    @property
+    def is_late(self) -> bool:
+        """Whether it is one of those that compute ever more densely towards the end."""
+        return bool(self._share) or self._preset.startswith("late-")
+
     @classmethod
     def late(cls, share: Any) -> StepsMask:
         """Returns a mask that computes a share of the steps, the first three and then ever more densely to the end.

@@ -25,6 +25,12 @@ class BlockOrder:
         """Whether any block has been called."""
         return bool(self._lists)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all blocks of all lists have been called."""
+        counts = [blocks.count for blocks in self._model.parts.layout.lists]
+        return [self._lists.get(index) for index in range(len(counts))] == [count - 1 for count in counts]
+
     def enter(self, list_index: int, index: int) -> None:
         """Notes that a block is called.
 

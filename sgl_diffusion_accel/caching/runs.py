@@ -6,12 +6,14 @@ import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.given import Kind
 from sgl_diffusion_accel.caching.loop import LoopCall
+from sgl_diffusion_accel.caching.step_proof import first_of
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
 
@@ -23,6 +25,30 @@ class Kept(ABC):
         """Bytes of the tensors that are kept."""
 
 
+@dataclass
+class _Passed:
+    """A tensor that a transformer was called with.
+
+    Attributes:
+        key: Its identity.
+        tensor: The tensor.
+        step: At which it came first.
+        branches: To which it was passed.
+        is_lasting: Whether it came at a later step as well, as conditioning does.
+    """
+
+    key: int
+    tensor: weakref.ref[Tensor]
+    step: int
+    branches: set[str] = field(default_factory=set)
+    is_lasting: bool = False
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """What a prompt has in common with another one, which may be longer."""
+    return tensor.ndim, tensor.dtype, tensor.shape[-1:]
+
+
 class Run:
     """One pass through a denoising loop.
 
@@ -32,6 +58,7 @@ class Run:
         guidance: The scale with which the pipeline combines the branches at the present step, None where unknown.
         boundary: The timestep below which a second transformer takes over, None if there is none.
         given: Of what kind is what the transformer is given at the present call.
+        first: Where in the scheduler's timesteps those of the run begin; None where that is not known.
         ends_with_loop: Whether its end is sure to be seen, since the loop itself ends then.
     """
 
@@ -41,6 +68,9 @@ class Run:
         self.guidance: float | None = None
         self.boundary = call.boundary
         self.given: Kind = frozenset()
+        self.first: int | None = None
+        if call.timesteps is not None:
+            self.first = first_of(call.timesteps, getattr(call.scheduler, "timesteps", None))
         self.ends_with_loop = call.owner is call.loop
         self._loop = weakref.ref(call.loop)
         self._timesteps = weakref.ref(call.timesteps) if call.timesteps is not None else lambda: None
@@ -48,7 +78,7 @@ class Run:
         self._owner = weakref.ref(call.owner) if _has_weakrefs(call.owner) else None
         self._step = -1
         self._called: set[tuple[int, str]] = set()
-        self._conditioning: dict[int, tuple[weakref.ref[Tensor], set[str]]] = {}
+        self._conditioning: dict[int, _Passed] = {}
 
     @property
     def scheduler(self) -> Any:
@@ -101,32 +131,49 @@ class Run:
         if call.step != self._step:
             self._step = call.step
             self._called.clear()
-            self._conditioning = {key: known for key, known in self._conditioning.items() if known[0]() is not None}
+            self._conditioning = {key: each for key, each in self._conditioning.items() if each.tensor() is not None}
         branch = self._branch_of(id(module), call)
         self._called.add((id(module), branch))
         for tensor in call.passed:
-            self._labels(tensor).add(branch)
+            passed = self._passed(tensor)
+            passed.branches.add(branch)
+            passed.is_lasting |= passed.step < call.step
         return call.step, branch
 
     def _branch_of(self, module: int, call: LoopCall) -> str:
-        """The branch whose conditioning is passed, else the first of the call's name that is free in this step."""
+        """The branch whose conditioning is passed, else the first of the call's name that is free in this step.
+
+        A name is not free for another prompt: where something new comes in the place of what was passed to its calls
+        alone, at several steps, and is still there.
+        """
+        passed = {id(tensor) for tensor in call.passed}
+        new = {_form(tensor) for tensor in call.passed if self._is_new(tensor)}
+        others: set[str] = set()
+        for each in self._conditioning.values():
+            held = each.tensor() if each.is_lasting and len(each.branches) == 1 and each.key not in passed else None
+            if held is not None and _form(held) in new:
+                others |= each.branches
 
         def free(label: str) -> bool:
-            return (module, label) not in self._called
+            return (module, label) not in self._called and label not in others
 
-        known = [labels for labels in map(self._labels, call.passed) if len(labels) == 1]
+        known = [each.branches for each in map(self._passed, call.passed) if len(each.branches) == 1]
         tied = {label for label in set().union(*known) if label.partition("#")[0] == call.branch and free(label)}
         if len(tied) == 1:
             return tied.pop()
         names = (call.branch if n == 1 else f"{call.branch}#{n}" for n in itertools.count(1))
         return next(filter(free, names))
 
-    def _labels(self, tensor: Tensor) -> set[str]:
-        """The branches to which a tensor has been passed."""
+    def _is_new(self, tensor: Tensor) -> bool:
         known = self._conditioning.get(id(tensor))
-        if known is None or known[0]() is not tensor:
-            known = self._conditioning[id(tensor)] = (weakref.ref(tensor), set())
-        return known[1]
+        return known is None or known.tensor() is not tensor
+
+    def _passed(self, tensor: Tensor) -> _Passed:
+        """What is known of a tensor that is passed."""
+        known = self._conditioning.get(id(tensor))
+        if known is None or self._is_new(tensor):
+            known = self._conditioning[id(tensor)] = _Passed(id(tensor), weakref.ref(tensor), self._step)
+        return known
 
     def sigmas(self) -> list[float]:
         """The noise level at each step: the scheduler's sigmas, or the timesteps where it has none.
@@ -140,7 +187,8 @@ class Run:
             timesteps = self.timesteps
             values = getattr(self._scheduler(), "sigmas", None)
             if isinstance(values, Tensor) and len(values) > self.total:
-                values = values[-self.total - 1 : -1]  # one more than steps, the last of them 0
+                first = self.first if self.first is not None else len(values) - 1 - self.total  # the last of them is 0
+                values = values[first : first + self.total]
             else:
                 values = timesteps
             self.data["sigmas"] = values.tolist()

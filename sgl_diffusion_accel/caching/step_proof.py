@@ -19,6 +19,10 @@ from torch import Tensor
 from sgl_diffusion_accel.caching.code_loops import CodeLoop, loops_around
 
 _COUNTING = {"enumerate", "range", "len", "timesteps", "self", "scheduler", "tolist", "cpu", "progress_bar", "tqdm"}
+_COUNT = "num_inference_steps"
+_CURRENT = ("t", "timestep", "t_cur", "t_curr", "cur_t", "current_timestep", "sigma", "time")
+"""Names under which a function holds the timestep that it is at. One that is held under another name may be the next
+one, or the one before."""
 
 
 class Schedule:
@@ -53,12 +57,31 @@ class Schedule:
                     return index
         return None
 
+    def has_any(self, candidates: Iterable[object]) -> bool:
+        """Whether one of several things is of a step."""
+        return any(isinstance(each, Tensor) and self.index_of(each) is not None for each in candidates)
+
 
 def schedule_of(timesteps: Tensor, scheduler: Any) -> Schedule:
-    """A schedule with the noise levels of its scheduler, if they belong to it."""
+    """A schedule with the noise levels of its scheduler, if it is sure which of them belong to it."""
     sigmas = getattr(scheduler, "sigmas", None)
-    fits = isinstance(sigmas, Tensor) and sigmas.ndim == 1 and len(sigmas) > len(timesteps)
-    return Schedule(timesteps, sigmas if fits else None)
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
+        return Schedule(timesteps)
+    known = getattr(scheduler, "timesteps", ())
+    first = 0 if len(known) == len(timesteps) else first_of(timesteps, known)
+    if first is None or len(sigmas) != len(known) + 1:
+        return Schedule(timesteps)
+    return Schedule(timesteps, sigmas[first : first + len(timesteps) + 1])
+
+
+def first_of(timesteps: Tensor, known: Any) -> int | None:
+    """Where in a scheduler's timesteps those of a run begin, told by where they lie in memory; None if they do not."""
+    if not isinstance(known, Tensor) or known.ndim != 1 or known.dtype != timesteps.dtype:
+        return None
+    if _memory_of(known) != _memory_of(timesteps) or timesteps.stride(0) != known.stride(0) or not known.stride(0):
+        return None
+    first = int(timesteps.storage_offset() - known.storage_offset()) // known.stride(0)
+    return first if 0 <= first <= len(known) - len(timesteps) else None
 
 
 def proved_step(frame: FrameType, local: Mapping[str, Any], schedule: Schedule, passed: Iterable[Any]) -> int | None:
@@ -71,22 +94,36 @@ def proved_step(frame: FrameType, local: Mapping[str, Any], schedule: Schedule, 
         passed: What the transformer is given.
 
     Returns:
-        The step, or None where nothing proves one.
+        The step, or None where nothing proves one, or one thing speaks against another.
     """
     loops = loops_around(frame.f_code, frame.f_lasti)
-    found = _indices(schedule, [local.get(name) for loop in loops or () for name in loop.targets])
-    if len(found) == 1 or (len(found) == 2 and found[1] == found[0] + 1):  # the second a loop over pairs of neighbours
-        return found[0]
-    found = _indices(schedule, passed)
-    if len(found) == 1 or loops is None:
-        return found[0] if len(found) == 1 else None
-    # A function without a loop around the call has been given the step by its caller: any of its variables tells.
-    names: Iterable[str] = {name for loop in loops for name in loop.stored} if loops else local
-    found = _indices(schedule, [local.get(name) for name in names])
-    if found:
-        return found[0] if len(found) == 1 else None
+    targets = _indices(schedule, [local.get(name) for loop in loops or () for name in loop.targets])
+    if len(targets) == 2 and targets[1] == targets[0] + 1:  # a loop over pairs of neighbours
+        targets = targets[:1]
+    given = _indices(schedule, passed)
+    if len(targets) == 1 and (not given or targets[0] in given):  # a model may be told the next step as well
+        return targets[0]
+    if targets or given or loops is None:
+        return given[0] if len(given) == 1 and not targets else None
+    held = _by_name(loops, local, schedule)
+    if held is not None:
+        return held
     step = _by_value(loops, local, schedule.timesteps)
     return _by_index(loops, local, schedule) if step is None else step
+
+
+def _by_name(loops: Sequence[CodeLoop], local: Mapping[str, Any], schedule: Schedule) -> int | None:
+    """The step of an element that a variable holds, set in this turn or given by the caller.
+
+    It counts under a name that means the present step, or where it is the only one and a loop counts the same.
+    """
+    names: Iterable[str] = {name for loop in loops for name in loop.fresh} if loops else local
+    held = {name: local[name] for name in names if isinstance(local.get(name), Tensor)}
+    indices = {name: index for name, value in held.items() if (index := schedule.index_of(value)) is not None}
+    counted = {local.get(name) for loop in loops for name in loop.targets if type(local.get(name)) is int}
+    found = {index for name, index in indices.items() if name in _CURRENT} or set(indices.values()) & counted
+    is_sure = len(found) == 1 and (len(set(indices.values())) == 1 or any(name in _CURRENT for name in indices))
+    return found.pop() if is_sure else None
 
 
 def _indices(schedule: Schedule, candidates: Iterable[Any]) -> list[int]:
@@ -106,17 +143,19 @@ def _by_value(loops: Sequence[CodeLoop], local: Mapping[str, Any], timesteps: Te
 
 
 def _by_index(loops: Sequence[CodeLoop], local: Mapping[str, Any], schedule: Schedule) -> int | None:
+    """The count of the only loop around the call, if that loop counts the timesteps."""
     if len(loops) != 1 or not loops[0].is_plain:
         return None
     (loop,) = loops
-    others = [local.get(name) for name in loop.names - _COUNTING]
-    is_over_steps = "timesteps" in loop.names or others
-    if not is_over_steps or any(type(each) is not int or each != len(schedule) for each in others):
-        return None
-    if not {"enumerate", "range"} & loop.names:
+    own = local.get("timesteps")
+    lengths = [len(own) if isinstance(own, (Tensor, list, tuple)) else None] if "timesteps" in loop.names else []
+    lengths += [local.get(_COUNT)] if _COUNT in loop.names else []
+    is_over_steps = bool(lengths) and all(length in (None, len(schedule)) for length in lengths)
+    if not is_over_steps or loop.names - _COUNTING - {_COUNT} or not {"enumerate", "range"} & loop.names:
         return None
     index = next((local[name] for name in loop.targets if type(local.get(name)) is int), None)
-    return index if index is not None and 0 <= index < len(schedule) else None
+    speaks_against = any(found != index for found in _indices(schedule, local.values()))
+    return index if index is not None and 0 <= index < len(schedule) and not speaks_against else None
 
 
 def _memory_of(tensor: Tensor) -> int:

@@ -84,7 +84,7 @@ def apply_cache_plan(
         raise no_plan(getattr(pipe, "scheduler", None))
 
     def pace(run: Run) -> PlanPace:
-        response = response_of(run.scheduler, run.total)
+        response = response_of(run.scheduler, run.total, run.first)
         if response is None:
             raise no_plan(run.scheduler)
         timesteps = tuple(map(float, run.timesteps.tolist()))
