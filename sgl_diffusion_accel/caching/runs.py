@@ -147,7 +147,7 @@ class Run:
         alone, at several steps, and is still there.
         """
         passed = {id(tensor) for tensor in call.passed}
-        new = {_form(tensor) for tensor in call.passed if self._is_new(tensor)}
+        new = {_form(tensor) for tensor in call.passed[1:] if self._is_new(tensor)}  # the first is the latents
         others: set[str] = set()
         for each in self._conditioning.values():
             held = each.tensor() if each.is_lasting and len(each.branches) == 1 and each.key not in passed else None
