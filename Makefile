@@ -42,8 +42,9 @@ constraints_of = $(if $(filter $(OLDEST_PYTHON),$(1)),constraints-floors.txt,con
 # What may differ between Pythons: everything is imported, frames and bytecode are read, functions and classes are made
 # again, and one small model runs with every patch, eager and compiled.
 SMOKE := tests/test_public.py tests/test_code_loops.py tests/test_step_proof.py tests/test_loop.py \
-	tests/test_explicit.py tests/test_context_loop.py tests/test_intercept.py tests/test_attention_sites.py \
-	tests/test_attention_patch.py tests/test_exact.py tests/test_compile.py tests/test_profile_window.py
+	tests/test_explicit.py tests/test_context_loop.py tests/test_settling.py tests/test_intercept.py \
+	tests/test_attention_sites.py tests/test_attention_patch.py tests/test_exact.py tests/test_compile.py \
+	tests/test_profile_window.py
 SMOKE_OF := (wan or not (test_attention_patch or test_exact or test_compile)) and not (wan22 or wan_ or wrapper or gaps)
 
 test-pythons:
