@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import CodeType, FrameType
+from typing import Any
 
 FrameKey = tuple[int, int]
 """Identities of a frame and of its code."""
@@ -83,3 +84,29 @@ def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+class Locals:
+    """A frame's local variables, let go of again at the end.
+
+    Before Python 3.13 reading them leaves a snapshot on the frame, which would keep each tensor that it names alive
+    until the next reading: it is emptied, but where the function may have asked for it with `locals()`.
+    """
+
+    def __init__(self, frame: FrameType) -> None:
+        self._frame = frame
+
+    def __enter__(self) -> Mapping[str, Any]:
+        self._mapping = self._frame.f_locals
+        self._is_mine = sys.getrefcount(self._mapping) <= _OWN_REFERENCES  # else the function has called locals()
+        return self._mapping
+
+    def __exit__(self, *_: object) -> None:
+        is_snapshot = sys.version_info < (3, 13) and self._frame.f_code.co_flags & _OPTIMIZED
+        if is_snapshot and self._is_mine:
+            self._mapping.clear()
+        del self._mapping, self._frame
+
+
+_OWN_REFERENCES = 3  # the frame's, the attribute's, and the one that counting makes
+_OPTIMIZED = inspect.CO_OPTIMIZED  # the code of a function, whose locals are not the mapping itself

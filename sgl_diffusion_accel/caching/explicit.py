@@ -13,11 +13,9 @@ there alone.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 import numbers
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -32,7 +30,7 @@ from sgl_diffusion_accel.caching.checks import real
 from sgl_diffusion_accel.caching.code_loops import loops_around
 from sgl_diffusion_accel.caching.step_proof import Schedule
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
-from sgl_diffusion_accel.frames import Place, asking, entering, frames_from
+from sgl_diffusion_accel.frames import Locals, Place, asking, entering, frames_from
 
 _TYPE = "for t in denoising_steps(scheduler.timesteps, scheduler=scheduler):"
 _ALLOWED = "a tensor of one dimension, such as scheduler.timesteps, or a list of numbers, one a step"
@@ -142,18 +140,12 @@ _MOST_IN_A_TUPLE = 8
 
 
 def _values_of(frame: FrameType) -> list[Any]:
-    """Values of a frame's variables, without a snapshot of them left on the frame."""
+    """Values of a frame's variables."""
     if not frame.f_code.co_nlocals:
         return []
-    local = frame.f_locals
-    values = list(local.values())
-    if sys.version_info < (3, 13) and sys.getrefcount(local) <= _OWN_REFERENCES and frame.f_code.co_flags & _OPTIMIZED:
-        local.clear()
-    return values
+    with Locals(frame) as local:
+        return list(local.values())
 
-
-_OWN_REFERENCES = 3  # the frame's, the variable's, and the one that counting makes: nobody has called locals()
-_OPTIMIZED = inspect.CO_OPTIMIZED
 
 _entered: ContextVar[tuple[weakref.ref[StepIterator], ...]] = ContextVar("denoising_steps", default=())
 

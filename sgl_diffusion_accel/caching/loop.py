@@ -25,7 +25,7 @@ from sgl_diffusion_accel.caching.context_loop import loop_of_context
 from sgl_diffusion_accel.caching.explicit import StepIterator, branches_entered, loops_entered
 from sgl_diffusion_accel.caching.given import Kind, switches_on
 from sgl_diffusion_accel.caching.step_proof import Schedule, first_of, proved_step, schedule_of
-from sgl_diffusion_accel.frames import frames_from, key_of
+from sgl_diffusion_accel.frames import Locals, frames_from, key_of
 from sgl_diffusion_accel.intercept import cache_context_of
 from sgl_diffusion_accel.targets import unwrap
 
@@ -147,7 +147,7 @@ class _Walk:
 
     def visit(self, frame: FrameType) -> LoopCall | Unplaced | None:
         """Looks at a frame that may be a pipeline's loop; returns where the call is once that is known."""
-        with _Locals(frame) as local:
+        with Locals(frame) as local:
             pipeline = _pipeline_of(frame.f_code, local)
             if pipeline is None:
                 return None
@@ -321,32 +321,6 @@ def _may_be_loop(code: CodeType) -> bool:
             _known.clear()
         known = _known[id(code)] = (code, may_be)
     return known[1]
-
-
-class _Locals:
-    """A frame's local variables, let go of again at the end.
-
-    Before Python 3.13 reading them leaves a snapshot on the frame, which would keep each tensor that it names alive
-    until the next reading: it is emptied, but where the function may have asked for it with `locals()`.
-    """
-
-    def __init__(self, frame: FrameType) -> None:
-        self._frame = frame
-
-    def __enter__(self) -> Mapping[str, Any]:
-        self._mapping = self._frame.f_locals
-        self._is_mine = sys.getrefcount(self._mapping) <= _OWN_REFERENCES  # else the function has called locals()
-        return self._mapping
-
-    def __exit__(self, *_: object) -> None:
-        is_snapshot = sys.version_info < (3, 13) and self._frame.f_code.co_flags & _OPTIMIZED
-        if is_snapshot and self._is_mine:
-            self._mapping.clear()
-        del self._mapping, self._frame
-
-
-_OWN_REFERENCES = 3  # the frame's, the attribute's, and the one that counting makes
-_OPTIMIZED = 0x0001  # the code object of a function, whose locals are not the mapping itself
 
 
 def _pipeline_of(code: CodeType, local: Mapping[str, Any]) -> Any:
