@@ -97,7 +97,7 @@ def test_calls_that_were_not_placed_are_told_with_what_was_missing():
     assert stats.outside == 4
     text = report.text("Cache-DiT", "", stats)
     assert "3 calls not placed, computed in full: it comes from <nowhere>" in text
-    assert "1 calls not placed, computed in full: its loop is over" in text
+    assert "1 call not placed, computed in full: its loop is over" in text
     assert "denoising_steps(" in text
     assert "3 calls not placed, computed in full: it comes from &lt;nowhere&gt;" in report.html("x", "", stats)
     assert "not placed" in report.html("x", "", Stats(unplaced={"its loop is over": 1}))
@@ -110,9 +110,9 @@ def test_line_says_where_whether_and_how_much():
     stats.add_unplaced("its loop is over")
     line = report.line("Cache-DiT", ["transformer", "transformer_2"], "removed", stats)
     assert line.startswith(
-        "<Cache-DiT on transformer and transformer_2; removed; 1 runs, the last with 55% of the blocks"
+        "<Cache-DiT on transformer and transformer_2; removed; 1 run, the last with 55% of the blocks"
     )
-    assert line.endswith("1 calls not placed in a loop and computed in full: see print(patch)>")
+    assert line.endswith("1 call not placed in a loop and computed in full: see print(patch)>")
 
 
 class Cells(HTMLParser):

@@ -29,9 +29,11 @@ def line(title: str, components: Sequence[str], notice: str, stats: Stats) -> st
     """Returns the one line of `repr(patch)`."""
     parts = [f"{title} on {' and '.join(components)}", notice or "active"]
     if stats.runs:
-        parts.append(f"{stats.started} runs, the last with {stats.runs[-1].compute_share:.0%} of the blocks computed")
+        parts.append(
+            f"{_several(stats.started, 'run')}, the last with {stats.runs[-1].compute_share:.0%} of the blocks computed"
+        )
     if stats.outside:
-        parts.append(f"{stats.outside} calls not placed in a loop and computed in full: see print(patch)")
+        parts.append(f"{_several(stats.outside, 'call')} not placed in a loop and computed in full: see print(patch)")
     return f"<{'; '.join(parts)}>"
 
 
@@ -39,8 +41,14 @@ def unplaced(stats: Stats, otherwise: str = "computed in full") -> list[str]:
     """Tells of the calls that could not be placed, and what to type."""
     if not stats.unplaced:
         return []
-    found = [f"{count} calls not placed, {otherwise}: {missing}" for missing, count in stats.unplaced.items()]
+    found = [
+        f"{_several(count, 'call')} not placed, {otherwise}: {missing}" for missing, count in stats.unplaced.items()
+    ]
     return [*found, HOW_TO_PLACE]
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def html(title: str, notice: str, stats: Stats) -> str:
