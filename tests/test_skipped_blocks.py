@@ -174,7 +174,7 @@ def python_calls_of_a_skipped_step(blocks: int) -> int:
 
 
 def test_a_block_that_is_passed_by_costs_two_python_calls() -> None:
-    """It was about forty: 45 µs a block, which kept the host from feeding a GPU."""
+    """It was 24, and 45 µs a block on the host of an H200, which kept it from feeding the GPU."""
     few, many = python_calls_of_a_skipped_step(10), python_calls_of_a_skipped_step(50)
     assert (many - few) / 40 <= 2
 

@@ -65,7 +65,7 @@ class Session:
             is_new = self.stats.add_unplaced(call.missing)
         if is_new:
             logger.warning(
-                "a call of %s cannot be placed in a denoising loop: %s. Such calls %s. %s.",
+                "a call of %s cannot be placed in a denoising loop: %s. Such calls %s. %s",
                 type(module).__name__, call.missing, self._otherwise, HOW_TO_PLACE,
             )  # fmt: skip
         return None

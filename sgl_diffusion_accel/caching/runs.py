@@ -30,14 +30,12 @@ class _Passed:
     """A tensor that a transformer was called with.
 
     Attributes:
-        key: Its identity.
         tensor: The tensor.
         step: At which it came first.
         branches: To which it was passed.
         is_lasting: Whether it came at a later step as well, as conditioning does.
     """
 
-    key: int
     tensor: weakref.ref[Tensor]
     step: int
     branches: set[str] = field(default_factory=set)
@@ -149,8 +147,8 @@ class Run:
         passed = {id(tensor) for tensor in call.passed}
         new = {_form(tensor) for tensor in call.passed[1:] if self._is_new(tensor)}  # the first is the latents
         others: set[str] = set()
-        for each in self._conditioning.values():
-            held = each.tensor() if each.is_lasting and len(each.branches) == 1 and each.key not in passed else None
+        for key, each in self._conditioning.items():
+            held = each.tensor() if each.is_lasting and len(each.branches) == 1 and key not in passed else None
             if held is not None and _form(held) in new:
                 others |= each.branches
 
@@ -172,7 +170,7 @@ class Run:
         """What is known of a tensor that is passed."""
         known = self._conditioning.get(id(tensor))
         if known is None or self._is_new(tensor):
-            known = self._conditioning[id(tensor)] = _Passed(id(tensor), weakref.ref(tensor), self._step)
+            known = self._conditioning[id(tensor)] = _Passed(weakref.ref(tensor), self._step)
         return known
 
     def sigmas(self) -> list[float]:
