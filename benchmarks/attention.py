@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from sgl_diffusion_accel import environment
-from sgl_diffusion_accel.attention.auto import median_ms
-from sgl_diffusion_accel.attention.backends import all_backends, find_backend
+from sgl_diffusion_accel.attention.backends.registry import all_backends, find_backend
+from sgl_diffusion_accel.attention.backends.requirements import facts_of
+from sgl_diffusion_accel.attention.measured_choice import median_ms
 from sgl_diffusion_accel.attention.redirect import Redirect
-from sgl_diffusion_accel.attention.requirements import facts_of
 from sgl_diffusion_accel.attention.sites import Scope, find_sites, redirected
 from sgl_diffusion_accel.attention.verify import relative_error
 

@@ -29,15 +29,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
 from sgl_diffusion_accel import apply_cache_dit, environment
-from sgl_diffusion_accel.caching.blocks import divide
+from sgl_diffusion_accel.caching.blocks.cached_model import Parts
+from sgl_diffusion_accel.caching.blocks.layout import divide
 from sgl_diffusion_accel.caching.cache_patch import apply_cache
-from sgl_diffusion_accel.caching.cached_model import Parts
-from sgl_diffusion_accel.caching.policies import AccumulatingPolicy
-from sgl_diffusion_accel.caching.polynomial import Polynomial
-from sgl_diffusion_accel.caching.predictors import Reuse
-from sgl_diffusion_accel.caching.signals import ModulatedInput
-from sgl_diffusion_accel.caching.teacache_models import family_of
-from sgl_diffusion_accel.caching.window import Window
+from sgl_diffusion_accel.caching.parts.policies import AccumulatingPolicy
+from sgl_diffusion_accel.caching.parts.predictors import Reuse
+from sgl_diffusion_accel.caching.parts.signals import ModulatedInput
+from sgl_diffusion_accel.caching.teacache.polynomial import Polynomial
+from sgl_diffusion_accel.caching.teacache.skip_window import Window
+from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
 
 RESULT = Path(__file__).parent / "results" / "overhead.json"
 HIDDEN = 1536

@@ -2,23 +2,22 @@
 
 from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
-from sgl_diffusion_accel.attention.backends import register_attention_backend
+from sgl_diffusion_accel.attention.backends.registry import register_attention_backend
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
 from sgl_diffusion_accel.caching.adaptive import apply_adaptive_cache
-from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit
+from sgl_diffusion_accel.caching.cache_dit.apply_cache_dit import apply_cache_dit
+from sgl_diffusion_accel.caching.cache_dit.cache_dit_config import CacheDiTConfig
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
-from sgl_diffusion_accel.caching.config import CacheDiTConfig
-from sgl_diffusion_accel.caching.explicit import branch, denoising_steps
-from sgl_diffusion_accel.caching.magcache import apply_magcache
-from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
-from sgl_diffusion_accel.caching.masks import StepsMask
-from sgl_diffusion_accel.caching.teacache import apply_teacache
-from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients, TeaCacheConfig
-from sgl_diffusion_accel.caching.teacache_fit import fit_teacache
-from sgl_diffusion_accel.calibration.apply import apply_cache_plan
+from sgl_diffusion_accel.caching.magcache.apply_magcache import apply_magcache
+from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
+from sgl_diffusion_accel.caching.parts.masks import StepsMask
+from sgl_diffusion_accel.caching.teacache.apply_teacache import apply_teacache
+from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheCoefficients, TeaCacheConfig
+from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan
 from sgl_diffusion_accel.calibration.calibrate import calibrate
 from sgl_diffusion_accel.calibration.check_plan import check_plan
 from sgl_diffusion_accel.calibration.plan import CachePlan
+from sgl_diffusion_accel.calibration.teacache_fit import fit_teacache
 from sgl_diffusion_accel.comparing.compare import compare
 from sgl_diffusion_accel.comparing.report import ComparisonReport
 from sgl_diffusion_accel.errors import (
@@ -29,6 +28,7 @@ from sgl_diffusion_accel.errors import (
     UnsupportedModelError,
     VariantError,
 )
+from sgl_diffusion_accel.loop.explicit import branch, denoising_steps
 from sgl_diffusion_accel.patch import Patch, remove
 from sgl_diffusion_accel.profiling.nsys import nsys_command
 from sgl_diffusion_accel.profiling.profile import Profile, profile

@@ -26,9 +26,9 @@ from sgl_diffusion_accel import (
 )
 from sgl_diffusion_accel.caching import adaptive
 from sgl_diffusion_accel.caching.cache_patch import apply_output_cache
-from sgl_diffusion_accel.caching.multistep import Weights, extrapolate
-from sgl_diffusion_accel.caching.pacing import DEPTH, GapControl, GapSettings, Pace
-from sgl_diffusion_accel.caching.policies import Decision
+from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, GapControl, GapSettings, Pace
+from sgl_diffusion_accel.caching.parts.multistep import Weights, extrapolate
+from sgl_diffusion_accel.caching.parts.policies import Decision
 from sgl_diffusion_accel.intercept import intercept
 from sgl_diffusion_accel.targets import find_transformers
 from zoo import Family, tensor_of

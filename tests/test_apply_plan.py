@@ -338,7 +338,7 @@ def test_plan_that_is_applied_in_mid_run() -> None:
 
 
 def test_designs_are_made_once_for_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sgl_diffusion_accel.calibration import apply
+    from sgl_diffusion_accel.calibration import apply_plan as apply
 
     made: list[int] = []
     best = apply.best_design

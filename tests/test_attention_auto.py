@@ -14,10 +14,11 @@ from torch import Tensor
 from invariants import Snapshot, assert_same, families
 from invariants.families import present
 from sgl_diffusion_accel import UnsupportedModelError
-from sgl_diffusion_accel.attention import auto, backends
-from sgl_diffusion_accel.attention.auto import MeasuredChoice, as_rows, default_store
-from sgl_diffusion_accel.attention.backends import Backend, find_backend, register_attention_backend
-from sgl_diffusion_accel.attention.requirements import facts_of
+from sgl_diffusion_accel.attention import measured_choice as auto
+from sgl_diffusion_accel.attention.backends import registry as backends
+from sgl_diffusion_accel.attention.backends.registry import Backend, find_backend, register_attention_backend
+from sgl_diffusion_accel.attention.backends.requirements import facts_of
+from sgl_diffusion_accel.attention.measured_choice import MeasuredChoice, as_rows, default_store
 from sgl_diffusion_accel.attention.select import set_attention_backend
 from zoo import Family
 

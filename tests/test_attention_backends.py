@@ -16,16 +16,16 @@ from torch import Tensor
 
 from invariants.families import present
 from sgl_diffusion_accel import ConfigError, ConfigTypeError, UnsupportedModelError
-from sgl_diffusion_accel.attention import backends
-from sgl_diffusion_accel.attention.backends import (
+from sgl_diffusion_accel.attention.backends import registry as backends
+from sgl_diffusion_accel.attention.backends.backend_table import NOT_OFFERED, Backend
+from sgl_diffusion_accel.attention.backends.packages import installed_version
+from sgl_diffusion_accel.attention.backends.registry import (
     all_backends,
     find_backend,
     register_attention_backend,
 )
-from sgl_diffusion_accel.attention.packages import installed_version
-from sgl_diffusion_accel.attention.requirements import AttentionFacts
+from sgl_diffusion_accel.attention.backends.requirements import AttentionFacts
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
-from sgl_diffusion_accel.attention.table import NOT_OFFERED, Backend
 
 
 @pytest.fixture(autouse=True)

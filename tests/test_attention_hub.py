@@ -15,11 +15,11 @@ from torch import Tensor
 
 from invariants.families import present
 from sgl_diffusion_accel import MissingPackageError, UnsupportedModelError
-from sgl_diffusion_accel.attention import table
-from sgl_diffusion_accel.attention.auto import MeasuredChoice
-from sgl_diffusion_accel.attention.backends import all_backends, find_backend
-from sgl_diffusion_accel.attention.packages import is_there
-from sgl_diffusion_accel.attention.requirements import AttentionFacts, Requirements, facts_of
+from sgl_diffusion_accel.attention.backends import backend_table as table
+from sgl_diffusion_accel.attention.backends.packages import is_there
+from sgl_diffusion_accel.attention.backends.registry import all_backends, find_backend
+from sgl_diffusion_accel.attention.backends.requirements import AttentionFacts, Requirements, facts_of
+from sgl_diffusion_accel.attention.measured_choice import MeasuredChoice
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
 from sgl_diffusion_accel.profiling.machine import describe
 
@@ -91,7 +91,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         each if each.hub is None else table.replace(each, requirements=Requirements(masks=False))
         for each in table.TABLE
     ]
-    monkeypatch.setattr("sgl_diffusion_accel.attention.backends.TABLE", tuple(changed))
+    monkeypatch.setattr("sgl_diffusion_accel.attention.backends.registry.TABLE", tuple(changed))
 
 
 def in_cache(root: Path, repository: str, version: int, kind: str = "kernel") -> None:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgl_diffusion_accel.attention import kernels
-from sgl_diffusion_accel.attention.backends import all_backends, find_backend
-from sgl_diffusion_accel.attention.requirements import facts_of
+from sgl_diffusion_accel.attention.backends import kernels
+from sgl_diffusion_accel.attention.backends.registry import all_backends, find_backend
+from sgl_diffusion_accel.attention.backends.requirements import facts_of
 
 torch.set_num_threads(1)
 

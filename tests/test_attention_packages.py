@@ -15,8 +15,8 @@ import torch
 
 from invariants.families import present
 from sgl_diffusion_accel import MissingPackageError
-from sgl_diffusion_accel.attention.backends import all_backends, find_backend
-from sgl_diffusion_accel.attention.packages import flash4_beside_xformers, import_failure, is_there
+from sgl_diffusion_accel.attention.backends.packages import flash4_beside_xformers, import_failure, is_there
+from sgl_diffusion_accel.attention.backends.registry import all_backends, find_backend
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
 
 BUILT_FOR_ANOTHER = """

@@ -12,8 +12,8 @@ from torch import Tensor
 from invariants import families
 from invariants.families import present
 from sgl_diffusion_accel import UnsupportedModelError
-from sgl_diffusion_accel.attention import backends
-from sgl_diffusion_accel.attention.backends import register_attention_backend
+from sgl_diffusion_accel.attention.backends import registry as backends
+from sgl_diffusion_accel.attention.backends.registry import register_attention_backend
 from sgl_diffusion_accel.attention.select import set_attention_backend
 from zoo import Family
 

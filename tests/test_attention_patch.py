@@ -16,10 +16,10 @@ from torch import Tensor
 from invariants import CACHES, FixedPath, Interrupted, Snapshot, assert_same, families, skips_some, transformer_outputs
 from invariants.families import present
 from sgl_diffusion_accel import remove
-from sgl_diffusion_accel.attention import backends
+from sgl_diffusion_accel.attention.attention_handlers import Steps
 from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
-from sgl_diffusion_accel.attention.backends import register_attention_backend
-from sgl_diffusion_accel.attention.handlers import Steps
+from sgl_diffusion_accel.attention.backends import registry as backends
+from sgl_diffusion_accel.attention.backends.registry import register_attention_backend
 from sgl_diffusion_accel.attention.select import set_attention_backend
 from zoo import Family
 

@@ -12,11 +12,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from sgl_diffusion_accel import UnsupportedModelError
-from sgl_diffusion_accel.attention import backends
-from sgl_diffusion_accel.attention.auto import MeasuredChoice
-from sgl_diffusion_accel.attention.backends import find_backend, register_attention_backend
+from sgl_diffusion_accel.attention.backends import registry as backends
+from sgl_diffusion_accel.attention.backends.backend_table import Backend
+from sgl_diffusion_accel.attention.backends.registry import find_backend, register_attention_backend
+from sgl_diffusion_accel.attention.measured_choice import MeasuredChoice
 from sgl_diffusion_accel.attention.redirect import Redirect
-from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.verify import check_output
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sgl_diffusion_accel.attention.requirements import AttentionFacts, Requirements, capability, facts_of
+from sgl_diffusion_accel.attention.backends.requirements import AttentionFacts, Requirements, capability, facts_of
 
 HOPPER = {"device": "cuda", "capability": (9, 0)}
 

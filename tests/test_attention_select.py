@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from invariants import Snapshot, assert_same, families
 from invariants.families import present
 from sgl_diffusion_accel import ConfigError, ConfigTypeError, MissingPackageError, UnsupportedModelError
-from sgl_diffusion_accel.attention import backends
-from sgl_diffusion_accel.attention.backends import Backend, all_backends, register_attention_backend
+from sgl_diffusion_accel.attention.backends import registry as backends
+from sgl_diffusion_accel.attention.backends.registry import Backend, all_backends, register_attention_backend
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
 from zoo import Family
 from zoo.base import build

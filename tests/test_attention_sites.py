@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from invariants.families import families, present
-from sgl_diffusion_accel.attention.backends import find_backend
+from sgl_diffusion_accel.attention.backends.backend_table import Backend
+from sgl_diffusion_accel.attention.backends.registry import find_backend
 from sgl_diffusion_accel.attention.redirect import Redirect
 from sgl_diffusion_accel.attention.select import set_attention_backend
 from sgl_diffusion_accel.attention.sites import (
@@ -31,7 +32,6 @@ from sgl_diffusion_accel.attention.sites import (
     find_sites,
     redirected,
 )
-from sgl_diffusion_accel.attention.table import Backend
 from zoo import Family
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from invariants.families import present
-from sgl_diffusion_accel.attention import backends
-from sgl_diffusion_accel.attention.auto import MeasuredChoice
-from sgl_diffusion_accel.attention.backends import register_attention_backend
+from sgl_diffusion_accel.attention.backends import registry as backends
+from sgl_diffusion_accel.attention.backends.backend_table import Backend
+from sgl_diffusion_accel.attention.backends.registry import register_attention_backend
+from sgl_diffusion_accel.attention.backends.requirements import facts_of
+from sgl_diffusion_accel.attention.measured_choice import MeasuredChoice
 from sgl_diffusion_accel.attention.redirect import Redirect
-from sgl_diffusion_accel.attention.requirements import facts_of
 from sgl_diffusion_accel.attention.select import set_attention_backend
-from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.underway import UnderWay
 from zoo import Family
 

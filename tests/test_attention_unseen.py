@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from invariants import Snapshot, assert_same
 from invariants.families import present
 from sgl_diffusion_accel import apply_adaptive_cache, apply_cache_dit
-from sgl_diffusion_accel.attention import backends
-from sgl_diffusion_accel.attention.backends import register_attention_backend
+from sgl_diffusion_accel.attention.backends import registry as backends
+from sgl_diffusion_accel.attention.backends.registry import register_attention_backend
 from sgl_diffusion_accel.attention.select import set_attention_backend
 from sgl_diffusion_accel.attention.sites import find_others, find_sites
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from invariants.families import present
 from sgl_diffusion_accel import UnsupportedModelError, remove
-from sgl_diffusion_accel.attention import backends, select, verify
-from sgl_diffusion_accel.attention.backends import find_backend, register_attention_backend
+from sgl_diffusion_accel.attention import select, verify
+from sgl_diffusion_accel.attention.backends import registry as backends
+from sgl_diffusion_accel.attention.backends.backend_table import Backend
+from sgl_diffusion_accel.attention.backends.registry import find_backend, register_attention_backend
 from sgl_diffusion_accel.attention.select import set_attention_backend
-from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.verify import QUANTISED_TOLERANCE, check_output, relative_error, tolerance
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgl_diffusion_accel.caching.blocks import divide, find_block_lists
+from sgl_diffusion_accel.caching.blocks.layout import divide, find_block_lists
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 
 SMALL = re.compile(r"(num\w*_layers|^n_layers|n_refiner_layers|mmdit_layers|^depth|num_\w*blocks)$")

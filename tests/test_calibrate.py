@@ -25,7 +25,7 @@ from sgl_diffusion_accel import (
     check_plan,
     fit_teacache,
 )
-from sgl_diffusion_accel.calibration.record import recording
+from sgl_diffusion_accel.calibration.call_record import recording
 from zoo import Family
 from zoo.base import assemble, build, flow_euler, normal, unipc_flow
 

@@ -22,7 +22,7 @@ from sgl_diffusion_accel import (
     calibrate,
     check_plan,
 )
-from sgl_diffusion_accel.calibration.checks import Check, factor_at
+from sgl_diffusion_accel.calibration.plan_checks import Check, factor_at
 from test_plan import made
 from zoo import Family
 

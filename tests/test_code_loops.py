@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sgl_diffusion_accel.caching.code_loops import loops_around
+from sgl_diffusion_accel.loop.code_loops import loops_around
 
 
 def around():

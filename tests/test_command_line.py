@@ -13,7 +13,7 @@ import torch
 
 import sgl_diffusion_accel
 from sgl_diffusion_accel.__main__ import COMMANDS, main
-from sgl_diffusion_accel.attention.backends import all_backends
+from sgl_diffusion_accel.attention.backends.registry import all_backends
 from sgl_diffusion_accel.environment import package_versions
 from sgl_diffusion_accel.profiling.machine import describe
 

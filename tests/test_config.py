@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sgl_diffusion_accel import CacheDiTConfig, ConfigError, ConfigTypeError, StepsMask
-from sgl_diffusion_accel.caching.config import KNOBS
+from sgl_diffusion_accel.caching.cache_dit.cache_dit_config import KNOBS
 from sgl_diffusion_accel.errors import AccelError
 
 COUNTS = {

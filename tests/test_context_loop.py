@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sgl_diffusion_accel import denoising_steps
-from sgl_diffusion_accel.caching.loop import LoopCall, locate
 from sgl_diffusion_accel.intercept import intercept
+from sgl_diffusion_accel.loop.locate import locate
+from sgl_diffusion_accel.loop.places import LoopCall
 from test_loop import PassOn, Probe
 
 X = torch.zeros(1)
@@ -101,7 +102,7 @@ def test_what_is_missing_is_named(probe, details, missing):
 
 
 def test_loops_are_let_go_with_the_model():
-    from sgl_diffusion_accel.caching import context_loop
+    from sgl_diffusion_accel.loop import context_loop
 
     made = Told()
     intercept(made, "test", PassOn())

@@ -6,10 +6,10 @@ import diffusers
 import numpy as np
 import pytest
 
-from sgl_diffusion_accel.caching.multistep import correct, extrapolate
-from sgl_diffusion_accel.caching.pacing import DEPTH
-from sgl_diffusion_accel.caching.response import euler, response_of
+from sgl_diffusion_accel.caching.parts.gap_control import DEPTH
+from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
 from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments, design
+from sgl_diffusion_accel.loop.scheduler_response import euler, response_of
 from zoo.base import unipc_flow
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # KDPM2 and NumPy 2

@@ -16,9 +16,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tqdm import tqdm
 
 from sgl_diffusion_accel import ConfigError, ConfigTypeError, branch, denoising_steps
-from sgl_diffusion_accel.caching.explicit import loops_entered
-from sgl_diffusion_accel.caching.loop import LoopCall, locate
 from sgl_diffusion_accel.intercept import intercept
+from sgl_diffusion_accel.loop.explicit import loops_entered
+from sgl_diffusion_accel.loop.locate import locate
+from sgl_diffusion_accel.loop.places import LoopCall
 from test_loop import PassOn, Pipeline, Probe, Seen, make
 
 X = torch.zeros(1)

@@ -19,7 +19,7 @@ from sgl_diffusion_accel import (
     apply_teacache,
     calibrate,
 )
-from sgl_diffusion_accel.caching.few_steps import FEW, few_steps_remark
+from sgl_diffusion_accel.caching.remarks import FEW, few_steps_remark
 
 
 def plan(pipe: Any) -> CachePatch:

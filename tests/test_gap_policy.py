@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion_accel import StepsMask
-from sgl_diffusion_accel.caching.gap_policy import GapPolicy, ResidualGrowth
-from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings, growth_of_line
-from sgl_diffusion_accel.caching.policies import Comparison, Decision, MaskPolicy, Policy, Position, Tally
-from sgl_diffusion_accel.caching.policies import ThresholdPolicy as Limits
-from sgl_diffusion_accel.caching.predictors import Predictor, Reuse, Taylor
+from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings, growth_of_line
+from sgl_diffusion_accel.caching.parts.gap_policy import GapPolicy, ResidualGrowth
+from sgl_diffusion_accel.caching.parts.policies import Comparison, Decision, MaskPolicy, Policy, Position, Tally
+from sgl_diffusion_accel.caching.parts.policies import ThresholdPolicy as Limits
+from sgl_diffusion_accel.caching.parts.predictors import Predictor, Reuse, Taylor
 
 STEPS = 40
 FREE = Limits(math.inf)

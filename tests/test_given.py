@@ -22,7 +22,7 @@ from sgl_diffusion_accel import (
     denoising_steps,
     remove,
 )
-from sgl_diffusion_accel.caching.given import switches_on, tensors_given
+from sgl_diffusion_accel.loop.given import switches_on, tensors_given
 from zoo import Family
 from zoo.base import assemble, build, quiet_rng, tiny_vae
 

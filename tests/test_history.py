@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from sgl_diffusion_accel.caching.history import History
+from sgl_diffusion_accel.caching.parts.history import History
 
 CUBIC = (4.0, -6.0, 4.0, -1.0)
 """Weights of the cubic through four even steps: large, of both signs."""

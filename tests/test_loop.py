@@ -14,9 +14,10 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch import nn
 
-from sgl_diffusion_accel.caching.loop import LoopCall, locate
-from sgl_diffusion_accel.caching.runs import Runs
 from sgl_diffusion_accel.intercept import intercept
+from sgl_diffusion_accel.loop.locate import locate
+from sgl_diffusion_accel.loop.places import LoopCall
+from sgl_diffusion_accel.loop.runs import Runs
 
 
 class Seen(NamedTuple):

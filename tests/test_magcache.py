@@ -21,7 +21,7 @@ from sgl_diffusion_accel import (
     apply_magcache,
     calibrate,
 )
-from sgl_diffusion_accel.caching.few_steps import few_steps_remark
+from sgl_diffusion_accel.caching.remarks import few_steps_remark
 from zoo import Family
 
 STEPS = 20

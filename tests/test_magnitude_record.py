@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from invariants import families
 from invariants.families import present
 from sgl_diffusion_accel import ConfigError, calibrate
-from sgl_diffusion_accel.caching.magnitude_record import MagnitudeRecorder, token_norms
+from sgl_diffusion_accel.calibration.magnitude_record import MagnitudeRecorder, token_norms
 from zoo import Family
 
 STEPS = 8

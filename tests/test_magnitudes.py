@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sgl_diffusion_accel import ConfigError, ConfigTypeError, MagnitudeRatios
-from sgl_diffusion_accel.caching.magnitudes import nearest
+from sgl_diffusion_accel.caching.magcache.magnitudes import nearest
 
 RATIOS = MagnitudeRatios(
     {"transformer": {"cond": [None, 1.25, 0.5, None], "uncond": [None, 0.75, None, None]}},

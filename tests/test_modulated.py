@@ -15,7 +15,7 @@ from torch import nn
 from invariants import families
 from invariants.families import present
 from sgl_diffusion_accel import UnsupportedModelError
-from sgl_diffusion_accel.caching.modulated import _OnDevice, has_attention, modulated_input
+from sgl_diffusion_accel.caching.blocks.modulated import _OnDevice, has_attention, modulated_input
 from zoo import Family
 
 CPU, META = torch.device("cpu"), torch.device("meta")

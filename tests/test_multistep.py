@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from sgl_diffusion_accel.caching.multistep import Weights, correct, extrapolate, interpolate
+from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate, interpolate
 
 
 def value(weights: Weights, outputs: np.ndarray) -> float:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.multistep import Weights, extrapolate
-from sgl_diffusion_accel.caching.output_run import OutputRun
-from sgl_diffusion_accel.caching.pacing import DEPTH, Pace
-from sgl_diffusion_accel.caching.policies import Decision
+from sgl_diffusion_accel.caching.outputs.output_run import OutputRun
+from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, Pace
+from sgl_diffusion_accel.caching.parts.multistep import Weights, extrapolate
+from sgl_diffusion_accel.caching.parts.policies import Decision
 
 SIGNATURE = ("shape",)
 PLAIN, CONTROLLED = frozenset({"latents"}), frozenset({"latents", "control 0"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from sgl_diffusion_accel.caching.outputs import combine, take_apart
+from sgl_diffusion_accel.caching.parts.output_tensors import combine, take_apart
 
 Pair = namedtuple("Pair", ["sample", "mask"])
 A, B = torch.arange(6.0).reshape(2, 3), torch.ones(4, dtype=torch.float16)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sgl_diffusion_accel.caching.multistep import correct, extrapolate
-from sgl_diffusion_accel.caching.pacing import DEPTH, GapControl, GapSettings
+from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, GapControl, GapSettings
+from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
 
 STEPS = 40
 EVEN = np.full(STEPS, -1 / STEPS)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from invariants.families import present
 from invariants.ranks import on_ranks
 from sgl_diffusion_accel import CachePatch, apply_cache_dit, apply_teacache, calibrate
-from sgl_diffusion_accel.caching import measuring
-from sgl_diffusion_accel.caching.prediction_error import PredictionError
+from sgl_diffusion_accel.caching.blocks import measuring
+from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
 
 CASES = {
     ("wan", "dbcache"): True,

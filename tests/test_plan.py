@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sgl_diffusion_accel import CachePlan, ConfigError, ConfigTypeError, MagnitudeRatios, TeaCacheCoefficients
-from sgl_diffusion_accel.caching.response import euler
-from sgl_diffusion_accel.calibration.checks import Check
+from sgl_diffusion_accel.calibration.plan_checks import Check
+from sgl_diffusion_accel.loop.scheduler_response import euler
 from test_design import smooth
 
 FIT = TeaCacheCoefficients(

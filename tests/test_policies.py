@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from sgl_diffusion_accel import StepsMask
-from sgl_diffusion_accel.caching import magnitude_policy, policies
-from sgl_diffusion_accel.caching.magnitude_policy import MagnitudePolicy
-from sgl_diffusion_accel.caching.policies import (
+from sgl_diffusion_accel.caching.magcache import magnitude_policy
+from sgl_diffusion_accel.caching.magcache.magnitude_policy import MagnitudePolicy
+from sgl_diffusion_accel.caching.parts import policies
+from sgl_diffusion_accel.caching.parts.policies import (
     AccumulatingPolicy,
     Decision,
     MaskPolicy,
@@ -22,8 +23,8 @@ from sgl_diffusion_accel.caching.policies import (
     Tally,
     ThresholdPolicy,
 )
-from sgl_diffusion_accel.caching.polynomial import Polynomial
-from sgl_diffusion_accel.caching.window import Window
+from sgl_diffusion_accel.caching.teacache.polynomial import Polynomial
+from sgl_diffusion_accel.caching.teacache.skip_window import Window
 from sgl_diffusion_accel.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sgl_diffusion_accel import ConfigError, ConfigTypeError
-from sgl_diffusion_accel.caching.polynomial import DEGREE, Polynomial
+from sgl_diffusion_accel.caching.teacache.polynomial import DEGREE, Polynomial
 from sgl_diffusion_accel.errors import AccelError
 
 FIVE = (3.0, -2.0, 1.0, 0.5, -0.25)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.prediction_error import PredictionError
+from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
 
 GUIDANCE = 4.0
 

@@ -9,8 +9,8 @@ import random
 
 import pytest
 
-from sgl_diffusion_accel.caching import predictors
-from sgl_diffusion_accel.caching.predictors import Predictor, Reuse, Taylor
+from sgl_diffusion_accel.caching.parts import predictors
+from sgl_diffusion_accel.caching.parts.predictors import Predictor, Reuse, Taylor
 
 ALL = [Reuse(), Taylor(1), Taylor(2), Taylor(3), Taylor(4)]
 TIMES = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sgl_diffusion_accel import ConfigError, UnsupportedModelError
-from sgl_diffusion_accel.calibration.record import SKETCH, Recording, recording
+from sgl_diffusion_accel.calibration.call_record import SKETCH, Recording, recording
 from zoo.base import flow_euler, unipc_flow
 
 STEPS = 5

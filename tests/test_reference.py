@@ -9,8 +9,8 @@ import torch
 
 from invariants.families import present
 from sgl_diffusion_accel import apply_cache_dit
-from sgl_diffusion_accel.caching import cache_dit
-from sgl_diffusion_accel.caching.predictors import Taylor
+from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit as cache_dit
+from sgl_diffusion_accel.caching.parts.predictors import Taylor
 from zoo import Family
 
 MASK = [1, 1, 0, 0, 1, 0, 0, 1]

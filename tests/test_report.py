@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sgl_diffusion_accel.caching import report
-from sgl_diffusion_accel.caching.policies import Decision
-from sgl_diffusion_accel.caching.stats import BranchStats, Stats
+from sgl_diffusion_accel.caching import patch_summary as report
+from sgl_diffusion_accel.caching.parts.policies import Decision
+from sgl_diffusion_accel.caching.parts.stats import BranchStats, Stats
 
 COMPUTE, SKIP = Decision(True, "warm-up"), Decision(False, "change below threshold", 0.125)
 

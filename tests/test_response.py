@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from sgl_diffusion_accel.caching.response import adds_noise, euler, passing_influence, response_of
 from sgl_diffusion_accel.intercept import intercept
+from sgl_diffusion_accel.loop.scheduler_response import adds_noise, euler, passing_influence, response_of
 
 STEPS = 7
 

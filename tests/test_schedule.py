@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgl_diffusion_accel.caching.schedule import HostCopy
+from sgl_diffusion_accel.loop.host_copy import HostCopy
 
 VALUES = [0.0, 1.5, -2.25, float("inf"), 0.1]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgl_diffusion_accel.caching.signals import (
+from sgl_diffusion_accel.caching.parts.signals import (
     HeadResidual,
     ModulatedInput,
     TimeEmbedding,

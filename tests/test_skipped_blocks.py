@@ -12,8 +12,8 @@ import torch
 
 from invariants import CACHES, families, skips_some
 from sgl_diffusion_accel import UnsupportedModelError, apply_cache_dit
-from sgl_diffusion_accel.caching.engine import BlockHandler
-from sgl_diffusion_accel.caching.wiring import Form, Wiring, passing
+from sgl_diffusion_accel.caching.blocks.block_handlers import BlockHandler
+from sgl_diffusion_accel.caching.blocks.wiring import Form, Wiring, passing
 from sgl_diffusion_accel.intercept import intercept, release
 from test_loop import PassOn
 from test_odd_models import Toy, make

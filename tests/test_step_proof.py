@@ -12,8 +12,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from sgl_diffusion_accel.caching.code_loops import loops_around
-from sgl_diffusion_accel.caching.loop import LoopCall, Unplaced, locate
+from sgl_diffusion_accel.loop.code_loops import loops_around
+from sgl_diffusion_accel.loop.locate import locate
+from sgl_diffusion_accel.loop.places import LoopCall, Unplaced
 from test_loop import Pipeline, Probe
 
 

@@ -18,9 +18,9 @@ from sgl_diffusion_accel import (
     TeaCacheCoefficients,
     TeaCacheConfig,
 )
-from sgl_diffusion_accel.caching.polynomial import Polynomial
-from sgl_diffusion_accel.caching.teacache_config import TEACACHE_KNOBS
-from sgl_diffusion_accel.caching.window import Window
+from sgl_diffusion_accel.caching.teacache.polynomial import Polynomial
+from sgl_diffusion_accel.caching.teacache.skip_window import Window
+from sgl_diffusion_accel.caching.teacache.teacache_config import TEACACHE_KNOBS
 
 FIVE = (3.0, -2.0, 1.0, 0.5, -0.25)
 OTHER = (1.0, 1.0, 1.0, 1.0, 1.0)

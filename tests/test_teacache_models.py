@@ -13,8 +13,8 @@ from torch import nn
 
 from invariants import families
 from invariants.families import present
-from sgl_diffusion_accel.caching.signals import ModulatedInput, TimeEmbedding, relative_l1
-from sgl_diffusion_accel.caching.teacache_models import FAMILIES, VARIANTS, family_of, nearest_size
+from sgl_diffusion_accel.caching.parts.signals import ModulatedInput, TimeEmbedding, relative_l1
+from sgl_diffusion_accel.caching.teacache.teacache_models import FAMILIES, VARIANTS, family_of, nearest_size
 from zoo import Family
 
 # Key: variant and whether with retention steps. Then coefficients, highest degree first, and threshold → speed-up.

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 from invariants import FixedPath, families
 from invariants.families import present
 from sgl_diffusion_accel import CachePatch, apply_teacache
-from sgl_diffusion_accel.caching.teacache_models import VARIANTS
+from sgl_diffusion_accel.caching.teacache.teacache_models import VARIANTS
 from zoo import Family
 from zoo.base import build, flow_euler, normal
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sgl_diffusion_accel import ConfigError, ConfigTypeError
-from sgl_diffusion_accel.caching.window import Window
+from sgl_diffusion_accel.caching.teacache.skip_window import Window
 from sgl_diffusion_accel.errors import AccelError
 
 

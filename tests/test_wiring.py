@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sgl_diffusion_accel.caching.wiring import Wiring, elements
+from sgl_diffusion_accel.caching.blocks.wiring import Wiring, elements
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
 IMAGE, TEXT, TIME = (2, 16, 8), (2, 5, 8), (2, 8)

@@ -16,7 +16,7 @@ import torch
 
 from invariants import count_blocks, families
 from sgl_diffusion_accel import apply_cache_dit
-from sgl_diffusion_accel.caching.call import TransformerCall
+from sgl_diffusion_accel.caching.blocks.transformer_call import TransformerCall
 from zoo import Family
 
 STEPS = 4

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from sgl_diffusion_accel.attention.auto import MeasuredChoice, Timing
-from sgl_diffusion_accel.attention.handlers import ComponentHandler, ScopeHandler, Steps
+from sgl_diffusion_accel.attention.attention_handlers import ComponentHandler, ScopeHandler, Steps
+from sgl_diffusion_accel.attention.measured_choice import MeasuredChoice, Timing
 from sgl_diffusion_accel.attention.redirect import LAYER, Redirect
 from sgl_diffusion_accel.attention.sites import Site, find_others, find_scopes, processor_of, redirected
-from sgl_diffusion_accel.caching.engine import Session
-from sgl_diffusion_accel.caching.report import unplaced
+from sgl_diffusion_accel.caching.patch_summary import unplaced
+from sgl_diffusion_accel.loop.session import Session
 from sgl_diffusion_accel.patch import Patch, patches_of
 from sgl_diffusion_accel.targets import TRANSFORMERS, unwrap
 

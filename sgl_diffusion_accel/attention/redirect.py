@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgl_diffusion_accel.attention.backends import all_backends
-from sgl_diffusion_accel.attention.first_calls import FirstCalls
-from sgl_diffusion_accel.attention.kernels import Kernel
-from sgl_diffusion_accel.attention.requirements import AttentionFacts, facts_of
-from sgl_diffusion_accel.attention.table import Backend
+from sgl_diffusion_accel.attention.backends.backend_table import Backend
+from sgl_diffusion_accel.attention.backends.first_calls import FirstCalls
+from sgl_diffusion_accel.attention.backends.kernels import Kernel
+from sgl_diffusion_accel.attention.backends.registry import all_backends
+from sgl_diffusion_accel.attention.backends.requirements import AttentionFacts, facts_of
 from sgl_diffusion_accel.attention.underway import UnderWay
 from sgl_diffusion_accel.errors import UnsupportedModelError
 

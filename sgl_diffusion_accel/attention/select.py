@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from sgl_diffusion_accel.attention.attention_handlers import Steps
 from sgl_diffusion_accel.attention.attention_patch import KIND, AttentionPatch
-from sgl_diffusion_accel.attention.auto import MeasuredChoice, default_store
-from sgl_diffusion_accel.attention.backends import all_backends, find_backend, flash_family
-from sgl_diffusion_accel.attention.handlers import Steps
+from sgl_diffusion_accel.attention.backends.backend_table import Backend
+from sgl_diffusion_accel.attention.backends.registry import all_backends, find_backend, flash_family
+from sgl_diffusion_accel.attention.measured_choice import MeasuredChoice, default_store
 from sgl_diffusion_accel.attention.redirect import OnUnsupported, Redirect
 from sgl_diffusion_accel.attention.sites import Site, find_scopes, find_sites
-from sgl_diffusion_accel.attention.table import Backend
 from sgl_diffusion_accel.attention.usable import BackendStatus, BackendTable, model_facts, usable, why_not
 from sgl_diffusion_accel.attention.verify import check_output
 from sgl_diffusion_accel.errors import (

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sgl_diffusion_accel.attention.backends import all_backends
-from sgl_diffusion_accel.attention.requirements import AttentionFacts, capability
+from sgl_diffusion_accel.attention.backends.backend_table import Backend
+from sgl_diffusion_accel.attention.backends.registry import all_backends
+from sgl_diffusion_accel.attention.backends.requirements import AttentionFacts, capability
 from sgl_diffusion_accel.attention.sites import Site
-from sgl_diffusion_accel.attention.table import Backend
 
 _SMALLEST = 2  # bytes of a number that is computed with; smaller ones are only stored and cast before
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgl_diffusion_accel.attention.table import Backend
+from sgl_diffusion_accel.attention.backends.backend_table import Backend
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
 QUANTISED_TOLERANCE = 0.1

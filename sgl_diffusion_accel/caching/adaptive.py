@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, apply_output_cache, refuse_foreign_cache
-from sgl_diffusion_accel.caching.checks import real
-from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings, Pace
-from sgl_diffusion_accel.caching.response import passing_influence, response_of
-from sgl_diffusion_accel.caching.runs import Run
+from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings, Pace
 from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.loop.runs import Run
+from sgl_diffusion_accel.loop.scheduler_response import passing_influence, response_of
 from sgl_diffusion_accel.targets import find_transformers
+from sgl_diffusion_accel.validate import real
 
 logger = logging.getLogger(__name__)
 

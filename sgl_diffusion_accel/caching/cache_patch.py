@@ -7,14 +7,15 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from sgl_diffusion_accel.caching import report
-from sgl_diffusion_accel.caching.blocks import find_block_lists
-from sgl_diffusion_accel.caching.cached_model import CachedModel, Parts
-from sgl_diffusion_accel.caching.engine import BlockHandler, Controller, Session
+from sgl_diffusion_accel.caching import patch_summary as report
+from sgl_diffusion_accel.caching.blocks.block_handlers import BlockHandler, Controller
+from sgl_diffusion_accel.caching.blocks.cached_model import CachedModel, Parts
+from sgl_diffusion_accel.caching.blocks.layout import find_block_lists
 from sgl_diffusion_accel.caching.foreign import has_foreign_cache
-from sgl_diffusion_accel.caching.output_cache import MakePace, OutputController
-from sgl_diffusion_accel.caching.stats import RunStats, Stats
+from sgl_diffusion_accel.caching.outputs.output_handlers import MakePace, OutputController
+from sgl_diffusion_accel.caching.parts.stats import RunStats, Stats
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
+from sgl_diffusion_accel.loop.session import Session
 from sgl_diffusion_accel.patch import Patch, patches_of
 from sgl_diffusion_accel.targets import unwrap
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from sgl_diffusion_accel.caching.runs import Run
-from sgl_diffusion_accel.caching.stats import RunStats
+from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
+from sgl_diffusion_accel.caching.parts.stats import RunStats
+from sgl_diffusion_accel.loop.runs import Run
 
 logger = logging.getLogger(__name__)
 
@@ -31,3 +32,23 @@ class Remarks:
         if remark not in self._said:
             self._said.add(remark)
             logger.log(level, "%s: %s", self._component, remark)
+
+
+FEW = GapSettings.fewest_steps
+"""Runs with fewer steps are remarked on."""
+
+
+def few_steps_remark(total: int) -> str | None:
+    """What is to be said of a skipped step in a run of so many steps, None where they are enough.
+
+    The adaptive cache computes all of fewer than ten steps. Other caches do what was asked for, since a speed-up or a
+    mask is a wish, but never without a word: of four steps each is a quarter of the way, so that two have little in
+    common. Measured on two miniatures, half of 4 steps computed by a plan: 34 and 22 dB, where 2 uncached steps reach
+    31 and 18 dB; half of 16 steps: 66 and 48 dB. A model distilled for few steps has no such smooth path.
+    """
+    if total >= FEW:
+        return None
+    return (
+        f"a run of {total} steps, and some of them are skipped: so few have little in common, least of all in a model "
+        "distilled for few steps. Compare the result with that of an uncached run."
+    )

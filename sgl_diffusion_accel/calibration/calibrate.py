@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from sgl_diffusion_accel.caching.block_record import BlockRecording, check_calls
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
-from sgl_diffusion_accel.caching.loop import guidance_of
-from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
-from sgl_diffusion_accel.caching.response import adds_noise, response_of
-from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
-from sgl_diffusion_accel.caching.teacache_fit import fit_recording
+from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
+from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheCoefficients
+from sgl_diffusion_accel.calibration.block_record import BlockRecording, check_calls
+from sgl_diffusion_accel.calibration.call_record import Recording, recording
 from sgl_diffusion_accel.calibration.plan import CachePlan
-from sgl_diffusion_accel.calibration.record import Recording, recording
+from sgl_diffusion_accel.calibration.teacache_fit import fit_recording
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
+from sgl_diffusion_accel.loop.pipeline_frames import guidance_of
+from sgl_diffusion_accel.loop.scheduler_response import adds_noise, response_of
 from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
 
 logger = logging.getLogger(__name__)

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.block_record import check_calls
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
-from sgl_diffusion_accel.caching.checks import real
-from sgl_diffusion_accel.calibration.apply import apply_cache_plan, check_model
-from sgl_diffusion_accel.calibration.checks import Check
+from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan, check_model
+from sgl_diffusion_accel.calibration.block_record import check_calls
+from sgl_diffusion_accel.calibration.call_record import Recording, recording
 from sgl_diffusion_accel.calibration.plan import CachePlan
-from sgl_diffusion_accel.calibration.record import Recording, recording
+from sgl_diffusion_accel.calibration.plan_checks import Check
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 from sgl_diffusion_accel.targets import find_transformers
+from sgl_diffusion_accel.validate import real
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sgl_diffusion_accel.caching.multistep import Weights, correct, extrapolate
-from sgl_diffusion_accel.caching.pacing import DEPTH
+from sgl_diffusion_accel.caching.parts.gap_control import DEPTH
+from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate
 
 Matrix = npt.NDArray[np.float64]
 

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from sgl_diffusion_accel._version import __version__
-from sgl_diffusion_accel.caching.checks import count, real
-from sgl_diffusion_accel.caching.magnitudes import MagnitudeRatios
-from sgl_diffusion_accel.caching.teacache_config import TeaCacheCoefficients
-from sgl_diffusion_accel.calibration.checks import Check, factor_at
+from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
+from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
+from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
+from sgl_diffusion_accel.calibration.plan_checks import Check, factor_at
 from sgl_diffusion_accel.calibration.plan_file import check, number, read, refuse, text, triangle, whole
-from sgl_diffusion_accel.calibration.search import best_design, fewest_steps
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
+from sgl_diffusion_accel.validate import count, real
 
 FORMAT = 1
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sgl_diffusion_accel.calibration.checks import Check
+from sgl_diffusion_accel.calibration.plan_checks import Check
 from sgl_diffusion_accel.errors import ConfigError
 
 _LARGEST = 16 * 1024 * 1024

@@ -7,11 +7,11 @@ from typing import final
 
 import numpy as np
 
-from sgl_diffusion_accel.caching.multistep import Weights, extrapolate
-from sgl_diffusion_accel.caching.pacing import DEPTH, GapControl, GapSettings, Pace
-from sgl_diffusion_accel.caching.policies import Decision
-from sgl_diffusion_accel.caching.response import passing_influence
+from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, GapControl, GapSettings, Pace
+from sgl_diffusion_accel.caching.parts.multistep import Weights, extrapolate
+from sgl_diffusion_accel.caching.parts.policies import Decision
 from sgl_diffusion_accel.calibration.design import Design, Moments
+from sgl_diffusion_accel.loop.scheduler_response import passing_influence
 
 _LINE = 2  # steps that a line goes through
 _TURN = 2.0  # how many times as far as beside it the line errs where the runs turned

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sgl_diffusion_accel.caching.adaptive import apply_adaptive_cache
-from sgl_diffusion_accel.caching.cache_dit import apply_cache_dit
+from sgl_diffusion_accel.caching.cache_dit.apply_cache_dit import apply_cache_dit
 from sgl_diffusion_accel.comparing.compare import compare
 from sgl_diffusion_accel.comparing.contenders import Variant
 from sgl_diffusion_accel.comparing.report import ComparisonReport

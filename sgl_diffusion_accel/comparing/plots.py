@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgl_diffusion_accel.caching.report import COMPUTED, SKIPPED
+from sgl_diffusion_accel.caching.patch_summary import COMPUTED, SKIPPED
 from sgl_diffusion_accel.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:

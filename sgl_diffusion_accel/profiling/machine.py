@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from sgl_diffusion_accel.attention.backends import all_backends
-from sgl_diffusion_accel.attention.packages import flash4_beside_xformers
-from sgl_diffusion_accel.attention.requirements import AttentionFacts, capability
-from sgl_diffusion_accel.attention.table import Backend
+from sgl_diffusion_accel.attention.backends.backend_table import Backend
+from sgl_diffusion_accel.attention.backends.packages import flash4_beside_xformers
+from sgl_diffusion_accel.attention.backends.registry import all_backends
+from sgl_diffusion_accel.attention.backends.requirements import AttentionFacts, capability
 from sgl_diffusion_accel.environment import package_versions
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "peft", "safetensors")

@@ -6,8 +6,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from sgl_diffusion_accel.caching.checks import count
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
+from sgl_diffusion_accel.validate import count
 
 
 def nsys_command(command: str | Sequence[str] | None = None, *, output: str = "profile_%p", calls: int = 1) -> str:

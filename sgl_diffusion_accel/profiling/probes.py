@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
-from sgl_diffusion_accel.caching.loop import LoopCall, locate
-from sgl_diffusion_accel.caching.runs import Run, Runs
-from sgl_diffusion_accel.caching.stats import StepRecord
+from sgl_diffusion_accel.caching.parts.stats import StepRecord
+from sgl_diffusion_accel.loop.locate import locate
+from sgl_diffusion_accel.loop.places import LoopCall
+from sgl_diffusion_accel.loop.runs import Run, Runs
 from sgl_diffusion_accel.patch import patches_of
 from sgl_diffusion_accel.profiling import stages
 from sgl_diffusion_accel.profiling.recorder import Range, Recorder

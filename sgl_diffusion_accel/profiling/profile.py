@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from sgl_diffusion_accel.caching.blocks import find_block_lists
-from sgl_diffusion_accel.caching.runs import Runs
+from sgl_diffusion_accel.caching.blocks.layout import find_block_lists
 from sgl_diffusion_accel.environment import package_versions
 from sgl_diffusion_accel.errors import AccelError, ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.intercept import CALL
+from sgl_diffusion_accel.loop.runs import Runs
 from sgl_diffusion_accel.profiling import stages
 from sgl_diffusion_accel.profiling.attachments import Attachments, is_compiled, is_profiled
 from sgl_diffusion_accel.profiling.build import build

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from sgl_diffusion_accel.caching.runs import Run
-from sgl_diffusion_accel.caching.schedule import HostCopy
+from sgl_diffusion_accel.loop.host_copy import HostCopy
+from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.profiling import stages
 from sgl_diffusion_accel.profiling.clocks import Clock, clock_for, synchronise
 from sgl_diffusion_accel.profiling.memory import MemoryCheckpoint, take_checkpoint

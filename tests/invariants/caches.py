@@ -21,13 +21,13 @@ from sgl_diffusion_accel import (
     apply_teacache,
     calibrate,
 )
-from sgl_diffusion_accel.caching.cache_dit import parts_of
+from sgl_diffusion_accel.caching.cache_dit.apply_cache_dit import parts_of
 from sgl_diffusion_accel.caching.cache_patch import apply_cache, apply_output_cache
-from sgl_diffusion_accel.caching.gap_policy import GapPolicy, ResidualGrowth
-from sgl_diffusion_accel.caching.pacing import GapControl, GapSettings
-from sgl_diffusion_accel.caching.policies import ThresholdPolicy
-from sgl_diffusion_accel.caching.response import response_of
-from sgl_diffusion_accel.caching.runs import Run
+from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
+from sgl_diffusion_accel.caching.parts.gap_policy import GapPolicy, ResidualGrowth
+from sgl_diffusion_accel.caching.parts.policies import ThresholdPolicy
+from sgl_diffusion_accel.loop.runs import Run
+from sgl_diffusion_accel.loop.scheduler_response import response_of
 from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
 from zoo import FAMILIES
 

@@ -1,0 +1,1 @@
+"""Attention backends: what there is, what each needs, how each is called."""

@@ -1,0 +1,1 @@
+"""Skips a span of blocks inside a transformer."""

@@ -1,0 +1,1 @@
+"""DBCache, with the names and the defaults of cache-dit and SGLang."""

@@ -1,0 +1,1 @@
+"""Skips whole transformer calls."""

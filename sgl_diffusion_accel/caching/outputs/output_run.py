@@ -1,0 +1,147 @@
+"""One run under a cache of whole transformer calls: its computed outputs, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, Pace
+from sgl_diffusion_accel.caching.parts.multistep import Weights
+from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, combine, take_apart
+from sgl_diffusion_accel.caching.parts.policies import Decision
+from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
+from sgl_diffusion_accel.loop.given import Kind
+from sgl_diffusion_accel.loop.runs import Kept
+
+
+@dataclass
+class _Branch:
+    """The computed outputs of one branch, by step, and how an output is put together."""
+
+    outputs: dict[int, Tensors] = field(default_factory=dict)
+    form: Callable[[Sequence[Tensor]], Any] = tuple
+
+    def forget_unlike(self, tensors: Tensors) -> None:
+        """Starts anew for outputs of another form: guidance that ends may leave fewer tensors in a list."""
+        shapes = [tensor.shape for tensor in tensors]
+        if any([tensor.shape for tensor in each] != shapes for each in self.outputs.values()):
+            self.outputs.clear()
+
+    def has(self, nodes: Sequence[int]) -> bool:
+        return all(node in self.outputs for node in nodes)
+
+
+class OutputRun(Kept):
+    """What is kept of a run while it lasts: the last outputs of each branch, which are as large as the latents.
+
+    Args:
+        pace: Decides its steps.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+        self._branches: dict[str, _Branch] = {}
+        self._nodes: list[int] = []
+        self._step = -1
+        self._component = ""
+        self._signature: tuple[Any, ...] = ()
+        self._given: dict[str, Kind] = {}
+        self._has_turned = False
+        self._decision = Decision(True, "first step")
+        self._weights: Weights | None = None
+        self._error = PredictionError(ends_alike=True)
+
+    def nbytes(self) -> int:
+        """Bytes of the outputs that are kept."""
+        kept = [tensor for branch in self._branches.values() for each in branch.outputs.values() for tensor in each]
+        return self._error.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def decide(
+        self, step: int, component: str, branch: str, signature: tuple[Any, ...], given: Kind = frozenset()
+    ) -> Decision:
+        """Decides a transformer call; all branches of a step share one decision.
+
+        Args:
+            step: The denoising step.
+            component: Which transformer is called; one name for those that run at the same steps.
+            branch: The branch.
+            signature: Shapes, dtypes and devices of what it is called with.
+            given: Of what kind is what it is given.
+        """
+        turns = self._given.setdefault(branch, given) != given
+        self._given[branch] = given
+        if step != self._step:
+            self._has_turned = turns
+            self._begin(step, component, signature)
+        elif turns and not self._has_turned and branch in self._branches:
+            self._branches[branch].outputs.clear()
+        if self._decision.compute:
+            return self._decision
+        if not self._branches.setdefault(branch, _Branch()).has(list(self._weights or ())):
+            return Decision(True, "nothing to predict from")
+        return self._decision
+
+    def _begin(self, step: int, component: str, signature: tuple[Any, ...]) -> None:
+        error = self._error.take()
+        if error is not None:
+            self.pace.observe(self._step, error)
+        is_new = signature != self._signature or (component != self._component and not self.pace.spans_models)
+        self._decision = self.pace.decide(step)
+        if is_new or not self._nodes:
+            if self._nodes:
+                self.pace.restart(step)
+            if not self._decision.compute or self._nodes:
+                self._decision = Decision(True, "another model or shape" if self._nodes else "first step")
+            self._nodes.clear()
+            self._branches.clear()
+        elif self._has_turned and self.pace.turn(step, self._decision.compute):
+            self._decision = Decision(True, "inputs changed")
+            self._nodes.clear()
+            self._branches.clear()
+        self._step, self._component, self._signature = step, component, signature
+        if self._decision.compute:
+            self._nodes = [step, *self._nodes][:DEPTH]
+        self._weights = self.pace.weights(step, self._nodes)
+        self._expected = self.pace.predicted(step, self._nodes) if self._decision.compute else None
+
+    def skip(self, branch: str) -> Any:
+        """What a skipped call returns."""
+        kept = self._branches[branch]
+        return kept.form(combine([(weight, kept.outputs[node]) for node, weight in (self._weights or {}).items()]))
+
+    def end(self, branch: str) -> None:
+        """Lets a branch go after its last step."""
+        self._branches.pop(branch, None)
+
+    def computed(self, branch: str, output: Any, guidance: float | None) -> Any:
+        """Keeps what a computed call has returned, and corrects it by what was skipped before.
+
+        Args:
+            branch: The branch.
+            output: What the transformer returned.
+            guidance: The scale with which the pipeline will combine the branches, where it is known.
+
+        Returns:
+            What the caller gets: `output` itself if nothing was skipped before.
+        """
+        tensors, form = take_apart(output)
+        if not self.pace.needs_later(self._step) and self._weights == {self._step: 1.0}:
+            self._branches.pop(branch, None)
+            return output
+        kept = self._branches.setdefault(branch, _Branch())
+        kept.forget_unlike(tensors)
+        own = tuple(tensor.detach().clone() for tensor in tensors)  # the caller may write into what it gets
+        kept.outputs[self._step] = own
+        kept.form = form
+        if self._expected is not None and self.pace.needs_error and kept.has(list(self._expected)):
+            guess = combine([(weight, kept.outputs[node]) for node, weight in self._expected.items()])
+            self._error.add(branch, guess, own, guidance)
+        weights = self._weights or {}
+        if self._decision.compute and len(weights) > 1 and kept.has(list(weights)):
+            output = form(combine([(weight, kept.outputs[node]) for node, weight in weights.items()]))
+        keeps = self.pace.needs_later(self._step)
+        kept.outputs = {node: each for node, each in kept.outputs.items() if keeps and node in self._nodes}
+        return output

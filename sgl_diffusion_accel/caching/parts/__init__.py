@@ -1,0 +1,1 @@
+"""What caches are made of: signals, policies, predictors. Pure: tensors and positions, no pipeline, no module."""

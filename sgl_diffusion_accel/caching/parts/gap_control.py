@@ -1,0 +1,244 @@
+"""Which steps of a run are computed, and with which weights the others are made from them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+
+from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate
+from sgl_diffusion_accel.caching.parts.policies import Decision
+
+DEPTH = 4
+"""Computed outputs that are kept of each branch."""
+
+Growth = Callable[[Sequence[int], int], float]
+"""How the error of a prediction grows: computed steps, newest first, and a step after them to the error there, for
+outputs of unit curvature (unit slope where the last output is repeated)."""
+
+
+def growth_of_line(nodes: Sequence[int], step: int) -> float:
+    """The growth for the line through the last two nodes, q(q + d)/2 at q steps past them, d being their distance."""
+    ahead = step - nodes[0]
+    width = nodes[0] - nodes[1] if len(nodes) > 1 else ahead
+    return ahead * (ahead + width) / 2
+
+
+class Pace(ABC):
+    """Decides the steps of one run, for all its branches together. Made at the start of a run, gone with it."""
+
+    spans_models = False
+    """Whether outputs of one expert of a model may serve the steps of another."""
+    needs_error = False
+    """Whether it wants to know how far a prediction was from what a computed step gave."""
+
+    @property
+    def remark(self) -> str | None:
+        """What the user should know of the run, None for nothing."""
+        return None
+
+    @abstractmethod
+    def decide(self, step: int) -> Decision:
+        """Decides a step; called once for each step, in order. The first step of a run is always computed."""
+
+    @abstractmethod
+    def weights(self, step: int, nodes: Sequence[int]) -> Weights:
+        """Weighs the computed outputs for a step.
+
+        Args:
+            step: The step, as decided.
+            nodes: Computed steps whose outputs are at hand, newest first; the step itself among them if it is computed.
+
+        Returns:
+            Weights of some of the nodes.
+        """
+
+    def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:  # noqa: ARG002
+        """Weights of the prediction that a computed step is held against, None for no comparison."""
+        return None
+
+    def observe(self, step: int, error: float) -> None:  # noqa: B027
+        """Learns the relative error ‖predicted - computed‖ / ‖computed‖ at a computed step, before the next one."""
+
+    def restart(self, step: int) -> None:  # noqa: B027
+        """Another model takes over at a step, which will be computed: nothing before it is of use."""
+
+    def turn(self, step: int, is_computed: bool) -> bool:  # noqa: ARG002
+        """What the model is given is of another kind from a step on: control that begins, an input that appears.
+
+        Args:
+            step: The step.
+            is_computed: Whether it was decided to be computed.
+
+        Returns:
+            Whether nothing before it is of use; then it will be computed.
+        """
+        self.restart(step)
+        return True
+
+    @abstractmethod
+    def needs_later(self, step: int) -> bool:
+        """Whether the output of a computed step may be used at a later one."""
+
+
+@dataclass(frozen=True)
+class GapSettings:
+    """How gap control steers; found on small trained models, the same for all.
+
+    Attributes:
+        tolerance: Largest estimate of the error that a gap leaves, relative to the whole move of the latents.
+        warm_up: Steps computed at the start of a run.
+        longest_gap: Most steps skipped in a row.
+        growth: Most steps skipped in a row, for each step of the gap before.
+        fewest_steps: Runs with fewer steps are computed in full.
+        interpolation: Share of the predicted error that remains after the correction.
+        propagation: How much the error of the latents, while it lasts, disturbs what the model says.
+        memory: Share of the last estimate of the curvature that is kept where the new one is lower.
+    """
+
+    tolerance: float = 1e-3
+    warm_up: int = 3
+    longest_gap: int = 12
+    growth: int = 2
+    fewest_steps: int = 10
+    interpolation: float = 0.05
+    propagation: float = 1.0
+    memory: float = 0.8
+
+
+@final
+@dataclass
+class GapControl(Pace):
+    """Chooses each gap from the error of the last prediction, as solvers of differential equations choose their step.
+
+    At a computed step c the line through the two computed steps before it, b and a, is held against the output:
+    e = ‖line(c) - y_c‖ / ‖y_c‖. With d = c - b and h = b - a the curvature is K = e / (d(d + h)/2), and q steps past c
+    the line will err by about K·q(q + d)/2 (where another prediction runs, by what its `growth` says). These errors,
+    weighed as the scheduler weighs the outputs into the final latents, are summed over the gap. What remains of the
+    sum after the correction is a share of it; more remains the further the gap reaches towards the end of the run,
+    where little is left to put it right.
+
+    Attributes:
+        settings: How it steers.
+        final: Weight of each step's output in the final latents, `[S]`.
+        corrects: Whether computed steps put the gap before them right.
+        switch: The first step of a second expert; the last step of the first one is computed, since nothing that the
+            second one says could put right what was skipped before.
+        growth: How the error of the predictor that runs grows.
+        passing: Influence of outputs that have no weight in the final latents, `[S]`; see `passing_influence`. None
+            where all have one.
+    """
+
+    settings: GapSettings
+    final: npt.NDArray[np.float64]
+    corrects: bool = True
+    switch: int | None = None
+    growth: Growth = growth_of_line
+    passing: npt.NDArray[np.float64] | None = None
+    _computed: list[int] = field(default_factory=list)
+    _skipped: dict[int, Weights] = field(default_factory=dict)
+    _curvature: float | None = None
+    _begin: int = 0
+
+    def __post_init__(self) -> None:
+        self._share = np.abs(self.final) / np.abs(self.final).sum()
+        self._left = np.cumsum(self._share[::-1])[::-1]
+        self._influence = self._share if self.passing is None else self._share + self.passing
+        self._skips = len(self.final) >= self.settings.fewest_steps and self.settings.tolerance > 0
+        self.needs_error = self._skips
+
+    @property
+    def remark(self) -> str | None:
+        """That nothing is put right, where that is so."""
+        if self.corrects or not self._skips:
+            return None
+        return (
+            "what is predicted is not put right at computed steps: the scheduler is not known (a loop of one's own "
+            "says it by denoising_steps(..., scheduler=scheduler)), adds noise of its own, or is not linear. Compare "
+            "the result with that of fewer steps."
+        )
+
+    def decide(self, step: int) -> Decision:
+        """See `Pace.decide`."""
+        decision = self._decide(step)
+        if decision.compute:
+            self.compute(step)
+        return decision
+
+    def compute(self, step: int) -> None:
+        """Learns that a step is computed; for steps that it is not asked about."""
+        self._computed.insert(0, step)
+
+    def _decide(self, step: int) -> Decision:
+        last = len(self.final) - 1
+        if not self._skips:
+            return Decision(True, "too few steps" if self.settings.tolerance > 0 else "tolerance 0")
+        if step - self._begin < self.settings.warm_up:
+            return Decision(True, "warm-up")
+        if step >= last:
+            return Decision(True, "last step")
+        if self.switch is not None and step == self.switch - 1:
+            return Decision(True, "last step of an expert")
+        if self._curvature is None or len(self._computed) < 2:
+            return Decision(True, "nothing to predict from")
+        newest, before = self._computed[:2]
+        gap = step - newest
+        if gap > min(self.settings.longest_gap, self.settings.growth * (newest - before)):
+            return Decision(True, "longest gap")
+        growth = [self.growth(self._computed, skipped) for skipped in range(newest + 1, step + 1)]
+        predicted = self._curvature * float((self._influence[newest + 1 : step + 1] * growth).sum())
+        reach = float(self._share[newest : step + 1].sum()) / max(float(self._left[step]), 1e-9)
+        estimate = predicted * (self.settings.interpolation + self.settings.propagation * reach)
+        if estimate > self.settings.tolerance:
+            return Decision(True, "estimated error over tolerance", estimate)
+        return Decision(False, "estimated error within tolerance", estimate)
+
+    def weights(self, step: int, nodes: Sequence[int]) -> Weights:
+        """See `Pace.weights`."""
+        if step != nodes[0]:
+            taken = self._skipped[step] = extrapolate(nodes, step)
+            return taken
+        if self.final[step] == 0:  # nothing can be put right here: the next computed step does it
+            return {step: 1.0}
+        skipped, self._skipped = self._skipped, {}
+        known = all(node in nodes for taken in skipped.values() for node in taken)
+        return correct(nodes, skipped, self.final.tolist()) if self.corrects and known else {step: 1.0}
+
+    def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
+        """See `Pace.predicted`."""
+        earlier = [node for node in nodes if node < step]
+        return extrapolate(earlier, step) if len(earlier) > 1 else None
+
+    def observe(self, step: int, error: float) -> None:
+        """See `Pace.observe`."""
+        earlier = [node for node in self._computed if node < step]
+        growth = self.growth(earlier, step) if earlier else 0.0
+        curvature = error / growth if growth else np.inf
+        if not np.isfinite(curvature):
+            self._curvature = None
+        elif self._curvature is None:
+            self._curvature = curvature
+        else:
+            self._curvature = max(curvature, self.settings.memory * self._curvature)
+
+    def take_over(self, computed: Sequence[int], error: float) -> None:
+        """Goes on in mid-run where another pace has computed some steps.
+
+        Args:
+            computed: The computed steps, newest first; at least two.
+            error: Of the prediction at the newest, as for `observe`.
+        """
+        self._computed = list(computed)
+        self.observe(computed[0], error)
+
+    def restart(self, step: int) -> None:
+        """See `Pace.restart`."""
+        self._computed, self._skipped, self._curvature, self._begin = [step], {}, None, step
+
+    def needs_later(self, step: int) -> bool:
+        """See `Pace.needs_later`."""
+        return self._skips and step < len(self.final) - 1

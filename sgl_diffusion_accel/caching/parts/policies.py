@@ -1,0 +1,302 @@
+"""Turns positions, limits and measured changes into *compute* or *skip*."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
+
+from sgl_diffusion_accel.caching.parts.masks import StepsMask
+from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
+from sgl_diffusion_accel.caching.parts.signals import Reduce
+from sgl_diffusion_accel.caching.teacache.polynomial import Polynomial
+from sgl_diffusion_accel.caching.teacache.skip_window import Window
+
+_NEAR_ENOUGH = 0.2  # by which the number of steps may differ from that of the fit
+_SHORTEST = 2  # steps of a run that has nothing but a first and a last one
+
+Change = Callable[[], float]
+"""Measures the relative change of the signal. Calling it synchronises with the device, unless the signal is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in a run a decision is due.
+
+    Attributes:
+        step: Index of the denoising step in the run.
+        total: Number of denoising steps of the run.
+        local_step: Index of the step among those that this transformer has seen; differs from `step` for the second
+            expert of a two-expert model.
+    """
+
+    step: int
+    total: int
+    local_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What was decided so far on one branch of one run.
+
+    Attributes:
+        cached: Steps skipped in all.
+        consecutive: Steps skipped since the last computed one.
+        accumulated: Sum of what was charged at those steps.
+    """
+
+    cached: int = 0
+    consecutive: int = 0
+    accumulated: float = 0.0
+
+    def after(self, decision: Decision) -> Tally:
+        """Returns the tally with one more decision."""
+        if decision.compute:
+            return replace(self, consecutive=0, accumulated=0.0)
+        charge = decision.change if decision.charge is None else decision.charge
+        return Tally(self.cached + 1, self.consecutive + 1, self.accumulated + (charge or 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Compute or skip, and why.
+
+    Attributes:
+        compute: Whether the span is computed.
+        reason: A few words for the statistics.
+        change: The change that was measured, if one was.
+        charge: What a skip adds to the accumulated change; None for the change itself.
+    """
+
+    compute: bool
+    reason: str
+    change: float | None = None
+    charge: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What one branch would have been given at a step, and what was computed.
+
+    Attributes:
+        branch: Its name.
+        predicted: Residuals of the picture's stream that the predictor gives, one for each block list, `[B, T, C]`.
+        computed: Those that were computed, in the same order.
+        guidance: The scale with which the pipeline combines the branches, None where it is not known.
+        reduce: Adds up over devices, where each sees a part of the tokens; None where this one sees all.
+    """
+
+    branch: str
+    predicted: Tensors
+    computed: Tensors
+    guidance: float | None = None
+    reduce: Reduce | None = None
+
+
+class Policy(ABC):
+    """Decides at each denoising step, once a residual is known."""
+
+    @property
+    @abstractmethod
+    def needs_signal(self) -> bool:
+        """Whether it may ask for the change of the signal."""
+
+    def prepare(self, total: int) -> str | None:  # noqa: ARG002  (most policies have nothing to check)
+        """Checks, at the start of a run, that the policy fits a run of `total` steps.
+
+        Returns:
+            What the user should be told about it, or None.
+        """
+        return None
+
+    def may_skip(self, position: Position) -> bool:  # noqa: ARG002  (most policies cannot know beforehand)
+        """Whether this step or a later one may be skipped; if not, nothing needs to be kept for it."""
+        return True
+
+    def may_measure(self, position: Position) -> bool:  # noqa: ARG002  (most policies cannot know beforehand)
+        """Whether the change may be asked for at this step; if not, the step before need not keep its signal."""
+        return self.needs_signal
+
+    @abstractmethod
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """Decides one step.
+
+        Args:
+            position: Where it is.
+            tally: What was decided before.
+            change: Measures the change of the signal; called at most once, and only where the value is needed.
+        """
+
+    @property
+    def needs_error(self) -> bool:
+        """Whether it wants to know how far a prediction would have been from what a computed step gave."""
+        return False
+
+    def observe(self, seen: Comparison) -> None:  # noqa: B027  (most policies remember nothing)
+        """Learns the prediction and the residual of one branch at a computed step, after it was decided."""
+
+    def restart(self, position: Position) -> None:  # noqa: B027
+        """Learns that a step is computed because nothing is known of its branch; it is not asked to decide that."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Lets go of all tensors: a call failed."""
+
+
+@final
+@dataclass(frozen=True)
+class ThresholdPolicy(Policy):
+    """Skips while the signal has changed little, within limits: the policy of DBCache.
+
+    Attributes:
+        threshold: Skip while the relative L1 change stays below; 0 never skips.
+        max_warmup_steps: Steps at the start that are computed.
+        warmup_interval: Compute every n-th step of the warm-up only; the others may be skipped.
+        max_continuous: Longest run of skipped steps, None for no limit.
+        max_cached: Most skipped steps in a run, None for no limit.
+        max_accumulated: Largest sum of changes since the last computed step, None for no limit.
+    """
+
+    threshold: float
+    max_warmup_steps: int = 0
+    warmup_interval: int = 1
+    max_continuous: int | None = None
+    max_cached: int | None = None
+    max_accumulated: float | None = None
+
+    @property
+    def needs_signal(self) -> bool:
+        """Unless the threshold is 0."""
+        return self.threshold > 0
+
+    def may_skip(self, position: Position) -> bool:  # noqa: ARG002
+        """Unless the threshold is 0."""
+        return self.threshold > 0
+
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """See `Policy.decide`."""
+        if position.local_step < self.max_warmup_steps and position.local_step % self.warmup_interval == 0:
+            return Decision(True, "warm-up")
+        if self.threshold <= 0:
+            return Decision(True, "threshold 0")
+        if self.max_continuous is not None and tally.consecutive >= self.max_continuous:
+            return Decision(True, "longest run of skipped steps")
+        if self.max_cached is not None and tally.cached >= self.max_cached:
+            return Decision(True, "most skipped steps")
+        moved = change()
+        if not math.isfinite(moved):
+            return Decision(True, "change not finite", moved)
+        if moved >= self.threshold:
+            return Decision(True, "change over threshold", moved)
+        if self.max_accumulated is not None and tally.accumulated + moved >= self.max_accumulated:
+            return Decision(True, "accumulated change", moved)
+        return Decision(False, "change below threshold", moved)
+
+
+@final
+@dataclass(frozen=True)
+class MaskPolicy(Policy):
+    """Follows a step computation mask.
+
+    Attributes:
+        mask: 1 computes the step. A 0 skips it, or leaves it to `inner`.
+        inner: Decides where the mask has a 0; None for a static mask.
+    """
+
+    mask: StepsMask
+    inner: Policy | None = None
+
+    @property
+    def needs_signal(self) -> bool:
+        """As `inner` does."""
+        return self.inner is not None and self.inner.needs_signal
+
+    def prepare(self, total: int) -> str | None:
+        """Checks that the mask has an entry for each step."""
+        self.mask.resolve(total)
+        return None
+
+    def may_skip(self, position: Position) -> bool:
+        """Whether the mask has a 0 here or later that `inner`, if there is one, may follow."""
+        left = self.mask.resolve(position.total)[position.step :]
+        return 0 in left and (self.inner is None or self.inner.may_skip(position))
+
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """See `Policy.decide`."""
+        if self.mask.resolve(position.total)[position.step]:
+            return Decision(True, "mask")
+        if self.inner is None:
+            return Decision(False, "mask")
+        return self.inner.decide(position, tally, change)
+
+
+@final
+@dataclass(frozen=True)
+class AccumulatingPolicy(Policy):
+    """Skips until the rescaled changes since the last computed step sum up: the policy of TeaCache.
+
+    Within the window each step adds max(p(change), 0), with p the polynomial that estimates the change of the model's
+    output from that of the signal. When the sum reaches the threshold the step is computed, and the sum starts anew.
+
+    Source: TeaCache, "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
+    https://arxiv.org/abs/2411.19108.
+
+    Attributes:
+        threshold: Compute when the sum reaches it; positive.
+        polynomial: Rescales the change.
+        window: Steps that may be skipped; the others are computed.
+        fitted_steps: Denoising steps of the runs that the polynomial was fitted on, None if unknown.
+    """
+
+    threshold: float
+    polynomial: Polynomial
+    window: Window
+    fitted_steps: int | None = None
+
+    @property
+    def needs_signal(self) -> bool:
+        """Always."""
+        return True
+
+    def prepare(self, total: int) -> str | None:
+        """Tells where no step of a run may be skipped, or where the polynomial was fitted on other runs."""
+        start, stop = self.window.bounds(total)
+        if start < stop:
+            fitted = self.fitted_steps
+            if fitted is None or abs(total - fitted) <= _NEAR_ENOUGH * fitted:
+                return None
+            return (
+                f"the coefficients were fitted on runs of {fitted} steps, and this one has {total}: steps that change "
+                "more than any seen there are computed. Fit with calls of as many steps as you run."
+            )
+        if total <= _SHORTEST:
+            return f"a run of {total} steps has none that may be skipped: the first and the last are always computed."
+        return (
+            f"no step of a run of {total} steps may be skipped: skipping starts at step {start} and ends before step "
+            f"{stop} ({self.window}). Give start_skipping and end_skipping for so few steps."
+        )
+
+    def may_skip(self, position: Position) -> bool:
+        """Whether the window is not over."""
+        start, stop = self.window.bounds(position.total)
+        return max(start, position.step) < stop
+
+    def may_measure(self, position: Position) -> bool:
+        """Whether the step is inside the window."""
+        start, stop = self.window.bounds(position.total)
+        return start <= position.step < stop
+
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """See `Policy.decide`."""
+        if not self.may_measure(position):
+            return Decision(True, "outside the window")
+        moved = change()
+        if not math.isfinite(moved):
+            return Decision(True, "change not finite", moved)
+        if self.polynomial.high is not None and moved > self.polynomial.high:
+            return Decision(True, "change beyond the fitted range", moved)
+        charge = max(self.polynomial(moved), 0.0)
+        if tally.accumulated + charge >= self.threshold:
+            return Decision(True, "accumulated change", moved, charge)
+        return Decision(False, "accumulated change below threshold", moved, charge)

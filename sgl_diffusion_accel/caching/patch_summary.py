@@ -1,0 +1,84 @@
+"""Shows what a cache did: a few lines of text, or a picture of the steps in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from sgl_diffusion_accel.caching.parts.stats import BranchStats, Stats
+from sgl_diffusion_accel.loop.places import HOW_TO_PLACE
+
+COMPUTED, SKIPPED = "#0072b2", "#e8e4d9"  # told apart also without colour vision: dark and light
+
+
+def text(title: str, notice: str, stats: Stats) -> str:
+    """Returns the summary that `print(patch)` shows; the notice tells why the patch does not act, if it does not."""
+    lines = [f"{title} [{notice}]" if notice else title]
+    if not stats.runs:
+        lines.append("  no run yet")
+    else:
+        run = stats.runs[-1]
+        lines.append(f"  run {stats.started}: {run.steps} steps, {run.compute_share:.0%} of the blocks computed")
+        lines += [f"  {name:>8} {_marks(branch)} {_count(branch)}" for name, branch in run.branches.items()]
+        lines += [f"  {component}: {remark}" for component, remark in run.remarks]
+    lines += [f"  {remark}" for remark in unplaced(stats)]
+    return "\n".join(lines)
+
+
+def line(title: str, components: Sequence[str], notice: str, stats: Stats) -> str:
+    """Returns the one line of `repr(patch)`."""
+    parts = [f"{title} on {' and '.join(components)}", notice or "active"]
+    if stats.runs:
+        parts.append(
+            f"{_several(stats.started, 'run')}, the last with {stats.runs[-1].compute_share:.0%} of the blocks computed"
+        )
+    if stats.outside:
+        parts.append(f"{_several(stats.outside, 'call')} not placed in a loop and computed in full: see print(patch)")
+    return f"<{'; '.join(parts)}>"
+
+
+def unplaced(stats: Stats, otherwise: str = "computed in full") -> list[str]:
+    """Tells of the calls that could not be placed, and what to type."""
+    if not stats.unplaced:
+        return []
+    found = [
+        f"{_several(count, 'call')} not placed, {otherwise}: {missing}" for missing, count in stats.unplaced.items()
+    ]
+    return [*found, HOW_TO_PLACE]
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def html(title: str, notice: str, stats: Stats) -> str:
+    """Returns the picture that a notebook shows: one row a branch, dark where the step was computed."""
+    head = f"<b>{escape(title)}</b>{f' ({escape(notice)})' if notice else ''}"
+    if not stats.runs:
+        return f"<div>{'<br>'.join([head, 'no run yet', *map(escape, unplaced(stats))])}</div>"
+    run = stats.runs[-1]
+    rows = "".join(_row(name, branch) for name, branch in run.branches.items())
+    told = [f"{component}: {remark}" for component, remark in run.remarks] + unplaced(stats)
+    remarks = "".join(f"<br>{escape(remark)}" for remark in told)
+    return (
+        f"<div>{head}<br>{run.steps} steps, {run.compute_share:.0%} of the blocks computed"
+        f"<table style='border-collapse:collapse'>{rows}</table>{remarks}</div>"
+    )
+
+
+def _marks(branch: BranchStats) -> str:
+    return "".join("█" if computed else "·" for computed in branch.computed)
+
+
+def _count(branch: BranchStats) -> str:
+    return f"{sum(branch.computed)} of {len(branch.computed)} computed"
+
+
+def _row(name: str, branch: BranchStats) -> str:
+    cells = "".join(
+        f"<td title='step {record.step}: {escape(record.reason)}' style='width:9px;height:14px;padding:0;"
+        f"border:1px solid white;background:{COMPUTED if record.computed else SKIPPED}'></td>"
+        for record in branch.records
+    )
+    label, count = f"<td style='padding-right:8px'>{escape(name)}</td>", _count(branch)
+    return f"<tr>{label}{cells}<td style='padding-left:8px'>{count}</td></tr>"

@@ -1,0 +1,1 @@
+"""Where in which denoising loop a transformer call is: the one answer that all patches use."""
