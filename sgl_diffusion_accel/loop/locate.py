@@ -1,11 +1,11 @@
 """Where in which denoising loop a transformer call is: which run, which step of how many, which branch.
 
-A loop of one's own says so itself (`explicit.py`). Of a pipeline the answer is read from its frame (`pipeline_frames.py`): its local
-`timesteps`, the cache context where it sets one, the names that it gives to the conditioning it passes; the step is
-proved from its variables (`step_proof.py`). Frames are read because nothing else tells: pipelines pass neither index
-nor schedule on, hooks see the arguments alone, and a step that is counted from calls is wrong as soon as one comes
-from elsewhere. So it holds for any pipeline that happens to use the transformer, a call from anywhere else is known to
-belong to no loop, and nothing is read from the device.
+A loop of one's own says so itself (`explicit.py`). Of a pipeline the answer is read from its frame: its local
+`timesteps`, the cache context where it sets one, the names that it gives to the conditioning it passes
+(`pipeline_frames.py`); the step is proved from its variables (`step_proof.py`). Frames are read because nothing else
+tells: pipelines pass neither index nor schedule on, hooks see the arguments alone, and a step that is counted from
+calls is wrong as soon as one comes from elsewhere. So it holds for any pipeline that happens to use the transformer, a
+call from anywhere else is known to belong to no loop, and nothing is read from the device.
 """
 
 from __future__ import annotations
