@@ -194,7 +194,14 @@ def apply_calibrated_magcache(
 ) -> AbstractContextManager[object]:
     """Applies MagCache with recorded ratios."""
     ratios = magnitudes_of(model, steps, scheduler)
-    return apply_magcache(pipe, ratios, setting.threshold, setting.skips, setting.retention, setting.order)
+    return apply_magcache(
+        pipe,
+        ratios,
+        threshold=setting.threshold,
+        max_skip_steps=setting.skips,
+        retention_ratio=setting.retention,
+        taylorseer_order=setting.order,
+    )
 
 
 def teacache_fits(model: str, steps: int, scheduler: str = "euler") -> list[dict[str, Any]]:

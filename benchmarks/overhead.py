@@ -28,14 +28,9 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
-from sgl_diffusion_accel import apply_cache_dit, environment
-from sgl_diffusion_accel.caching.blocks.cached_model import Parts
-from sgl_diffusion_accel.caching.blocks.layout import divide
-from sgl_diffusion_accel.caching.cache_patch import apply_cache
-from sgl_diffusion_accel.caching.parts.policies import AccumulatingPolicy
-from sgl_diffusion_accel.caching.parts.predictors import Reuse
+from sgl_diffusion_accel import TeaCacheCoefficients, apply_block_cache, apply_cache_dit, environment
 from sgl_diffusion_accel.caching.parts.signals import ModulatedInput
-from sgl_diffusion_accel.caching.teacache.polynomial import Polynomial
+from sgl_diffusion_accel.caching.teacache.accumulating_policy import AccumulatingPolicy
 from sgl_diffusion_accel.caching.teacache.skip_window import Window
 from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
 
@@ -133,10 +128,9 @@ def measure_own_part(blocks: int, pairs: int, never: Apply) -> dict[str, Row]:
 
 def teacache(pipe: Any, signal: str, threshold: float) -> AbstractContextManager[object]:
     """TeaCache that takes its signal at each step and charges 1 for it."""
-    policy = AccumulatingPolicy(threshold, Polynomial((0, 0, 0, 0, 1)), Window())
+    policy = AccumulatingPolicy(threshold, TeaCacheCoefficients((0, 0, 0, 0, 1)), Window())
     chosen = ModulatedInput() if signal == "modulated input" else family_of(pipe.transformer).signal
-    parts = Parts(divide(pipe.transformer, 0, 0), policy, Reuse(), chosen)
-    return apply_cache("TeaCache", {"transformer": pipe.transformer}, {"transformer": parts})
+    return apply_block_cache(pipe.transformer, policy, signal=chosen)
 
 
 def make_pipeline(blocks: int) -> WanPipeline:

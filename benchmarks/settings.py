@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 PRESETS = ("slow", "medium", "fast", "ultra")
 LATE_PRESETS = tuple(f"late-{preset}" for preset in PRESETS)
-POLICIES = ("dynamic", "static")
+Way = Literal["dynamic", "static"]
+POLICIES: tuple[Way, ...] = ("dynamic", "static")
+_LATE: tuple[tuple[int, Way, int], ...] = ((0, "static", 1), (0, "static", 2), (1, "dynamic", 2))
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Setting:
     continuous: int | None = 3
     order: int = 0
     preset: str | None = None
-    policy: str = "dynamic"
-    spacing: str = "step"
+    policy: Way = "dynamic"
+    spacing: Literal["step", "sigma"] = "step"
     tolerance: float | None = None
 
     @property
@@ -71,7 +74,7 @@ def late_settings() -> list[Setting]:
     return [
         Setting(fn=fn, preset=preset, policy=policy, order=order)
         for preset in LATE_PRESETS
-        for fn, policy, order in ((0, "static", 1), (0, "static", 2), (1, "dynamic", 2))
+        for fn, policy, order in _LATE
     ]
 
 

@@ -1,19 +1,27 @@
 """Makes diffusers' diffusion transformer pipelines several times faster, with one line."""
 
 from sgl_diffusion_accel._version import __version__
+from sgl_diffusion_accel.attention.attention_config import AttentionConfig
 from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
 from sgl_diffusion_accel.attention.backends.registry import register_attention_backend
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
-from sgl_diffusion_accel.caching.adaptive import apply_adaptive_cache
+from sgl_diffusion_accel.caching.adaptive import AdaptiveConfig, apply_adaptive_cache
+from sgl_diffusion_accel.caching.apply_block_cache import apply_block_cache
 from sgl_diffusion_accel.caching.cache_dit.apply_cache_dit import apply_cache_dit
 from sgl_diffusion_accel.caching.cache_dit.cache_dit_config import CacheDiTConfig
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.magcache.apply_magcache import apply_magcache
+from sgl_diffusion_accel.caching.magcache.magcache_config import MagCacheConfig
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.parts.masks import StepsMask
+from sgl_diffusion_accel.caching.parts.policies import Decision, Policy, Position, Tally
+from sgl_diffusion_accel.caching.parts.predictors import Predictor, Reuse, Taylor
+from sgl_diffusion_accel.caching.parts.signals import HeadResidual, Signal
+from sgl_diffusion_accel.caching.parts.stats import RunStats, Stats
 from sgl_diffusion_accel.caching.teacache.apply_teacache import apply_teacache
-from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheCoefficients, TeaCacheConfig
-from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan
+from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
+from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheConfig
+from sgl_diffusion_accel.calibration.apply_plan import PlanConfig, apply_cache_plan
 from sgl_diffusion_accel.calibration.calibrate import calibrate
 from sgl_diffusion_accel.calibration.check_plan import check_plan
 from sgl_diffusion_accel.calibration.plan import CachePlan
@@ -36,6 +44,8 @@ from sgl_diffusion_accel.profiling.report import ProfileReport
 
 __all__ = [
     "AccelError",
+    "AdaptiveConfig",
+    "AttentionConfig",
     "AttentionPatch",
     "CacheDiTConfig",
     "CachePatch",
@@ -43,18 +53,32 @@ __all__ = [
     "ComparisonReport",
     "ConfigError",
     "ConfigTypeError",
+    "Decision",
+    "HeadResidual",
+    "MagCacheConfig",
     "MagnitudeRatios",
     "MissingPackageError",
     "Patch",
+    "PlanConfig",
+    "Policy",
+    "Position",
+    "Predictor",
     "Profile",
     "ProfileReport",
+    "Reuse",
+    "RunStats",
+    "Signal",
+    "Stats",
     "StepsMask",
+    "Tally",
+    "Taylor",
     "TeaCacheCoefficients",
     "TeaCacheConfig",
     "UnsupportedModelError",
     "VariantError",
     "__version__",
     "apply_adaptive_cache",
+    "apply_block_cache",
     "apply_cache_dit",
     "apply_cache_plan",
     "apply_magcache",

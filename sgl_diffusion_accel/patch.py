@@ -13,9 +13,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from sgl_diffusion_accel.errors import ConfigTypeError
 from sgl_diffusion_accel.intercept import Handler, intercept, release, slot_of
-from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.targets import Target, components_of, unwrap
 
 _Self = TypeVar("_Self", bound="Patch")
 
@@ -78,19 +77,24 @@ class Patch:
         intercept(module, self.kind, handler)
         self._interceptions.append((weakref.ref(module), handler))
 
+    def stand_before(self, target: Target, handler: Handler) -> None:
+        """Puts `handler` in front of a component, wherever its calls come in."""
+        for door in target.doors:
+            self.intercept(door, handler)
+
     @contextlib.contextmanager
-    def applying(self, pipe: object, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Takes the place of the patches of this kind on modules, while this one is put there.
+    def applying(self, pipe: object, targets: Iterable[Target]) -> Iterator[None]:
+        """Takes the place of the patches of this kind on components, while this one is put there.
 
         They come back if that fails. Else they are gone for good, but for those whose `with` block is open: they wait.
 
         Args:
-            pipe: The pipeline that the modules are of, or a module by itself.
-            modules: What this patch is put on, without wrappers.
+            pipe: The pipeline that they are of, or a module by itself.
+            targets: What this patch is put on.
         """
         try:
-            for module in modules:
-                for old in [patch for patch in patches_of(module) if patch.kind == self.kind]:
+            for target in targets:
+                for old in [patch for patch in patches_of(target.module) if patch.kind == self.kind]:
                     old._suspend()
                     self._waiting.append(old)
             yield
@@ -105,10 +109,9 @@ class Patch:
         self._belongs_to(pipe)
 
     def _belongs_to(self, pipe: object) -> None:
-        components = getattr(pipe, "components", None)
-        if isinstance(pipe, nn.Module) or not isinstance(components, dict):
+        if isinstance(pipe, nn.Module):
             return
-        parts = {name: unwrap(part) for name, part in components.items() if isinstance(part, nn.Module)}
+        parts = {name: unwrap(part) for name, part in components_of(pipe).items()}
         with contextlib.suppress(TypeError):  # an object that can be no key, or not be referred to
             _applied.setdefault(pipe, weakref.WeakSet()).add(self)
             self._pipe = weakref.ref(pipe)
@@ -245,9 +248,4 @@ def _applied_to(pipe: object) -> Iterable[Patch]:
 
 
 def _modules(pipe: object) -> list[nn.Module]:
-    if isinstance(pipe, nn.Module):
-        return [unwrap(pipe)]
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise ConfigTypeError(f"expected a diffusers pipeline or a module, got {type(pipe).__name__}.")
-    return [unwrap(part) for part in components.values() if isinstance(part, nn.Module)]
+    return [unwrap(part) for part in components_of(pipe).values()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
 from torch import nn
 
 from sgl_diffusion_accel.errors import ConfigTypeError, UnsupportedModelError
@@ -104,7 +107,76 @@ def model_class(module: nn.Module) -> type:
     return next(classes)
 
 
-def find_transformers(pipe: object) -> dict[str, nn.Module]:
+class HasComponents(Protocol):
+    """A diffusers pipeline, as far as this library looks at it."""
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Component name to component."""
+
+
+Pipe: TypeAlias = "HasComponents | nn.Module"
+"""What a patch is applied to: a diffusers pipeline, or its transformer by itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A component that is patched.
+
+    Attributes:
+        name: Its name in the pipeline.
+        module: The model, inside of all wrappers.
+        wrapper: What the pipeline calls: the model itself, or a wrapper such as that of `torch.compile`.
+    """
+
+    name: str
+    module: nn.Module
+    wrapper: nn.Module
+
+    @classmethod
+    def of(cls, name: str, part: nn.Module) -> Target:
+        """A component under its name.
+
+        Raises:
+            UnsupportedModelError: It is wrapped in `torch.nn.DataParallel`.
+        """
+        refuse_data_parallel(name, part)
+        return cls(name, unwrap(part), part)
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether the model is in a wrapper."""
+        return self.wrapper is not self.module
+
+    @property
+    def doors(self) -> tuple[nn.Module, ...]:
+        """Where its calls come in: a wrapper may have kept the model's own `__call__`, or do work of its own."""
+        return (self.module, self.wrapper) if self.is_wrapped else (self.module,)
+
+    @property
+    def model(self) -> str:
+        """Name of the model's class."""
+        return model_class(self.module).__name__
+
+
+def components_of(pipe: object) -> dict[str, nn.Module]:
+    """The modules among the components of a pipeline, as they are there; a transformer by itself is `"transformer"`.
+
+    Raises:
+        ConfigTypeError: Neither a pipeline nor a module was given.
+    """
+    if isinstance(pipe, nn.Module):
+        return {"transformer": pipe}
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise ConfigTypeError(
+            f"expected a diffusers pipeline or its transformer, got {type(pipe).__name__}. "
+            "Hand over pipe, or pipe.transformer."
+        )
+    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+
+
+def find_targets(pipe: object) -> tuple[Target, ...]:
     """Finds the diffusion transformers of a pipeline.
 
     They are known by name (`TRANSFORMERS`). A component under another name is one of them if it is of the class of one
@@ -114,41 +186,32 @@ def find_transformers(pipe: object) -> dict[str, nn.Module]:
         pipe: A diffusers pipeline, or a transformer by itself.
 
     Returns:
-        Component name to module: `{"transformer": …}`, with further ones for models that have several. What is wrapped,
-        by `torch.compile` for example, is returned with its wrapper; see `unwrap`.
+        The transformers, each once, in the order in which a run uses them; several for models that have several.
 
     Raises:
         UnsupportedModelError: The pipeline has no transformer, or one in `torch.nn.DataParallel`.
         ConfigTypeError: Neither a pipeline nor a module was given.
     """
+    modules = components_of(pipe)
     if isinstance(pipe, nn.Module):
-        refuse_data_parallel("transformer", pipe)
-        return {"transformer": pipe}
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        raise ConfigTypeError(
-            f"expected a diffusers pipeline or its transformer, got {type(pipe).__name__}. "
-            "Hand over pipe, or pipe.transformer."
-        )
-    found: dict[str, nn.Module] = {}
+        return (Target.of("transformer", pipe),)
+    found: dict[nn.Module, Target] = {}
     for name in TRANSFORMERS:
-        _add(found, name, components.get(name))
-    classes = {model_class(unwrap(part)) for part in found.values()}
-    for name, part in components.items():
-        if isinstance(part, nn.Module) and model_class(unwrap(part)) in classes:
-            _add(found, name, part)
+        if name in modules:
+            found.setdefault(unwrap(modules[name]), Target.of(name, modules[name]))
+    classes = {model_class(module) for module in found}
+    for name, part in modules.items():
+        if model_class(unwrap(part)) in classes:
+            found.setdefault(unwrap(part), Target.of(name, part))
     if not found:
-        modules = [name for name, part in components.items() if isinstance(part, nn.Module)]
         raise UnsupportedModelError(
             f"{type(pipe).__name__} has no component {' or '.join(map(repr, TRANSFORMERS))}; its modules are "
             f"{', '.join(modules) or 'none'}. Only diffusion transformers are supported (a UNet is not one); "
             "a transformer under another name can be passed by itself."
         )
-    return found
+    return tuple(found.values())
 
 
-def _add(found: dict[str, nn.Module], name: str, part: object) -> None:
-    """Adds a component, each module once."""
-    if isinstance(part, nn.Module) and all(unwrap(part) is not unwrap(other) for other in found.values()):
-        refuse_data_parallel(name, part)
-        found[name] = part
+def find_transformers(pipe: object) -> dict[str, nn.Module]:
+    """The same as component name to module, with its wrapper."""
+    return {target.name: target.wrapper for target in find_targets(pipe)}

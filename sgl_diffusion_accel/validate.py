@@ -1,11 +1,18 @@
-"""What configs have in common: checks of their fields, and a dict that cannot be changed."""
+"""Checks of what users hand over: each raises with what was seen, what is allowed, and what to type."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import numbers
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
-from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
+from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_INFINITE = float("inf")
 
 
 class FrozenSettings(dict[Any, Any]):
@@ -24,13 +31,15 @@ class FrozenSettings(dict[Any, Any]):
         return FrozenSettings, (dict(self),)
 
 
-def count(name: str, value: Any, lowest: int) -> int:
-    """Returns a whole number from `lowest`, or raises."""
+def count(name: str, value: Any, lowest: int, highest: int | None = None) -> int:
+    """Returns a whole number from `lowest` (to `highest`), or raises."""
+    allowed = f"a whole number from {lowest}" + ("" if highest is None else f" to {highest}")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):  # numpy's integers are Integral
-        raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: a whole number from {lowest}.")
-    if value < lowest:
-        raise ConfigError(f"{name}={value}; allowed: a whole number from {lowest}.")
-    return int(value)
+        raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: {allowed}.")
+    number = int(value)
+    if number < lowest or (highest is not None and number > highest):
+        raise ConfigError(f"{name}={value}; allowed: {allowed}.")
+    return number
 
 
 def real(name: str, value: Any, allowed: str = "a number") -> float:
@@ -40,4 +49,70 @@ def real(name: str, value: Any, allowed: str = "a number") -> float:
     try:
         return float(value)
     except OverflowError:
-        return float("inf")
+        return _INFINITE
+
+
+def within(name: str, value: Any, allowed: str, lowest: float = 0.0, highest: float = _INFINITE) -> float:
+    """Returns a finite number within bounds, which are allowed themselves, or raises.
+
+    Args:
+        name: What it is.
+        value: What was given.
+        allowed: What is allowed, in words, with an example.
+        lowest: Lower bound.
+        highest: Upper bound.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: {allowed}.")
+    found = real(name, value)
+    if not lowest <= found <= highest or abs(found) == _INFINITE:
+        raise ConfigError(f"{name}={value!r}; allowed: {allowed}.")
+    return found
+
+
+def positive(name: str, value: Any, allowed: str) -> float:
+    """Returns a finite number over 0, or raises."""
+    found = within(name, value, allowed)
+    if found == 0:
+        raise ConfigError(f"{name}={value!r}; allowed: {allowed}.")
+    return found
+
+
+def flag(name: str, value: Any, or_none: bool = False) -> Any:
+    """Returns True or False (or None, where that is allowed), or raises."""
+    if not isinstance(value, bool) and not (or_none and value is None):
+        raise ConfigTypeError(f"{name}={value!r}: allowed are True{', False and None' if or_none else ' and False'}.")
+    return value
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    """Returns one of the names that are allowed, or raises with the nearest one."""
+    if value not in allowed:
+        raise unknown_name(name, str(value), allowed)
+    return value
+
+
+def of_type(name: str, value: Any, kind: type | tuple[type, ...], allowed: str) -> Any:
+    """Returns an object of a type, or raises."""
+    if not isinstance(value, kind):
+        raise ConfigTypeError(f"{name} is a {type(value).__name__}; allowed: {allowed}.")
+    return value
+
+
+def check_names(kind: str, given: Sequence[str], known: Sequence[str], where: str) -> None:
+    """Raises ConfigError for the first name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            raise unknown_name(kind, str(name), known, where)
+
+
+def names_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that tells the nearest known name where one of its arguments is misspelt."""
+    known = [name for name, each in inspect.signature(function).parameters.items() if each.kind is not each.VAR_KEYWORD]
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        check_names("argument", list(kwargs), known, function.__name__)
+        return function(*args, **kwargs)
+
+    return checked

@@ -25,12 +25,13 @@ from sgl_diffusion_accel import (
     apply_cache_dit,
 )
 from sgl_diffusion_accel.caching import adaptive
-from sgl_diffusion_accel.caching.cache_patch import apply_output_cache
-from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, GapControl, GapSettings, Pace
+from sgl_diffusion_accel.caching.cache_patch import put_around
+from sgl_diffusion_accel.caching.parts.call_policy import DEPTH, CallPolicy
+from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.caching.parts.multistep import Weights, extrapolate
-from sgl_diffusion_accel.caching.parts.policies import Decision
+from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Position, Tally
 from sgl_diffusion_accel.intercept import intercept
-from sgl_diffusion_accel.targets import find_transformers
+from sgl_diffusion_accel.targets import find_targets
 from zoo import Family, tensor_of
 from zoo.base import flow_euler, unipc_flow
 
@@ -588,7 +589,7 @@ def test_outputs_that_are_not_finite_are_never_predicted_from() -> None:
 # The error that steers
 
 
-class Watching(Pace):
+class Watching(CallPolicy):
     """Computes every step and keeps the measured errors."""
 
     needs_error = True
@@ -596,7 +597,7 @@ class Watching(Pace):
     def __init__(self) -> None:
         self.errors: dict[int, float] = {}
 
-    def decide(self, step: int) -> Decision:
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
         return Decision(True, "watching")
 
     def weights(self, step: int, nodes: Sequence[int]) -> Weights:
@@ -639,8 +640,8 @@ def test_error_is_that_of_what_the_scheduler_is_given(name: str) -> None:
     """The line through the guided outputs against the guided output, though only the branches are seen."""
     family = present(name)
     pipe = family.make()
-    pace = Watching()
-    apply_output_cache("watching", find_transformers(pipe), lambda _: pace)
+    policy = Watching()
+    put_around(pipe, "watching", find_targets(pipe), lambda _: policy)
     given: list[torch.Tensor] = []
     step = pipe.scheduler.step
 
@@ -652,14 +653,14 @@ def test_error_is_that_of_what_the_scheduler_is_given(name: str) -> None:
     family.run(pipe, steps=6, **({"guidance": 4.0} if name != "flux" else {}))
     wanted = {at: off(2 * given[at - 1] - given[at - 2], given[at]) for at in range(2, 5)}
     rough = 0.3 if name == "qwen" else 0.02  # Qwen-Image scales the guided output by its norm
-    assert {at: pace.errors[at] for at in wanted} == pytest.approx(wanted, rel=rough)
+    assert {at: policy.errors[at] for at in wanted} == pytest.approx(wanted, rel=rough)
 
 
 class Laid(Watching):
     """Skips every third step."""
 
-    def decide(self, step: int) -> Decision:
-        return Decision(step % 3 != 2, "laid down")
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        return Decision(position.step % 3 != 2, "laid down")
 
     def weights(self, step: int, nodes: Sequence[int]) -> Weights:
         return {step: 1.0} if step in nodes else extrapolate(nodes, step)
@@ -686,7 +687,7 @@ class Looking:
 def test_branches_that_change_places_give_the_same(family: Family) -> None:
     """On a fixed path through the latents the prompt's calls return the same, whichever branch the prompt is on."""
     pipe = family.make(scheduler=FixedPath())
-    apply_output_cache("laid down", find_transformers(pipe), lambda _: Laid())
+    put_around(pipe, "laid down", find_targets(pipe), lambda _: Laid())
     seen = []
     for swap in (False, True):
         looking = Looking()

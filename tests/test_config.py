@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from sgl_diffusion_accel import CacheDiTConfig, ConfigError, ConfigTypeError, StepsMask
-from sgl_diffusion_accel.caching.cache_dit.cache_dit_config import KNOBS
 from sgl_diffusion_accel.errors import AccelError
 
 COUNTS = {
@@ -24,6 +23,7 @@ COUNTS = {
 }
 LIMITS = ("max_continuous_cached_steps", "max_cached_steps")
 REALS = ("residual_diff_threshold", "max_accumulated_residual_diff")
+KNOBS = CacheDiTConfig.names()
 GOOD = {
     "fn_compute_blocks": 8,
     "bn_compute_blocks": 2,

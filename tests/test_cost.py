@@ -99,7 +99,7 @@ def test_time_embedding_needs_no_wait_in_a_whole_run(name: str, retains: bool) -
     family = present(name)
 
     def by_time(pipe: Any) -> CachePatch:
-        return apply_teacache(pipe, 0.025, [0, 0, 0, 1, 0], start_skipping=1, use_ret_steps=retains)
+        return apply_teacache(pipe, 0.025, coefficients=[0, 0, 0, 1, 0], start_skipping=1, use_ret_steps=retains)
 
     places, patch = waits(family, by_time, steps=20)
     (computed,) = {branch.computed[1:-1] for branch in patch.stats.runs[-1].branches.values()}
@@ -120,7 +120,7 @@ FIRST_NORM = {
 def test_modulated_input_is_taken_only_where_it_is_compared(family: Family) -> None:
     """At the steps that may be skipped, and at the one before them; a step after them costs nothing."""
     pipe = family.make()
-    patch = apply_teacache(pipe, 0.5, [0, 0, 0, 0, 1], start_skipping=4, end_skipping=6)
+    patch = apply_teacache(pipe, 0.5, coefficients=[0, 0, 0, 0, 1], start_skipping=4, end_skipping=6)
     norms: list[int] = []
     pipe.transformer.get_submodule(FIRST_NORM[family.name]).register_forward_hook(lambda *_: norms.append(1))
     family.run(pipe, steps=9)
@@ -256,7 +256,7 @@ def test_teacache_keeps_no_time_embedding_and_one_modulated_input(family: Family
     pipe = family.make()
     sizes = returned_bytes(family, pipe)
     signal = 0 if family.name in BY_TIME else 1
-    patch = apply_teacache(pipe, 0.15, [0, 0, 0, 0, 0.1], start_skipping=2, taylorseer_order=order)
+    patch = apply_teacache(pipe, 0.15, coefficients=[0, 0, 0, 0, 0.1], start_skipping=2, taylorseer_order=order)
     held = at_steps(family, pipe, patch.held_bytes)
     records = next(iter(patch.stats.runs[-1].branches.values())).records
     for step in range(STEPS - 2):

@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 
-from sgl_diffusion_accel.caching.parts.gap_control import DEPTH
+from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
 from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments, design
 from sgl_diffusion_accel.loop.scheduler_response import euler, response_of

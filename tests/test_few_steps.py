@@ -19,7 +19,7 @@ from sgl_diffusion_accel import (
     apply_teacache,
     calibrate,
 )
-from sgl_diffusion_accel.caching.remarks import FEW, few_steps_remark
+from sgl_diffusion_accel.caching.run_log import FEW, few_steps_remark
 
 
 def plan(pipe: Any) -> CachePatch:
@@ -35,7 +35,7 @@ def magcache(pipe: Any) -> CachePatch:
 CACHES: dict[str, Callable[[Any], CachePatch]] = {
     "plan": plan,
     "magcache": magcache,
-    "teacache": lambda pipe: apply_teacache(pipe, 0.5, [0, 0, 0, 0, 0], start_skipping=1),
+    "teacache": lambda pipe: apply_teacache(pipe, 0.5, coefficients=[0, 0, 0, 0, 0], start_skipping=1),
     "threshold": lambda pipe: apply_cache_dit(pipe, residual_diff_threshold=10.0, max_warmup_steps=1),
     "mask": lambda pipe: apply_cache_dit(pipe, fn_compute_blocks=0, steps_mask="ultra", steps_policy="static"),
 }

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion_accel import StepsMask
+from sgl_diffusion_accel.caching.parts.decider import Decider
 from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings, growth_of_line
 from sgl_diffusion_accel.caching.parts.gap_policy import GapPolicy, ResidualGrowth
-from sgl_diffusion_accel.caching.parts.policies import Comparison, Decision, MaskPolicy, Policy, Position, Tally
+from sgl_diffusion_accel.caching.parts.policies import Decision, MaskPolicy, Policy, Position, Tally
 from sgl_diffusion_accel.caching.parts.policies import ThresholdPolicy as Limits
 from sgl_diffusion_accel.caching.parts.predictors import Predictor, Reuse, Taylor
 
@@ -27,9 +28,10 @@ def wave(frequency: float) -> Curve:
     return lambda t: [2 + math.sin(frequency * t), math.cos(frequency * t)]
 
 
-def gaps(tolerance: float = 0.01, limits: Policy = FREE, order: int = 1, steps: int = STEPS, **kw: Any) -> GapPolicy:
+def gaps(tolerance: float = 0.01, limits: Policy = FREE, order: int = 1, steps: int = STEPS, **kw: Any) -> Decider:
     settings = GapSettings(tolerance, warm_up=0, interpolation=1.0, **kw)
-    return GapPolicy(GapControl(settings, np.ones(steps), corrects=False, growth=ResidualGrowth(order)), limits)
+    control = GapControl(settings, np.ones(steps), corrects=False, growth=ResidualGrowth(order))
+    return Decider(GapPolicy(control, limits))
 
 
 def never() -> float:
@@ -39,7 +41,7 @@ def never() -> float:
 class Run:
     """A run with one branch whose residual at step s is `curve(s / steps)`."""
 
-    def __init__(self, curve: Curve, policy: GapPolicy, predictor: Predictor | None = None, steps: int = STEPS) -> None:
+    def __init__(self, curve: Curve, policy: Decider, predictor: Predictor | None = None, steps: int = STEPS) -> None:
         self.predictor = predictor or Taylor(1)
         self.policy = policy
         self.residuals = [torch.as_tensor(curve(step / steps), dtype=torch.float64) for step in range(steps)]
@@ -58,7 +60,7 @@ class Run:
         if self.nodes:
             guess = self.predicted(step)
             if decision.compute and len(self.nodes) >= min(2, self.predictor.depth):
-                self.policy.observe(Comparison("cond", (guess,), (made,)))
+                self.policy.compare(step, "cond", (guess,), (made,), None, None)
             made = made if decision.compute else guess
         if decision.compute:
             self.nodes = [step, *self.nodes][: self.predictor.depth]
@@ -106,15 +108,15 @@ def test_error_that_steers_is_that_of_the_predictor_that_runs() -> None:
 
 
 def test_tolerance_0_computes_every_step_and_compares_nothing() -> None:
-    policy = gaps(0.0)
+    policy = gaps(0.0).policy
     assert not policy.needs_error
     assert not any(policy.may_skip(Position(step, STEPS, step)) for step in range(STEPS))
     assert all(Run(lambda _: [1.0, 1.0], gaps(0.0)).mask)
 
 
 def test_no_signal_is_taken() -> None:
-    assert not gaps().needs_signal
-    assert not gaps().may_measure(Position(5, STEPS, 5))
+    assert not gaps().policy.needs_signal
+    assert not gaps().policy.may_measure(Position(5, STEPS, 5))
 
 
 # What else forbids a skip
@@ -172,15 +174,16 @@ def test_error_that_is_no_number_means_computing(error: float) -> None:
 # Branches of a step, and what follows after a change
 
 
-def decide(policy: GapPolicy, step: int) -> Decision:
+def decide(policy: Decider, step: int) -> Decision:
     return policy.decide(Position(step, STEPS, step), Tally(), never)
 
 
-def observe(policy: GapPolicy, branch: str, error: float) -> None:
-    policy.observe(Comparison(branch, (torch.tensor([1 + error, 0.0]),), (torch.tensor([1.0, 0.0]),)))
+def observe(policy: Decider, branch: str, error: float) -> None:
+    predicted, computed = (torch.tensor([1 + error, 0.0]),), (torch.tensor([1.0, 0.0]),)
+    policy.compare(policy.policy._step, branch, predicted, computed, None, None)
 
 
-def warmed(errors: Sequence[float]) -> GapPolicy:
+def warmed(errors: Sequence[float]) -> Decider:
     """A policy after three computed steps, where the branches have erred so at the last."""
     policy = gaps(0.01)
     policy.restart(Position(0, STEPS, 0))
@@ -253,7 +256,7 @@ def test_first_step_of_a_second_expert_is_the_first_of_its_own() -> None:
 
 def test_failed_call_leaves_no_tensor() -> None:
     policy = warmed([])
-    policy.observe(Comparison("cond", (torch.ones(4),), (torch.ones(4),), guidance=3.0))
+    policy.compare(2, "cond", (torch.ones(4),), (torch.ones(4),), 3.0, None)
     assert policy.nbytes() == 16
     policy.forget()
     assert policy.nbytes() == 0
@@ -281,6 +284,6 @@ def test_steps_at_one_noise_level_have_no_growth_and_are_computed() -> None:
     growth = ResidualGrowth(1, [1.0] * STEPS)
     pace = GapControl(GapSettings(1.0, warm_up=0), np.ones(STEPS), growth=growth)
     for step in range(STEPS):
-        assert pace.decide(step).compute
+        assert pace.decide(Position(step, STEPS, step), Tally(), never).compute
         if step >= 2:
             pace.observe(step, 1e-6)

@@ -17,7 +17,7 @@ from torch import nn
 from sgl_diffusion_accel.intercept import intercept
 from sgl_diffusion_accel.loop.locate import locate
 from sgl_diffusion_accel.loop.places import LoopCall
-from sgl_diffusion_accel.loop.runs import Runs
+from sgl_diffusion_accel.loop.runs import Kept, Runs
 
 
 class Seen(NamedTuple):
@@ -383,14 +383,22 @@ def test_run_is_forgotten_after_an_error_though_the_schedule_lives_on():
     assert list(pipe.transformer.registry) == []
 
 
+class Tensors(Kept):
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def nbytes(self):
+        return self.tensor.nbytes
+
+
 def test_what_is_kept_for_a_run_is_let_go_with_it():
     pipe, kept = make(), []
 
     def keep(i):
         (run,) = pipe.transformer.registry
         if i == 0:
-            run.data["something"] = tensor = torch.zeros(3)
-            kept.append(weakref.ref(tensor))
+            run.kept = Tensors(torch.zeros(3))
+            kept.append(weakref.ref(run.kept.tensor))
         assert kept[0]() is not None
 
     pipe(3, each=keep)
@@ -402,10 +410,10 @@ def test_discard_and_clear_forget_runs_and_what_is_kept_for_them():
 
     def discard(i):
         (run,) = pipe.transformer.registry
-        run.data["something"] = i
+        run.kept = Tensors(torch.zeros(3))
         pipe.transformer.registry.discard(run) if i == 0 else pipe.transformer.registry.clear()
         assert list(pipe.transformer.registry) == []
-        assert "something" not in run.data
+        assert run.kept is None
 
     pipe(3, each=discard)
     assert [(seen.new, seen.step) for seen in pipe.transformer.seen] == [(True, 0), (True, 1), (True, 2)]

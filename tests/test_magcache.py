@@ -21,7 +21,7 @@ from sgl_diffusion_accel import (
     apply_magcache,
     calibrate,
 )
-from sgl_diffusion_accel.caching.remarks import few_steps_remark
+from sgl_diffusion_accel.caching.run_log import few_steps_remark
 from zoo import Family
 
 STEPS = 20
@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "infinite threshold": ({"threshold": float("inf")}, ConfigError, "threshold=inf"),
     "threshold nan": ({"threshold": float("nan")}, ConfigError, "threshold=nan"),
-    "threshold of text": ({"threshold": "2x"}, ConfigTypeError, "threshold has '2x', a str"),
+    "threshold of text": ({"threshold": "2x"}, ConfigTypeError, "threshold='2x' is a str"),
     "negative limit": ({"max_skip_steps": -1}, ConfigError, "max_skip_steps=-1; allowed: a whole number from 0"),
     "limit of a fraction": ({"max_skip_steps": 1.5}, ConfigTypeError, "max_skip_steps=1.5"),
     "retention above 1": (
@@ -105,7 +105,7 @@ def test_steps_are_those_of_diffusers(family: Family, threshold: float, most: in
     pipe.transformer.disable_cache()
     every = len(family.branches)
     theirs = "".join("#" if every * step in ran else "." for step in range(STEPS))
-    patch = apply_magcache(pipe, RISING, threshold, most, retention)
+    patch = apply_magcache(pipe, RISING, threshold=threshold, max_skip_steps=most, retention_ratio=retention)
     family.run(pipe, steps=STEPS)
     assert "." in theirs
     assert marks(patch) == theirs[:-1] + "#"
@@ -152,7 +152,7 @@ def test_plain_numbers_do_as_well(given: Any) -> None:
     same = MagnitudeRatios({"transformer": {"cond": [None, *RISING[1:]]}})
     found = []
     for ratios in (given, same):
-        patch = apply_magcache(pipe, ratios, 0.1)
+        patch = apply_magcache(pipe, ratios, threshold=0.1)
         family.run(pipe, steps=STEPS)
         found.append(marks(patch))
     assert found[0] == found[1]
@@ -171,7 +171,7 @@ def test_transformer_is_taken_where_a_pipeline_is() -> None:
     family = present("wan")
     pipe = family.make()
     plan = calibrate(pipe, [family.call(pipe, steps=10)], teacache=False)
-    patch = apply_magcache(pipe.transformer, plan.magnitude_ratios, 1.0)
+    patch = apply_magcache(pipe.transformer, plan.magnitude_ratios, threshold=1.0)
     family.run(pipe, steps=10)
     assert marks(patch) == "##...#...#"
 
@@ -179,7 +179,7 @@ def test_transformer_is_taken_where_a_pipeline_is() -> None:
 def test_run_of_another_length_is_remarked_on(caplog: pytest.LogCaptureFixture) -> None:
     family = present("flux")
     pipe = family.make()
-    patch = apply_magcache(pipe, RISING, 0.5)
+    patch = apply_magcache(pipe, RISING, threshold=0.5)
     with caplog.at_level(logging.WARNING):
         family.run(pipe, steps=STEPS)
         assert not patch.stats.runs[-1].remarks
@@ -195,7 +195,7 @@ def test_run_of_another_length_is_remarked_on(caplog: pytest.LogCaptureFixture) 
 
 def test_summary_tells_the_settings() -> None:
     pipe = present("flux").make()
-    text = str(apply_magcache(pipe, RISING, 0.12, 5, 0.1, taylorseer_order=1))
+    text = str(apply_magcache(pipe, RISING, threshold=0.12, max_skip_steps=5, retention_ratio=0.1, taylorseer_order=1))
     assert (
         "MagCache (ratios of 20 steps, threshold 0.12, at most 5 steps in a row, retention 10%, TaylorSeer order 1)"
         in text
@@ -206,7 +206,7 @@ def test_summary_tells_the_settings() -> None:
 def test_reasons_are_told() -> None:
     family = present("flux")
     pipe = family.make()
-    patch = apply_magcache(pipe, [1.0, *[1.1] * 9], 0.25, 9)
+    patch = apply_magcache(pipe, [1.0, *[1.1] * 9], threshold=0.25, max_skip_steps=9)
     family.run(pipe, steps=10)
     reasons = patch.stats.runs[-1].branches["cond"].reasons
     assert reasons[:4] == (

@@ -196,7 +196,7 @@ def test_lists_that_see_the_same_tokens_are_added_up_and_others_count_by_themsel
 def recorded(steps: dict[int, Tensor], **fields: Any) -> dict[int, float]:
     recorder = MagnitudeRecorder(**fields)
     for step, residual in steps.items():
-        recorder(1, "cond", step, [residual])
+        recorder.add(1, "cond", step, [residual])
     return recorder.ratios.get((1, "cond"), {})
 
 
@@ -226,7 +226,7 @@ def test_one_number_a_token_is_kept_and_old_runs_are_forgotten() -> None:
     recorder = MagnitudeRecorder()
     for run in range(1, 5):
         for step in range(5):
-            recorder(run, "cond", step, [torch.ones(1, 4, 64)])
+            recorder.add(run, "cond", step, [torch.ones(1, 4, 64)])
     assert {key: tuple(norms.shape) for key, (_, norms) in recorder._norms.items()} == {
         (3, "cond"): (4,),
         (4, "cond"): (4,),
@@ -239,7 +239,7 @@ def test_one_number_a_token_is_kept_and_old_runs_are_forgotten() -> None:
 def test_ratios_go_by_run_and_branch() -> None:
     recorder = MagnitudeRecorder()
     for step in range(3):
-        recorder(1, "cond", step, [torch.full((1, 4, 2), 2.0**step)])
-        recorder(1, "uncond", step, [torch.full((1, 4, 2), 4.0**step)])
-        recorder(2, "cond", step, [torch.full((1, 4, 2), 8.0**step)])
+        recorder.add(1, "cond", step, [torch.full((1, 4, 2), 2.0**step)])
+        recorder.add(1, "uncond", step, [torch.full((1, 4, 2), 4.0**step)])
+        recorder.add(2, "cond", step, [torch.full((1, 4, 2), 8.0**step)])
     assert recorder.ratios == {(1, "cond"): {1: 2, 2: 2}, (1, "uncond"): {1: 4, 2: 4}, (2, "cond"): {1: 8, 2: 8}}

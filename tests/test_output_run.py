@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.outputs.output_run import OutputRun
-from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, Pace
+from sgl_diffusion_accel.caching.parts.call_policy import DEPTH, CallPolicy
 from sgl_diffusion_accel.caching.parts.multistep import Weights, extrapolate
-from sgl_diffusion_accel.caching.parts.policies import Decision
+from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Position, Tally
+from sgl_diffusion_accel.loop.session import Where
 
 SIGNATURE = ("shape",)
 PLAIN, CONTROLLED = frozenset({"latents"}), frozenset({"latents", "control 0"})
 
 
-class Laid(Pace):
+class Laid(CallPolicy):
     """Computes the steps of a mask, and writes down what it is told."""
 
     needs_error = True
@@ -28,11 +30,11 @@ class Laid(Pace):
         self.spans_models = spans_models
         self.errors: dict[int, float] = {}
         self.restarts: list[int] = []
-        self.asked: list[int] = []
+        self.asked: list[bool] = []
 
-    def decide(self, step: int) -> Decision:
-        self.asked.append(step)
-        return Decision(self.mask[step], "mask")
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        self.asked.append(self.mask[position.step])
+        return Decision(self.mask[position.step], "mask")
 
     def weights(self, step: int, nodes: Sequence[int]) -> Weights:
         return {step: 1.0} if step in nodes else extrapolate(nodes, step)
@@ -44,8 +46,8 @@ class Laid(Pace):
     def observe(self, step: int, error: float) -> None:
         self.errors[step] = error
 
-    def restart(self, step: int) -> None:
-        self.restarts.append(step)
+    def restart(self, position: Position) -> None:
+        self.restarts.append(position.step)
 
     def needs_later(self, step: int) -> bool:
         return step < len(self.mask) - 1
@@ -57,11 +59,15 @@ def output(step: int, branch: str = "cond", batch: int = 1) -> Tensor:
     return scale * (torch.arange(1.0, 5.0) * step + 0.1 * step**2 + 3).expand(batch, 4).clone()
 
 
+def at(step: int, branch: str = "cond", signature: Any = SIGNATURE, given: Any = PLAIN) -> Where:
+    run: Any = SimpleNamespace(total=10, given=given)
+    return Where(run, step, branch, signature, is_new=False)
+
+
 def call(kept: OutputRun, step: int, branch: str = "cond", guidance: float | None = None, **kw: Any) -> Any:
     """What the caller of a transformer gets, and whether it ran."""
-    decision = kept.decide(
-        step, kw.get("component", "transformer"), branch, kw.get("signature", SIGNATURE), kw.get("given", PLAIN)
-    )
+    where = at(step, branch, kw.get("signature", SIGNATURE), kw.get("given", PLAIN))
+    decision = kept.decide(where, kw.get("component", "transformer"))
     if not decision.compute:
         return kept.skip(branch)[0], False
     made = kw["output"] if "output" in kw else output(step, branch)
@@ -78,14 +84,14 @@ def test_computed_steps_return_what_was_computed_and_skipped_ones_the_line() -> 
 
 
 def test_branches_of_a_step_share_one_decision_and_nothing_else() -> None:
-    pace = Laid("xx.x")
-    kept = OutputRun(pace)
+    policy = Laid("xx.x")
+    kept = OutputRun(policy)
     for step in range(4):
         for branch in ("cond", "uncond", "third"):
             made, _ = call(kept, step, branch)
             line = 2 * output(1, branch) - output(0, branch)
             assert torch.allclose(made, line if step == 2 else output(step, branch))
-    assert pace.asked == [0, 1, 2, 3]
+    assert policy.asked == [True, True, False, True], "once a step"
 
 
 def test_branch_that_comes_late_is_computed_until_it_can_be_predicted() -> None:
@@ -121,29 +127,29 @@ def test_run_that_begins_in_the_middle_computes_first() -> None:
 
 @pytest.mark.parametrize("change", [{"signature": ("other",)}, {"component": "transformer_2"}])
 def test_other_shape_or_model_starts_anew(change: dict[str, Any]) -> None:
-    pace = Laid("xx...x")
-    kept = OutputRun(pace)
+    policy = Laid("xx...x")
+    kept = OutputRun(policy)
     for step in range(3):
         call(kept, step)
     assert call(kept, 3, **change)[1]
-    assert pace.restarts == [3]
+    assert policy.restarts == [3]
     made, ran = call(kept, 4, **change)
     assert not ran
     assert torch.equal(made, output(3)), "one output is known of the new one"
 
 
 def test_inputs_of_another_kind_start_anew_with_a_computed_step() -> None:
-    kept = OutputRun(pace := Laid("xx.......x"))
+    kept = OutputRun(policy := Laid("xx.......x"))
     for step in range(6):
         given = CONTROLLED if step >= 3 else PLAIN
         ran = [call(kept, step, branch, given=given)[1] for branch in ("cond", "uncond")]
         assert ran == [step in (0, 1, 3)] * 2
-    assert pace.restarts == [3]
+    assert policy.restarts == [3]
 
 
-def test_pace_may_know_of_the_turn() -> None:
+def test_policy_may_know_of_the_turn() -> None:
     class Knowing(Laid):
-        def turn(self, step: int, is_computed: bool) -> bool:
+        def turn(self, position: Position, is_computed: bool) -> bool:
             return not is_computed
 
     kept = OutputRun(Knowing("xx.x..x"))
@@ -152,7 +158,7 @@ def test_pace_may_know_of_the_turn() -> None:
 
 
 def test_one_branch_alone_whose_inputs_change_is_computed_until_it_can_be_predicted() -> None:
-    kept = OutputRun(pace := Laid("xx..x.x.."))
+    kept = OutputRun(policy := Laid("xx..x.x.."))
     ran: dict[str, list[bool]] = {"cond": [], "uncond": []}
     for step in range(8):
         for branch, each in ran.items():
@@ -160,26 +166,26 @@ def test_one_branch_alone_whose_inputs_change_is_computed_until_it_can_be_predic
             each.append(call(kept, step, branch, given=given)[1])
     assert ran["cond"] == [True, True, False, False, True, False, True, False]
     assert ran["uncond"] == [True, True, False, True, True, True, True, False]
-    assert pace.restarts == []
+    assert policy.restarts == []
 
 
-def test_pace_that_spans_models_goes_on_with_another_model() -> None:
-    pace = Laid("xx.x", spans_models=True)
-    kept = OutputRun(pace)
+def test_policy_that_spans_models_goes_on_with_another_model() -> None:
+    policy = Laid("xx.x", spans_models=True)
+    kept = OutputRun(policy)
     for step in range(2):
         call(kept, step)
     assert call(kept, 2, component="transformer_2")[1] is False
-    assert pace.restarts == []
+    assert policy.restarts == []
 
 
 def test_error_is_that_of_the_line() -> None:
-    pace = Laid("xx.xx")
-    kept = OutputRun(pace)
+    policy = Laid("xx.xx")
+    kept = OutputRun(policy)
     for step in range(5):
         call(kept, step)
     line = output(1) + 2 * (output(1) - output(0))
-    assert pace.errors.keys() == {3}, "that of step 4 is read before a step that does not come"
-    assert pace.errors[3] == pytest.approx(float((line - output(3)).norm() / output(3).norm()), rel=1e-5)
+    assert policy.errors.keys() == {3}, "that of step 4 is read before a step that does not come"
+    assert policy.errors[3] == pytest.approx(float((line - output(3)).norm() / output(3).norm()), rel=1e-5)
 
 
 def line_error(values: list[Tensor]) -> float:
@@ -189,58 +195,58 @@ def line_error(values: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")])
 def test_error_is_mixed_as_guidance_mixes_the_branches(order: tuple[str, str]) -> None:
-    pace = Laid("xxxx")
-    kept = OutputRun(pace)
+    policy = Laid("xxxx")
+    kept = OutputRun(policy)
     for step in range(4):
         for branch in order:
             call(kept, step, branch, guidance=4.0)
     guided = [output(step, "uncond") + 4 * (output(step, "cond") - output(step, "uncond")) for step in range(3)]
-    assert pace.errors[2] == pytest.approx(line_error(guided), rel=1e-4)
+    assert policy.errors[2] == pytest.approx(line_error(guided), rel=1e-4)
 
 
 def test_error_of_a_batch_of_both_branches_is_mixed() -> None:
-    pace = Laid("xxxx")
-    kept = OutputRun(pace)
+    policy = Laid("xxxx")
+    kept = OutputRun(policy)
     both = [torch.cat([output(step, "uncond", 2), output(step, "cond", 2)]) for step in range(4)]
     for step in range(4):
         call(kept, step, "cond_uncond", guidance=4.0, output=both[step])
     guided = [torch.lerp(*each.chunk(2), 4.0) for each in both]
-    assert pace.errors[2] == pytest.approx(line_error(guided), rel=1e-4)
+    assert policy.errors[2] == pytest.approx(line_error(guided), rel=1e-4)
 
 
 @pytest.mark.parametrize("guidance", [None, 1.0, 0.0])
 def test_error_without_guidance_is_over_all_branches(guidance: float | None) -> None:
-    pace = Laid("xxxx")
-    kept = OutputRun(pace)
+    policy = Laid("xxxx")
+    kept = OutputRun(policy)
     for step in range(4):
         for branch in ("cond", "uncond"):
             call(kept, step, branch, guidance=guidance)
     both = [torch.cat([output(step, "cond"), output(step, "uncond")]) for step in range(3)]
-    assert pace.errors[2] == pytest.approx(line_error(both), rel=1e-4)
+    assert policy.errors[2] == pytest.approx(line_error(both), rel=1e-4)
 
 
 def test_error_where_one_branch_does_not_come() -> None:
-    pace = Laid("xxxx")
-    kept = OutputRun(pace)
+    policy = Laid("xxxx")
+    kept = OutputRun(policy)
     for step in range(4):
         call(kept, step, "cond", guidance=3.5)
-    assert pace.errors[2] == pytest.approx(line_error([output(step) for step in range(3)]), rel=1e-4)
+    assert policy.errors[2] == pytest.approx(line_error([output(step) for step in range(3)]), rel=1e-4)
 
 
 def test_error_against_nothing_is_infinite() -> None:
-    pace = Laid("xxxx")
-    kept = OutputRun(pace)
+    policy = Laid("xxxx")
+    kept = OutputRun(policy)
     for step in range(4):
         call(kept, step, output=torch.zeros(1, 4))
-    assert pace.errors[2] == float("inf")
+    assert policy.errors[2] == float("inf")
 
 
 def test_error_of_half_precision_does_not_overflow() -> None:
-    pace = Laid("xxxx")
-    kept = OutputRun(pace)
+    policy = Laid("xxxx")
+    kept = OutputRun(policy)
     for step in range(4):
         call(kept, step, output=(output(step) * 1000).half())
-    assert 0 < pace.errors[2] < 1
+    assert 0 < policy.errors[2] < 1
 
 
 def test_caller_may_write_into_what_it_gets() -> None:
@@ -278,9 +284,9 @@ def test_memory_of_a_mixed_error_is_counted() -> None:
 def test_list_of_tensors_comes_back_as_one() -> None:
     kept = OutputRun(Laid("xx."))
     for step in range(2):
-        kept.decide(step, "transformer", "cond", SIGNATURE)
+        kept.decide(at(step), "transformer")
         kept.computed("cond", ([output(step), output(step, "uncond")],), None)
-    kept.decide(2, "transformer", "cond", SIGNATURE)
+    kept.decide(at(2), "transformer")
     made = kept.skip("cond")
     assert type(made) is tuple
     assert type(made[0]) is list
@@ -289,9 +295,9 @@ def test_list_of_tensors_comes_back_as_one() -> None:
 
 def test_output_of_another_form_starts_anew() -> None:
     """A list with one tensor fewer, in mid-run: as where Z-Image's guidance ends."""
-    pace = Laid("xxxx")
-    kept = OutputRun(pace)
+    policy = Laid("xxxx")
+    kept = OutputRun(policy)
     for step, count in enumerate((2, 2, 1, 1)):
-        kept.decide(step, "transformer", "cond", SIGNATURE)
+        kept.decide(at(step), "transformer")
         made = kept.computed("cond", [output(step)] * count, None)
         assert len(made) == count

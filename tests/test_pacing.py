@@ -11,12 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, GapControl, GapSettings
+from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
+from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
+from sgl_diffusion_accel.caching.parts.policies import Decision, Position, Tally
 
 STEPS = 40
 EVEN = np.full(STEPS, -1 / STEPS)
 SETTINGS = GapSettings(tolerance=1e-3)
+
+
+def decide(gaps: GapControl, step: int) -> Decision:
+    return gaps.decide(Position(step, len(gaps.final), step), Tally(), unasked)
+
+
+def unasked() -> float:
+    raise AssertionError("gap control takes no signal")
 
 
 def run(curve: Callable[[float], Any], settings: GapSettings = SETTINGS, final: Any = EVEN, **kw: Any) -> Run:
@@ -34,7 +44,7 @@ class Run:
         self.reasons: list[str] = []
         self.given = []
         for step in range(total):
-            decision = pace.decide(step)
+            decision = decide(pace, step)
             self.mask.append(decision.compute)
             self.reasons.append(decision.reason)
             if decision.compute:
@@ -137,7 +147,7 @@ def test_tolerance_0_computes_every_step_of_a_curve_that_does_not_move() -> None
 def test_error_that_is_no_number_means_computing(error: float) -> None:
     pace = GapControl(GapSettings(1.0), EVEN)
     for step in range(STEPS):
-        assert pace.decide(step).compute
+        assert decide(pace, step).compute
         if step >= 2:
             pace.observe(step, error)
 
@@ -153,11 +163,11 @@ def test_calm_is_believed_slowly() -> None:
     """The curvature falls by a share a step at most, so that one lucky prediction does not open a gap."""
     pace = GapControl(dataclasses.replace(SETTINGS, memory=0.8), EVEN)
     for step in range(3):
-        pace.decide(step)
+        decide(pace, step)
     pace.observe(2, 1.0)
-    pace.decide(3)
+    decide(pace, 3)
     pace.observe(3, 0.0)
-    assert pace.decide(4).compute
+    assert decide(pace, 4).compute
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -178,15 +188,15 @@ def test_gaps_are_shorter_where_steps_weigh_more() -> None:
 def test_skipped_step_takes_the_line_and_a_computed_one_corrects() -> None:
     pace = GapControl(GapSettings(1.0), EVEN)
     for step in range(3):
-        pace.decide(step)
+        decide(pace, step)
         assert pace.weights(step, list(range(step, -1, -1))) == {step: 1.0}
     pace.observe(2, 1e-6)
     skipped = {}
     for step in (3, 4):
-        assert not pace.decide(step).compute
+        assert not decide(pace, step).compute
         skipped[step] = pace.weights(step, [2, 1, 0])
         assert skipped[step] == extrapolate([2, 1, 0], step)
-    assert pace.decide(5).compute
+    assert decide(pace, 5).compute
     assert pace.weights(5, [5, 2, 1, 0]) == correct([5, 2, 1, 0], skipped, EVEN.tolist())
     assert pace.weights(6, [6, 5, 2, 1]) == {6: 1.0}, "a gap is put right once"
 
@@ -194,15 +204,15 @@ def test_skipped_step_takes_the_line_and_a_computed_one_corrects() -> None:
 def test_another_model_starts_anew() -> None:
     pace = GapControl(GapSettings(1.0), EVEN)
     for step in range(8):
-        if pace.decide(step).compute and step >= 2:
+        if decide(pace, step).compute and step >= 2:
             pace.observe(step, 1e-6)
-    pace.decide(8)
-    pace.restart(8)
+    decide(pace, 8)
+    pace.restart(Position(8, STEPS, 8))
     assert pace.weights(8, [8]) == {8: 1.0}
     assert pace.predicted(8, [8]) is None
     for step in (9, 10):
-        assert pace.decide(step).reason == "warm-up"
-    assert pace.decide(11).reason == "nothing to predict from"
+        assert decide(pace, step).reason == "warm-up"
+    assert decide(pace, 11).reason == "nothing to predict from"
 
 
 def test_outputs_are_needed_until_the_last_step_of_a_run_that_may_skip() -> None:

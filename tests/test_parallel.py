@@ -53,7 +53,7 @@ def parallel(pipe: Any) -> None:
 
 def apply(pipe: Any, cache: str, threshold: float) -> CachePatch:
     if cache == "teacache":
-        return apply_teacache(pipe, threshold, [0, 0, 0, 1, 0])
+        return apply_teacache(pipe, threshold, coefficients=[0, 0, 0, 1, 0])
     if cache == "gap control":
         return apply_cache_dit(pipe, tolerance=threshold, max_warmup_steps=1, taylorseer_order=1)
     return apply_cache_dit(pipe, residual_diff_threshold=threshold, max_warmup_steps=1, max_continuous_cached_steps=2)

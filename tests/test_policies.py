@@ -15,7 +15,6 @@ from sgl_diffusion_accel.caching.magcache import magnitude_policy
 from sgl_diffusion_accel.caching.magcache.magnitude_policy import MagnitudePolicy
 from sgl_diffusion_accel.caching.parts import policies
 from sgl_diffusion_accel.caching.parts.policies import (
-    AccumulatingPolicy,
     Decision,
     MaskPolicy,
     Policy,
@@ -23,7 +22,9 @@ from sgl_diffusion_accel.caching.parts.policies import (
     Tally,
     ThresholdPolicy,
 )
-from sgl_diffusion_accel.caching.teacache.polynomial import Polynomial
+from sgl_diffusion_accel.caching.teacache import accumulating_policy
+from sgl_diffusion_accel.caching.teacache.accumulating_policy import AccumulatingPolicy
+from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
 from sgl_diffusion_accel.caching.teacache.skip_window import Window
 from sgl_diffusion_accel.errors import ConfigError
 
@@ -225,7 +226,7 @@ SAME = (0, 0, 0, 1, 0)
 
 
 def accumulating(threshold=1.0, coefficients=SAME, window=(1, -1), low=None, high=None):
-    return AccumulatingPolicy(threshold, Polynomial(coefficients, low, high), Window(*window))
+    return AccumulatingPolicy(threshold, TeaCacheCoefficients(coefficients, low=low, high=high), Window(*window))
 
 
 def bits(decisions):
@@ -448,7 +449,7 @@ every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POL
 
 
 def test_every_policy_is_among_those_under_test():
-    found = [*vars(policies).values(), *vars(magnitude_policy).values()]
+    found = [*vars(policies).values(), *vars(magnitude_policy).values(), *vars(accumulating_policy).values()]
     defined = {each for each in found if type(each) is ABCMeta and issubclass(each, Policy)}
     assert {type(policy) for policy in POLICIES.values()} == defined - {Policy}
 

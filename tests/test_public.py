@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -119,10 +120,10 @@ def test_documented_arguments_exist(module):
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", ["CacheDiTConfig", "StepsMask"])
+@pytest.mark.parametrize("name", ["AdaptiveConfig", "CacheDiTConfig", "MagCacheConfig", "StepsMask", "TeaCacheConfig"])
 def test_every_field_of_a_config_is_documented(name):
     cls = getattr(package, name)
-    fields = [field for field in cls.__dataclass_fields__ if not field.startswith("_")]
+    fields = [field.name for field in dataclasses.fields(cls) if not field.name.startswith("_")]
     assert fields == re.findall(r"^    (\w+): ", inspect.getdoc(cls).split("Raises:")[0], re.MULTILINE)
 
 

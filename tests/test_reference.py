@@ -172,7 +172,7 @@ def times_known(**knobs: Any) -> list[tuple[float, ...]]:
     family = present("flux")
     pipe = family.make()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cache_dit, "Taylor", Noting)
+        patched.setattr(cache_dit, "taylor", Noting)
         apply_cache_dit(pipe, steps_policy="static", **knobs)
     family.run(pipe, steps=12 if isinstance(knobs["steps_mask"], str) else 8)
     return times

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sgl_diffusion_accel import apply_adaptive_cache
-from sgl_diffusion_accel.targets import TRANSFORMERS, expert_of, find_transformers
+from sgl_diffusion_accel.targets import TRANSFORMERS, expert_of, find_targets
 
 OTHER_DENOISERS = {
     "unet": "a UNet",
@@ -187,25 +187,28 @@ def pipe(**parts: Any) -> Any:
 
 def test_all_denoisers_are_found_by_name() -> None:
     parts = {name: type(name, (Model,), {})() for name in reversed(TRANSFORMERS)}
-    assert list(find_transformers(pipe(vae=Other(), **parts)).items()) == [(name, parts[name]) for name in TRANSFORMERS]
+    found = find_targets(pipe(vae=Other(), **parts))
+    assert [(each.name, each.wrapper) for each in found] == [(name, parts[name]) for name in TRANSFORMERS]
 
 
 def test_component_of_a_denoiser_s_class_is_one_under_any_name() -> None:
     parts = {"refiner": Model(), "transformer": Model(), "vae": Other()}
-    assert list(find_transformers(pipe(**parts))) == ["transformer", "refiner"]
+    assert [each.name for each in find_targets(pipe(**parts))] == ["transformer", "refiner"]
     with apply_adaptive_cache(parts["transformer"]):
-        assert list(find_transformers(pipe(**parts))) == ["transformer", "refiner"]
+        assert [each.name for each in find_targets(pipe(**parts))] == ["transformer", "refiner"]
     with apply_adaptive_cache(parts["refiner"]):
-        assert list(find_transformers(pipe(**parts))) == ["transformer", "refiner"]
+        assert [each.name for each in find_targets(pipe(**parts))] == ["transformer", "refiner"]
 
 
 def test_module_under_two_names_is_found_once() -> None:
     model = Model()
-    assert list(find_transformers(pipe(transformer=model, transformer_2=model, another=model))) == ["transformer"]
+    assert [each.name for each in find_targets(pipe(transformer=model, transformer_2=model, another=model))] == [
+        "transformer"
+    ]
 
 
 def test_component_that_was_left_out_is_none() -> None:
-    assert list(find_transformers(pipe(transformer=None, transformer_2=Model()))) == ["transformer_2"]
+    assert [each.name for each in find_targets(pipe(transformer=None, transformer_2=Model()))] == ["transformer_2"]
 
 
 def test_experts_take_over_and_others_run_beside() -> None:

@@ -26,7 +26,7 @@ from sgl_diffusion_accel import (
     apply_teacache,
     remove,
 )
-from sgl_diffusion_accel.caching.remarks import few_steps_remark
+from sgl_diffusion_accel.caching.run_log import few_steps_remark
 from zoo import Family
 from zoo.base import assemble, build, flow_euler, normal
 from zoo.wan import CONFIG, TEXT

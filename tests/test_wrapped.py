@@ -28,7 +28,7 @@ from sgl_diffusion_accel import (
     set_attention_backend,
 )
 from sgl_diffusion_accel.intercept import SLOT, original_class
-from sgl_diffusion_accel.targets import find_transformers, is_in_compiled_wrapper, unwrap
+from sgl_diffusion_accel.targets import find_targets, is_in_compiled_wrapper, unwrap
 from zoo import Family
 
 PATCHES: dict[str, Callable[[Any], Patch]] = {
@@ -151,7 +151,8 @@ def test_wrapped_model_by_itself(pipe: Any) -> None:
     wrapper = DistributedDataParallel(inner)
     patch = apply_cache_dit(wrapper)
     assert patch.components == ["transformer"]
-    assert find_transformers(wrapper) == {"transformer": wrapper}
+    (target,) = find_targets(wrapper)
+    assert (target.name, target.wrapper, target.module) == ("transformer", wrapper, unwrap(wrapper))
     remove(wrapper)
     assert not patch.active
     assert type(wrapper) is DistributedDataParallel

@@ -11,7 +11,7 @@ from sgl_diffusion_accel.attention.redirect import Redirect
 from sgl_diffusion_accel.attention.sites import Scope
 from sgl_diffusion_accel.attention.underway import Outer
 from sgl_diffusion_accel.patch import PatchHandler
-from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.targets import Target, unwrap
 
 if TYPE_CHECKING:
     from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
@@ -37,33 +37,31 @@ class ComponentHandler(PatchHandler):
 
     Args:
         patch: The patch that it belongs to.
-        redirect: Where the component's attention goes.
+        target: The component.
+        redirect: Where its attention goes.
         steps: Denoising steps that keep PyTorch's own attention.
         is_scope: Whether the component computes attention itself, without processors, and is redirected as a whole.
-        has_wrapper: Whether it stands in front of the wrapper of `torch.compile` and of the module inside.
     """
 
     patch: AttentionPatch
 
-    def __init__(
-        self, patch: AttentionPatch, redirect: Redirect, steps: Steps, is_scope: bool, has_wrapper: bool
-    ) -> None:
+    def __init__(self, patch: AttentionPatch, target: Target, redirect: Redirect, steps: Steps, is_scope: bool) -> None:
         self.patch = patch
+        self._component = target.name
         self._redirect = redirect
         self._steps = steps
         self._is_scope = is_scope
         self._session = patch.session
-        self._has_wrapper = has_wrapper
+        self._has_wrapper = target.is_wrapped
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outer, Any] | None:
         """Begins a call of the component."""
-        inner = unwrap(module)
-        if self._has_wrapper and module is inner and self._redirect.call.is_inside:
-            return None  # the wrapper of `torch.compile` has entered this call already
+        if self._has_wrapper and self._redirect.call.is_inside and unwrap(module) is module:
+            return None  # the wrapper has entered this call already
         is_on = True
         if self._steps:
-            where = self._session.enter(inner, args, kwargs)
-            is_on = where is not None and self._steps.includes(where[1], where[0].total)
+            where = self._session.enter(self._component, module, args, kwargs)
+            is_on = where is not None and self._steps.includes(where.step, where.run.total)
         scope = _enter(self._redirect) if self._is_scope else None
         return self._redirect.call.begin(is_on), scope
 

@@ -20,7 +20,7 @@ from sgl_diffusion_accel.attention.sites import Site, find_others, find_scopes, 
 from sgl_diffusion_accel.caching.patch_summary import unplaced
 from sgl_diffusion_accel.loop.session import Session
 from sgl_diffusion_accel.patch import Patch, patches_of
-from sgl_diffusion_accel.targets import TRANSFORMERS, unwrap
+from sgl_diffusion_accel.targets import TRANSFORMERS, Target
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,20 @@ class _Exchanged:
 class AttentionPatch(Patch):
     """Attention backends on the components of a pipeline.
 
+    Args:
+        config: The settings that it was applied with.
+
     Attributes:
+        config: The same.
         backends: Component to the name of its backend.
         session: Where its calls are, for one that acts at some denoising steps alone.
         unseen: Component to the calls of it that ended without any attention call in its redirected layers, as far as
             is known: neither by the backend nor by PyTorch's own. Compiled code is left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: object = None) -> None:
         super().__init__(KIND)
+        self.config = config
         self.backends: dict[str, str] = {}
         self.session = Session("keep the model's own attention")
         self.unseen: Counter[str] = Counter()
@@ -97,8 +102,7 @@ class AttentionPatch(Patch):
 
     def attach(
         self,
-        component: str,
-        module: nn.Module,
+        target: Target,
         sites: Sequence[Site],
         redirect: Redirect,
         name: str,
@@ -106,7 +110,7 @@ class AttentionPatch(Patch):
         choice: MeasuredChoice | None,
     ) -> None:
         """Redirects the attention of one component: the sites given, or without any the modules that compute it."""
-        wrapper, module = module, unwrap(module)
+        component, module = target.name, target.module
         self.backends[component] = name
         self._redirects[component] = redirect
         scopes = [] if sites else find_scopes(module)
@@ -119,10 +123,7 @@ class AttentionPatch(Patch):
                 self.intercept(scope, ScopeHandler(self, redirect))
         if scopes and component not in TRANSFORMERS:
             steps = Steps()  # a text encoder or a VAE has no denoising steps
-        handler = ComponentHandler(self, redirect, steps, module in scopes, has_wrapper=wrapper is not module)
-        self.intercept(module, handler)
-        if wrapper is not module:
-            self.intercept(wrapper, handler)
+        self.stand_before(target, ComponentHandler(self, target, redirect, steps, module in scopes))
         classes: dict[type, type] = {}
         for site in sites:
             made = redirected(site, redirect, classes)

@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 import numpy as np
 
-from sgl_diffusion_accel.caching.cache_patch import CachePatch, apply_output_cache, refuse_foreign_cache
-from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings, Pace
-from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.caching.cache_config import CacheConfig
+from sgl_diffusion_accel.caching.cache_patch import CachePatch, put_around, targets_of_cache
+from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.scheduler_response import passing_influence, response_of
-from sgl_diffusion_accel.targets import find_transformers
-from sgl_diffusion_accel.validate import real
+from sgl_diffusion_accel.targets import Pipe
+from sgl_diffusion_accel.validate import within
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-DEFAULT_TOLERANCE = GapSettings.tolerance
 _ALLOWED = "a number from 0 (computes every step) to 1, such as 0.001"
 
 
-def apply_adaptive_cache(pipe: object, tolerance: float | None = None) -> CachePatch:
+@dataclass(frozen=True)
+class AdaptiveConfig(CacheConfig):
+    """Settings of the adaptive cache.
+
+    Attributes:
+        tolerance: Largest error that a gap may leave in the final latents, as estimated, relative to how far the
+            latents move in the run. A tenth of it costs about half as many computed steps again; 0 computes all.
+
+    Raises:
+        ConfigError: The tolerance is out of range.
+        ConfigTypeError: It is no number.
+    """
+
+    tolerance: float = GapSettings.tolerance
+
+    main: ClassVar[str] = "tolerance"
+    function: ClassVar[tuple[str, str]] = ("apply_adaptive_cache", "apply_adaptive_cache(pipe, tolerance=0.001)")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tolerance", within("tolerance", self.tolerance, _ALLOWED, highest=1.0))
+
+
+class AdaptiveSettings(TypedDict, total=False):
+    """The settings of `AdaptiveConfig`, as they are given by name."""
+
+    tolerance: float
+
+
+def apply_adaptive_cache(
+    pipe: Pipe, config: AdaptiveConfig | float | None = None, **settings: Unpack[AdaptiveSettings]
+) -> CachePatch:
     """Skips whole denoising steps where the run is smooth, with an error control that needs no calibration.
 
     A skipped step takes the line through the last two computed outputs of the transformer, branch by branch. At the
@@ -33,15 +63,14 @@ def apply_adaptive_cache(pipe: object, tolerance: float | None = None) -> CacheP
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2), or the transformer itself.
-        tolerance: Largest error that a gap may leave in the final latents, as estimated, relative to how far the
-            latents move in the run; None for 0.001. A tenth of it costs about half as many computed steps again; 0
-            computes all.
+        config: Settings, or the tolerance alone; None for a tolerance of 0.001.
+        **settings: Single settings, by the names of `AdaptiveConfig`; they go over `config`.
 
     Returns:
         The patch: `patch.remove()` undoes it exactly, `patch.stats` tells what it did, `print(patch)` sums it up.
 
     Raises:
-        ConfigError: The tolerance is out of range.
+        ConfigError: A setting is unknown, or the tolerance is out of range.
         ConfigTypeError: `pipe` or the tolerance has a wrong type.
         UnsupportedModelError: The pipeline has no diffusion transformer, or another cache is on it.
 
@@ -53,25 +82,16 @@ def apply_adaptive_cache(pipe: object, tolerance: float | None = None) -> CacheP
         >>> picture = pipe(**call)
         >>> patch.remove()
     """
-    settings = GapSettings(tolerance=_tolerance(tolerance))
-    transformers = find_transformers(pipe)
-    refuse_foreign_cache(transformers)
+    config = AdaptiveConfig.of(config, {name: value for name, value in settings.items() if value is not None})
+    gaps = GapSettings(tolerance=config.tolerance)
 
-    def pace(run: Run) -> Pace:
+    def policy(run: Run) -> GapControl:
         response = response_of(run.scheduler, run.total, run.first)
-        skips = settings.tolerance > 0 and run.total >= settings.fewest_steps
+        skips = gaps.tolerance > 0 and run.total >= gaps.fewest_steps
         switch = run.switch() if skips else None
         if response is None:
-            return GapControl(settings, np.ones(run.total), corrects=False, switch=switch)
-        return GapControl(settings, response[-1], switch=switch, passing=passing_influence(response))
+            return GapControl(gaps, np.ones(run.total), corrects=False, switch=switch)
+        return GapControl(gaps, response[-1], switch=switch, passing=passing_influence(response))
 
-    return apply_output_cache(f"adaptive cache (tolerance {settings.tolerance:g})", transformers, pace, pipe)
-
-
-def _tolerance(given: Any) -> float:
-    if given is None:
-        return DEFAULT_TOLERANCE
-    value = real("tolerance", given, _ALLOWED)
-    if not 0 <= value <= 1:
-        raise ConfigError(f"tolerance={given!r}; allowed: {_ALLOWED}.")
-    return value
+    title = f"adaptive cache (tolerance {gaps.tolerance:g})"
+    return put_around(pipe, title, targets_of_cache(pipe), policy, config)

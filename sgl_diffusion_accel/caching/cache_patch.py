@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-
-from torch import nn
+from collections.abc import Iterable, Mapping, Sequence
 
 from sgl_diffusion_accel.caching import patch_summary as report
-from sgl_diffusion_accel.caching.blocks.block_handlers import BlockHandler, Controller
+from sgl_diffusion_accel.caching.blocks.block_handlers import BlockCacheHandler, BlockHandler
 from sgl_diffusion_accel.caching.blocks.cached_model import CachedModel, Parts
 from sgl_diffusion_accel.caching.blocks.layout import find_block_lists
 from sgl_diffusion_accel.caching.foreign import has_foreign_cache
-from sgl_diffusion_accel.caching.outputs.output_handlers import MakePace, OutputController
+from sgl_diffusion_accel.caching.outputs.output_handlers import MakeCallPolicy, OutputCacheHandler
 from sgl_diffusion_accel.caching.parts.stats import RunStats, Stats
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.session import Session
 from sgl_diffusion_accel.patch import Patch, patches_of
-from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.targets import Target, find_targets
 
 KIND = "cache"
 
@@ -29,12 +27,14 @@ class CachePatch(Patch):
 
     Attributes:
         title: What the cache is, with its settings, in a line.
+        config: The settings that it was applied with.
         components: Names of the transformers that it is on.
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, config: object = None) -> None:
         super().__init__(KIND)
         self.title = title
+        self.config = config
         self.components: list[str] = []
         self._session = Session()
         self._has_warned = False
@@ -56,29 +56,19 @@ class CachePatch(Patch):
         """Bytes of the tensors that are kept for the runs under way; 0 between runs."""
         return self._session.nbytes()
 
-    def attach(self, name: str, transformer: nn.Module, parts: Parts) -> None:
-        """Puts the cache on one transformer.
-
-        A wrapper (`targets.unwrap`) is intercepted as well: that of `torch.compile` may have kept the transformer's own
-        `__call__`, and others do work of theirs that a skipped call has no use for.
-        """
-        self.components.append(name)
-        wrapper, transformer = transformer, unwrap(transformer)
-        controller = Controller(self, CachedModel(name, transformer, parts), self._session)
-        self.intercept(transformer, controller)
-        if wrapper is not transformer:
-            self.intercept(wrapper, controller)
-        for list_index, blocks in enumerate(find_block_lists(transformer).values()):
+    def attach(self, target: Target, parts: Parts) -> None:
+        """Puts the cache on the blocks of a transformer."""
+        self.components.append(target.name)
+        handler = BlockCacheHandler(self, CachedModel(target.name, target.module, parts), self._session)
+        self.stand_before(target, handler)
+        for list_index, blocks in enumerate(find_block_lists(target.module).values()):
             for index, block in enumerate(blocks):
-                self.intercept(block, BlockHandler(controller, list_index, index))
+                self.intercept(block, BlockHandler(handler, list_index, index))
 
-    def attach_whole(self, name: str, transformer: nn.Module, pace: MakePace) -> None:
-        """Puts the cache around one transformer, whose calls it answers as a whole."""
-        self.components.append(name)
-        controller = OutputController(self, name, unwrap(transformer), self._session, pace)
-        self.intercept(unwrap(transformer), controller)
-        if unwrap(transformer) is not transformer:
-            self.intercept(transformer, controller)
+    def attach_whole(self, target: Target, policy: MakeCallPolicy) -> None:
+        """Puts the cache around a transformer, whose calls it answers as wholes."""
+        self.components.append(target.name)
+        self.stand_before(target, OutputCacheHandler(self, target.name, target.module, self._session, policy))
 
     def _on_taken_off(self) -> None:
         self._session.runs.clear()
@@ -93,75 +83,88 @@ class CachePatch(Patch):
         return report.html(self.title, self.notice, self._session.stats)
 
 
-def apply_cache(
-    title: str, transformers: Mapping[str, nn.Module], parts: Mapping[str, Parts], pipe: object = None
+def put_on_blocks(
+    pipe: object, title: str, targets: Sequence[Target], parts: Mapping[str, Parts], config: object = None
 ) -> CachePatch:
-    """Puts a cache on transformers; one that is there already is taken off first.
+    """Puts a cache on the blocks of transformers; one that is there already is taken off first.
 
     Args:
-        title: What the cache is, in a line.
-        transformers: Component name to transformer.
-        parts: The same names to what the cache is made of; a component without parts is left alone.
         pipe: The pipeline that they are of.
+        title: What the cache is, in a line.
+        targets: The transformers.
+        parts: Their names to what the cache is made of; a component without parts is left alone.
+        config: The settings that it was made from.
     """
-    patch = CachePatch(title)
-    _tell_of_replaced(transformers)
-    with patch.applying(pipe, map(unwrap, transformers.values())):
-        for name, transformer in transformers.items():
-            if name in parts:
-                patch.attach(name, transformer, parts[name])
+    patch = CachePatch(title, config)
+    _tell_of_replaced(targets)
+    with patch.applying(pipe, targets):
+        for target in targets:
+            if target.name in parts:
+                patch.attach(target, parts[target.name])
     return patch
 
 
-def apply_output_cache(
-    title: str, transformers: Mapping[str, nn.Module], pace: MakePace, pipe: object = None
+def put_around(
+    pipe: object, title: str, targets: Sequence[Target], policy: MakeCallPolicy, config: object = None
 ) -> CachePatch:
-    """Puts a cache of whole calls on transformers; a cache that is there already is taken off first.
+    """Puts a cache of whole calls around transformers; a cache that is there already is taken off first.
 
     Args:
-        title: What the cache is, in a line.
-        transformers: Component name to transformer.
-        pace: Makes what decides the steps of a run.
         pipe: The pipeline that they are of.
+        title: What the cache is, in a line.
+        targets: The transformers.
+        policy: Makes what decides the steps of a run.
+        config: The settings that it was made from.
     """
-    patch = CachePatch(title)
-    _tell_of_replaced(transformers)
-    with patch.applying(pipe, map(unwrap, transformers.values())):
-        for name, transformer in transformers.items():
-            patch.attach_whole(name, transformer, pace)
+    patch = CachePatch(title, config)
+    _tell_of_replaced(targets)
+    with patch.applying(pipe, targets):
+        for target in targets:
+            patch.attach_whole(target, policy)
     return patch
 
 
-def _tell_of_replaced(transformers: Mapping[str, nn.Module]) -> None:
+def targets_of_cache(pipe: object) -> tuple[Target, ...]:
+    """The transformers of a pipeline that is to be cached.
+
+    Raises:
+        ConfigTypeError: `pipe` is no pipeline.
+        UnsupportedModelError: It has no transformer, or one of diffusers' own caches is on one.
+    """
+    targets = find_targets(pipe)
+    refuse_foreign_cache(targets)
+    return targets
+
+
+def _tell_of_replaced(targets: Sequence[Target]) -> None:
     """Warns where a cache that will be replaced is on other transformers, too."""
-    patches = [patch for transformer in transformers.values() for patch in patches_of(unwrap(transformer))]
+    patches = [patch for target in targets for patch in patches_of(target.module)]
     for old in dict.fromkeys(patches):
-        if isinstance(old, CachePatch) and not old.is_open and len(old.components) > len(transformers):
+        if isinstance(old, CachePatch) and not old.is_open and len(old.components) > len(targets):
             logger.warning("the cache that is replaced was also on %s: it is gone there.", " and ".join(old.components))
 
 
-def refuse_foreign_cache(transformers: Mapping[str, nn.Module]) -> None:
+def refuse_foreign_cache(targets: Iterable[Target]) -> None:
     """Raises UnsupportedModelError where one of diffusers' own caches is on a transformer."""
-    for name, transformer in transformers.items():
-        if getattr(transformer, "is_cache_enabled", False) or has_foreign_cache(unwrap(transformer)):
+    for target in targets:
+        if getattr(target.wrapper, "is_cache_enabled", False) or has_foreign_cache(target.module):
             raise UnsupportedModelError(
-                f"pipe.{name} has one of diffusers' own caches on it, and two caches cannot share a model. "
-                f"Type: pipe.{name}.disable_cache()"
+                f"pipe.{target.name} has one of diffusers' own caches on it, and two caches cannot share a model. "
+                f"Type: pipe.{target.name}.disable_cache()"
             )
 
 
-def refuse_cached(transformers: Mapping[str, nn.Module], purpose: str) -> None:
+def refuse_cached(targets: Sequence[Target], purpose: str) -> None:
     """Raises where a cache is on a transformer, ours or another, for what needs uncached runs.
 
     Args:
-        transformers: Component name to transformer.
+        targets: The transformers.
         purpose: What needs them, for the error.
 
     Raises:
         ConfigError: One of this library's caches is on one of them.
         UnsupportedModelError: One of diffusers' own is.
     """
-    refuse_foreign_cache(transformers)
-    for transformer in transformers.values():
-        if any(patch.kind == KIND for patch in patches_of(unwrap(transformer))):
-            raise ConfigError(f"a cache is on this pipeline, and {purpose} needs uncached runs. Type: remove(pipe)")
+    refuse_foreign_cache(targets)
+    if any(patch.kind == KIND for target in targets for patch in patches_of(target.module)):
+        raise ConfigError(f"a cache is on this pipeline, and {purpose} needs uncached runs. Type: remove(pipe)")

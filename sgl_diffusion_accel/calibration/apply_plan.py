@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
 
-from sgl_diffusion_accel.caching.cache_patch import CachePatch, apply_output_cache, refuse_foreign_cache
+from sgl_diffusion_accel.caching.cache_patch import CachePatch, put_around, targets_of_cache
 from sgl_diffusion_accel.calibration.calibrate import digest, no_plan
 from sgl_diffusion_accel.calibration.design import Design, Moments
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
 from sgl_diffusion_accel.calibration.moments import carry_over
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import factor_at
-from sgl_diffusion_accel.calibration.plan_pace import PlanPace
-from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, UnsupportedModelError
+from sgl_diffusion_accel.calibration.plan_policy import PlanPolicy
+from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.scheduler_response import Response, adds_noise, response_of
-from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
-from sgl_diffusion_accel.validate import count, real
+from sgl_diffusion_accel.targets import Pipe, Target
+from sgl_diffusion_accel.validate import count, names_checked, of_type, positive, real, within
 
 logger = logging.getLogger(__name__)
 
 _SAME = 1e-3  # by which timesteps may differ and still be the same schedule, relative to the first
 
 
+@names_checked
 def apply_cache_plan(
-    pipe: object,
+    pipe: Pipe,
     plan: CachePlan,
     *,
     speedup: float | None = None,
@@ -69,70 +69,80 @@ def apply_cache_plan(
         >>> picture = pipe(**call)
         >>> patch.remove()
     """
-    if not isinstance(plan, CachePlan):
-        raise ConfigTypeError(
-            f"plan is a {type(plan).__name__}; allowed: a CachePlan: calibrate(pipe, calls), or CachePlan.load(path)."
-        )
-    budget = _Budget(plan, speedup, computed_steps, max_error)
-    limit = None if guard is None else real("guard", guard)
-    if limit is not None and not limit > 1:
-        raise ConfigError(f"guard={guard}; allowed: a number over 1, such as 6.0, or None.")
-    transformers = find_transformers(pipe)
-    refuse_foreign_cache(transformers)
-    check_model(plan, transformers)
+    of_type("plan", plan, CachePlan, "a CachePlan: calibrate(pipe, calls), or CachePlan.load(path)")
+    config = PlanConfig(speedup, computed_steps, max_error, guard)
+    if computed_steps is not None:
+        count("computed_steps", computed_steps, 1, plan.steps)
+    targets = targets_of_cache(pipe)
+    check_model(plan, targets)
     if adds_noise(getattr(pipe, "scheduler", None)):
         raise no_plan(getattr(pipe, "scheduler", None))
 
-    def pace(run: Run) -> PlanPace:
+    def policy(run: Run) -> PlanPolicy:
         response = response_of(run.scheduler, run.total, run.first)
         if response is None:
             raise no_plan(run.scheduler)
         timesteps = tuple(map(float, run.timesteps.tolist()))
-        return PlanPace(budget.design(timesteps, response), _moments(plan, timesteps, response.tobytes()), limit)
+        design = config.design(plan, timesteps, response)
+        return PlanPolicy(design, _moments(plan, timesteps, response.tobytes()), config.guard)
 
-    return apply_output_cache(f"cache plan ({budget})", transformers, pace, pipe)
+    return put_around(pipe, f"cache plan ({config.budget})", targets, policy, config)
 
 
-class _Budget:
-    """How much may be computed, in one of three units."""
+@dataclass(frozen=True)
+class PlanConfig:
+    """Settings of `apply_cache_plan`: how much is computed, in one of three units, and the guard."""
 
-    def __init__(self, plan: CachePlan, speedup: Any, computed_steps: Any, max_error: Any) -> None:
-        given = {"speedup": speedup, "computed_steps": computed_steps, "max_error": max_error}
-        given = {name: value for name, value in given.items() if value is not None}
+    speedup: float | None = None
+    computed_steps: int | None = None
+    max_error: float | None = None
+    guard: float | None = 6.0
+
+    def __post_init__(self) -> None:
+        given = [name for name in _BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(
                 f"{', '.join(given) or 'nothing'} given; allowed: one of speedup, computed_steps and max_error, "
                 "such as apply_cache_plan(pipe, plan, speedup=3.0)."
             )
-        self._plan = plan
-        ((self._unit, value),) = given.items()
-        if self._unit == "computed_steps":
-            self._value: float = count(self._unit, value, 1)
-            if self._value > plan.steps:
-                raise ConfigError(f"computed_steps={value}; allowed: a whole number from 1 to {plan.steps}.")
-        else:
-            self._value = real(self._unit, value)
-            allowed = "a number from 1, such as 3.0" if self._unit == "speedup" else "a positive number, such as 0.02"
-            if not np.isfinite(self._value) or self._value <= 0 or (self._unit == "speedup" and self._value < 1):
-                raise ConfigError(f"{self._unit}={value}; allowed: {allowed}.")
+        if self.computed_steps is not None:
+            object.__setattr__(self, "computed_steps", count("computed_steps", self.computed_steps, 1))
+        if self.speedup is not None:
+            allowed = "a number from 1, such as 3.0"
+            object.__setattr__(self, "speedup", within("speedup", self.speedup, allowed, lowest=1.0))
+        if self.max_error is not None:
+            object.__setattr__(
+                self, "max_error", positive("max_error", self.max_error, "a positive number, such as 0.02")
+            )
+        if self.guard is not None:
+            guard = real("guard", self.guard)
+            if not guard > 1:
+                raise ConfigError(f"guard={self.guard}; allowed: a number over 1, such as 6.0, or None.")
+            object.__setattr__(self, "guard", guard)
 
-    def __str__(self) -> str:
-        return f"{self._unit}={self._value:g}"
+    @property
+    def budget(self) -> str:
+        """How much is computed, in a few words."""
+        name = next(name for name in _BUDGETS if getattr(self, name) is not None)
+        return f"{name}={getattr(self, name):g}"
 
-    def design(self, timesteps: tuple[float, ...], response: Response) -> Design:
+    def design(self, plan: CachePlan, timesteps: tuple[float, ...], response: Response) -> Design:
         """The design for a run; searched once for each schedule and budget, since it takes a second or two."""
         steps = len(timesteps)
-        own = (self._plan, timesteps, response.tobytes())
-        if self._unit == "computed_steps":
-            return _design(*own, min(int(self._value), steps))
-        if self._unit == "speedup":
-            return _design(*own, max(1, round(steps / self._value)))
+        own = (plan, timesteps, response.tobytes())
+        if self.computed_steps is not None:
+            return _design(*own, min(self.computed_steps, steps))
+        if self.speedup is not None:
+            return _design(*own, max(1, round(steps / self.speedup)))
 
         def expected(computed: int) -> float:
             """With the factor that was measured at the same speed-up."""
-            return _design(*own, computed).error * factor_at(self._plan.checks, computed * self._plan.steps / steps)
+            return _design(*own, computed).error * factor_at(plan.checks, computed * plan.steps / steps)
 
-        return _design(*own, fewest_steps(expected, steps, self._value))
+        return _design(*own, fewest_steps(expected, steps, self.max_error or 0.0))
+
+
+_BUDGETS = ("speedup", "computed_steps", "max_error")
 
 
 @functools.lru_cache(maxsize=256)
@@ -150,19 +160,19 @@ def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: bytes) -> 
     return Moments(gram, np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps)))
 
 
-def check_model(plan: CachePlan, transformers: Mapping[str, nn.Module]) -> None:
+def check_model(plan: CachePlan, targets: Sequence[Target]) -> None:
     """Refuses a plan of another model, and warns of another config.
 
     Raises:
         UnsupportedModelError: The plan is of another model.
     """
-    classes = tuple(model_class(unwrap(module)).__name__ for module in transformers.values())
+    classes = tuple(target.model for target in targets)
     if classes != plan.transformers:
         raise UnsupportedModelError(
             f"the plan is for {' and '.join(plan.transformers)}, and this pipeline has {' and '.join(classes)}. Make "
             "one for it: calibrate(pipe, calls)"
         )
-    if digest(transformers) != plan.config:
+    if digest(targets) != plan.config:
         logger.warning(
             "the plan was made for a %s of another config (another size or version of the model): check the result, or "
             "calibrate again.",

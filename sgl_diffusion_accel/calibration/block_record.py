@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sgl_diffusion_accel.caching.blocks.cached_model import Parts
 from sgl_diffusion_accel.caching.blocks.layout import divide
 from sgl_diffusion_accel.caching.blocks.parallel import signal_reduction
-from sgl_diffusion_accel.caching.cache_patch import apply_cache
+from sgl_diffusion_accel.caching.cache_patch import put_on_blocks
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Policy, Position, Tally
 from sgl_diffusion_accel.caching.parts.predictors import Reuse
-from sgl_diffusion_accel.caching.parts.signals import Signal, TimeEmbedding, relative_l1
+from sgl_diffusion_accel.caching.parts.signals import Signal, relative_l1
 from sgl_diffusion_accel.caching.parts.stats import RunStats
-from sgl_diffusion_accel.caching.teacache.apply_teacache import check_signal, uses_ret_steps
 from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
+from sgl_diffusion_accel.caching.teacache.teacache_signals import check_signal, uses_ret_steps
 from sgl_diffusion_accel.calibration.magnitude_record import MagnitudeRecorder, ratios_of
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, UnsupportedModelError
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import Target, find_targets
 
 
 @final
@@ -48,13 +48,22 @@ Trace = list[tuple[int, float, float]]
 
 @dataclass
 class _Recorder:
-    """Collects the changes of the outputs of one transformer, by run and branch."""
+    """Collects what is wanted of one transformer, by run and branch.
 
+    Attributes:
+        signals: Whether the changes of its outputs are wanted.
+        magnitudes: Of what its blocks add; None where they are not wanted.
+    """
+
+    signals: bool
+    magnitudes: MagnitudeRecorder | None
     outputs: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     changes: dict[tuple[int, str], dict[int, float]] = field(default_factory=dict)
 
-    def __call__(self, run: int, branch: str, step: int, output: Any) -> None:
-        """Sees what the transformer has returned."""
+    def saw_output(self, run: int, branch: str, step: int, output: Any) -> None:
+        """See `cached_model.Recorder`."""
+        if not self.signals:
+            return
         now = _first_tensor(output).detach()
         key = (run, branch)
         before = self.outputs.get(key)
@@ -63,10 +72,17 @@ class _Recorder:
         self.outputs = {each: kept for each, kept in self.outputs.items() if each[0] >= run - 1}
         self.outputs[key] = now.clone()
 
+    def saw_residuals(self, run: int, branch: str, step: int, residuals: Sequence[Tensor]) -> None:
+        """See `cached_model.Recorder`."""
+        if self.magnitudes is not None:
+            self.magnitudes.add(run, branch, step, residuals)
+
     def clear(self) -> None:
         """Forgets all runs."""
         self.outputs.clear()
         self.changes.clear()
+        if self.magnitudes is not None:
+            self.magnitudes.clear()
 
 
 def _first_tensor(output: Any) -> Tensor:
@@ -91,7 +107,7 @@ class BlockRecording:
         magnitudes: Whether to record the magnitudes of the residual, for MagCache.
 
     Attributes:
-        transformers: Component name to transformer.
+        targets: The transformers.
         traces: Component name to (steps of the run, trace) of each branch of each run so far.
         magnitudes: Ratios of each run so far.
         retained: Component name to whether the signal is the one with retention steps.
@@ -101,56 +117,49 @@ class BlockRecording:
         self, pipe: Any, use_ret_steps: bool | None = None, *, signals: bool = True, magnitudes: bool = False
     ) -> None:
         self._pipe = pipe
-        self.transformers = find_transformers(pipe)
-        self.traces: dict[str, list[tuple[int, Trace]]] = {name: [] for name in self.transformers}
+        self.targets = find_targets(pipe)
+        self.traces: dict[str, list[tuple[int, Trace]]] = {target.name: [] for target in self.targets}
         self.magnitudes: list[MagnitudeRatios] = []
         self.retained: dict[str, bool] = {}
         self._recorders: dict[str, _Recorder] = {}
-        self._magnitude_recorders: dict[str, MagnitudeRecorder] = {}
         parts = {}
-        for name, wrapped in self.transformers.items():
-            module = unwrap(wrapped)
-            if signals:
-                self._recorders[name] = _Recorder()
-            if magnitudes:
-                self._magnitude_recorders[name] = MagnitudeRecorder(partial(signal_reduction, module))
-            parts[name] = Parts(
-                layout=divide(module, 0, 0),
+        for target in self.targets:
+            ratios = MagnitudeRecorder(partial(signal_reduction, target.module)) if magnitudes else None
+            recorder = self._recorders[target.name] = _Recorder(signals, ratios)
+            parts[target.name] = Parts(
+                layout=divide(target.module, 0, 0),
                 policy=_Recording(signals),
                 predictor=Reuse(),
-                signal=self._signal(name, module, use_ret_steps) if signals else None,
-                observe=self._recorders.get(name),
-                observe_residuals=self._magnitude_recorders.get(name),
+                signal=self._signal(target, use_ret_steps) if signals else None,
+                recorder=recorder,
             )
-        self._patch = apply_cache("recording", self.transformers, parts, pipe)
+        self._patch = put_on_blocks(pipe, "recording", self.targets, parts)
 
-    def _signal(self, name: str, module: nn.Module, use_ret_steps: bool | None) -> Signal | TimeEmbedding:
-        family = family_of(module)
-        self.retained[name] = retains = uses_ret_steps(module, use_ret_steps)
-        signal = family.retained if retains and family.retained is not None else family.signal
-        check_signal(module, signal)
+    def _signal(self, target: Target, use_ret_steps: bool | None) -> Signal:
+        self.retained[target.name] = retains = uses_ret_steps(target.module, use_ret_steps)
+        signal = family_of(target.module).signal_for(retains)
+        check_signal(target.module, signal)
         return signal
 
     @staticmethod
-    def has_blocks(transformers: Mapping[str, nn.Module]) -> bool:
+    def has_blocks(targets: Sequence[Target]) -> bool:
         """Whether the models have blocks whose residual can be recorded."""
         try:
-            for module in transformers.values():
-                divide(unwrap(module), 0, 0)
+            for target in targets:
+                divide(target.module, 0, 0)
         except UnsupportedModelError:
             return False
         return True
 
-    @staticmethod
-    def has_signals(transformers: Mapping[str, nn.Module]) -> bool:
+    @classmethod
+    def has_signals(cls, targets: Sequence[Target]) -> bool:
         """Whether the models have blocks and a signal for TeaCache."""
         try:
-            for module in transformers.values():
-                divide(unwrap(module), 0, 0)
-                check_signal(unwrap(module), family_of(unwrap(module)).signal)
+            for target in targets:
+                check_signal(target.module, family_of(target.module).signal)
         except UnsupportedModelError:
             return False
-        return True
+        return cls.has_blocks(targets)
 
     def __enter__(self) -> BlockRecording:
         return self
@@ -176,12 +185,12 @@ class BlockRecording:
         runs = patch.stats.runs[started - patch.stats.started :]
         for number, run in enumerate(runs, patch.stats.started - len(runs) + 1):
             for name, recorder in self._recorders.items():
-                self.traces[name] += _traces(run, number, name, recorder)
-            found = ratios_of(run, number, self._magnitude_recorders)
+                self.traces[name] += _traces(run, number, name, recorder) if recorder.signals else []
+            ratios = {name: each.magnitudes for name, each in self._recorders.items() if each.magnitudes is not None}
+            found = ratios_of(run, number, ratios)
             self.magnitudes += [] if found is None else [found]
-        for recorders in (self._recorders, self._magnitude_recorders):
-            for each in recorders.values():
-                each.clear()
+        for recorder in self._recorders.values():
+            recorder.clear()
 
 
 def check_calls(pipe: Any, calls: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:

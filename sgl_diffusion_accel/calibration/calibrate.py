@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
-from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheCoefficients
+from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.block_record import BlockRecording, check_calls
 from sgl_diffusion_accel.calibration.call_record import Recording, recording
 from sgl_diffusion_accel.calibration.plan import CachePlan
@@ -24,7 +23,7 @@ from sgl_diffusion_accel.calibration.teacache_fit import fit_recording
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.pipeline_frames import guidance_of
 from sgl_diffusion_accel.loop.scheduler_response import adds_noise, response_of
-from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
+from sgl_diffusion_accel.targets import Target, find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -73,19 +72,19 @@ def calibrate(
         >>> patch.remove()
     """
     calls = check_calls(pipe, calls, "calibrate")
-    transformers = find_transformers(pipe)
-    refuse_cached(transformers, "calibration")
+    targets = find_targets(pipe)
+    refuse_cached(targets, "calibration")
     if adds_noise(pipe.scheduler):
         raise no_plan(pipe.scheduler)
     known = CachePlan.load(path) if path is not None and Path(path).exists() else None
     done = 0 if known is None else known.calls
     if known is not None:
-        _check_setting(known, pipe, transformers, calls, path)
+        _check_setting(known, pipe, targets, calls, path)
         if done >= len(calls):
             return known
     if done:
         logger.info("%s holds %d calls: going on with the others", path, done)
-    blocks = _blocks(pipe, transformers, teacache, magnitudes)
+    blocks = _blocks(pipe, targets, teacache, magnitudes)
     plans = [known] if known is not None else []
     with blocks or nullcontext(), recording(pipe) as runs:
         for number, call in enumerate(calls[done:], done + 1):
@@ -94,7 +93,7 @@ def calibrate(
                 pipe(**call)
             else:
                 blocks.run(call)
-            found = _plan(pipe, transformers, call, runs)
+            found = _plan(pipe, targets, call, runs)
             plans.append(found if blocks is None else replace(found, teacache=_fit(blocks), magnitudes=_last(blocks)))
             if path is not None:
                 _joined(plans, done).save(path)
@@ -104,12 +103,10 @@ def calibrate(
     return plan
 
 
-def _blocks(
-    pipe: Any, transformers: Mapping[str, nn.Module], teacache: bool, magnitudes: bool
-) -> BlockRecording | None:
+def _blocks(pipe: Any, targets: Sequence[Target], teacache: bool, magnitudes: bool) -> BlockRecording | None:
     """What watches the blocks; None where nothing is wanted of them, or they cannot be watched."""
-    signals = teacache and BlockRecording.has_signals(transformers)
-    magnitudes = magnitudes and BlockRecording.has_blocks(transformers)
+    signals = teacache and BlockRecording.has_signals(targets)
+    magnitudes = magnitudes and BlockRecording.has_blocks(targets)
     return BlockRecording(pipe, signals=signals, magnitudes=magnitudes) if signals or magnitudes else None
 
 
@@ -137,14 +134,14 @@ def _joined(plans: list[CachePlan], done: int) -> CachePlan:
 def _check_setting(
     known: CachePlan,
     pipe: Any,
-    transformers: Mapping[str, nn.Module],
+    targets: Sequence[Target],
     calls: list[Mapping[str, Any]],
     path: str | Path | None,
 ) -> None:
     """Refuses to go on with a file of another setting, as far as that shows before anything runs."""
     given: dict[str, tuple[Any, Any]] = {
         "pipeline": (known.pipeline, type(pipe).__name__),
-        "model's config": (known.config, digest(transformers)),
+        "model's config": (known.config, digest(targets)),
         "scheduler": (known.scheduler, type(pipe.scheduler).__name__),
     }
     for call in calls:
@@ -171,9 +168,7 @@ def _fit(blocks: BlockRecording) -> TeaCacheCoefficients | None:
         return None
 
 
-def _plan(
-    pipe: Any, transformers: Mapping[str, nn.Module], call: Mapping[str, Any], runs: list[Recording]
-) -> CachePlan:
+def _plan(pipe: Any, targets: Sequence[Target], call: Mapping[str, Any], runs: list[Recording]) -> CachePlan:
     if not runs or not runs[0].timesteps:
         raise UnsupportedModelError(
             f"{type(pipe).__name__} ran without a step of its own scheduler; it may step copies of it, one for each "
@@ -192,8 +187,8 @@ def _plan(
         raise no_plan(pipe.scheduler)
     return CachePlan(
         pipeline=type(pipe).__name__,
-        transformers=tuple(model_class(unwrap(module)).__name__ for module in transformers.values()),
-        config=digest(transformers),
+        transformers=tuple(target.model for target in targets),
+        config=digest(targets),
         scheduler=type(pipe.scheduler).__name__,
         timesteps=tuple(run.timesteps),
         guidance=guidance_of(pipe, call),
@@ -217,10 +212,10 @@ def no_plan(scheduler: Any) -> UnsupportedModelError:
     )
 
 
-def digest(transformers: Mapping[str, nn.Module]) -> str:
+def digest(targets: Sequence[Target]) -> str:
     """A short digest of the transformers' configs, but for names and versions that change from file to file."""
     configs = []
-    for module in transformers.values():
-        config = getattr(unwrap(module), "config", None) or {}
+    for target in targets:
+        config = getattr(target.module, "config", None) or {}
         configs.append({key: value for key, value in dict(config).items() if not key.startswith("_")})
     return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -16,9 +16,9 @@ from sgl_diffusion_accel.calibration.block_record import check_calls
 from sgl_diffusion_accel.calibration.call_record import Recording, recording
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import Check
-from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
-from sgl_diffusion_accel.targets import find_transformers
-from sgl_diffusion_accel.validate import real
+from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.targets import find_targets
+from sgl_diffusion_accel.validate import of_type, real
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +57,12 @@ def check_plan(
         >>> patch = apply_cache_plan(pipe, plan, max_error=0.05)
         >>> patch.remove()
     """
-    if not isinstance(plan, CachePlan):
-        raise ConfigTypeError(f"plan is a {type(plan).__name__}; allowed: a CachePlan: calibrate(pipe, calls).")
+    of_type("plan", plan, CachePlan, "a CachePlan: calibrate(pipe, calls)")
     calls = check_calls(pipe, calls, "check_plan")
     budgets = _budgets(plan, speedups)
-    transformers = find_transformers(pipe)
-    check_model(plan, transformers)
-    refuse_cached(transformers, "a check")
+    targets = find_targets(pipe)
+    check_model(plan, targets)
+    refuse_cached(targets, "a check")
     squares: dict[int, list[float]] = {computed: [] for computed in budgets}
     with recording(pipe) as runs:
         for number, call in enumerate(calls, 1):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sgl_diffusion_accel.caching.parts.gap_control import DEPTH
+from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate
 
 Matrix = npt.NDArray[np.float64]

@@ -27,7 +27,7 @@ class MagnitudeRecorder:
     ratios: dict[tuple[int, str], dict[int, float]] = field(default_factory=dict)
     _norms: dict[tuple[int, str], tuple[int, Tensor]] = field(default_factory=dict)
 
-    def __call__(self, run: int, branch: str, step: int, residuals: Sequence[Tensor]) -> None:
+    def add(self, run: int, branch: str, step: int, residuals: Sequence[Tensor]) -> None:
         """Sees what the block lists have added to the hidden states, `[B, T, C]` each."""
         key, now = (run, branch), token_norms(residuals)
         before = self._norms.get(key)

@@ -15,7 +15,7 @@ import numpy as np
 
 from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
-from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheCoefficients
+from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
 from sgl_diffusion_accel.calibration.plan_checks import Check, factor_at

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
-from sgl_diffusion_accel.caching.parts.policies import AccumulatingPolicy, Policy, Position, Tally
-from sgl_diffusion_accel.caching.teacache.polynomial import DEGREE
-from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheCoefficients, TeaCacheConfig
+from sgl_diffusion_accel.caching.parts.policies import Policy, Position, Tally
+from sgl_diffusion_accel.caching.teacache.accumulating_policy import AccumulatingPolicy
+from sgl_diffusion_accel.caching.teacache.coefficients import DEGREE, TeaCacheCoefficients
+from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheConfig
 from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
 from sgl_diffusion_accel.calibration.block_record import BlockRecording, Trace, check_calls
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import Target, find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def fit_teacache(
         >>> patch.remove()
     """
     calls = check_calls(pipe, calls, "fit_teacache")
-    refuse_cached(find_transformers(pipe), "a fit")
+    refuse_cached(find_targets(pipe), "a fit")
     with BlockRecording(pipe, use_ret_steps) as recording:
         for call in calls:
             recording.run(call)
@@ -71,17 +72,18 @@ def fit_recording(recording: BlockRecording) -> TeaCacheCoefficients:
     Raises:
         ConfigError: Too few steps.
     """
-    second = [name for name in recording.transformers if name == "transformer_2"]
-    first = [name for name in recording.transformers if name not in second]
-    return _joined([_fit_together(recording, names) for names in (first, second) if names])
+    second = [target for target in recording.targets if target.name == "transformer_2"]
+    first = [target for target in recording.targets if target not in second]
+    return _joined([_fit_together(recording, targets) for targets in (first, second) if targets])
 
 
-def _fit_together(recording: BlockRecording, names: Sequence[str]) -> TeaCacheCoefficients:
+def _fit_together(recording: BlockRecording, targets: Sequence[Target]) -> TeaCacheCoefficients:
     """The coefficients that components share: a model for each branch is fitted as the branches of one model are."""
-    ran = [name for name in names if recording.traces[name]] or list(names[:1])
-    has_choice = family_of(unwrap(recording.transformers[ran[0]])).retained is not None
-    traces = [trace for name in ran for trace in recording.traces[name]]
-    return _fit(" and ".join(ran), traces, recording.retained[ran[0]], has_choice)
+    ran = [target for target in targets if recording.traces[target.name]] or targets[:1]
+    has_choice = family_of(ran[0].module).retained is not None
+    traces = [trace for target in ran for trace in recording.traces[target.name]]
+    names = " and ".join(target.name for target in ran)
+    return _fit(names, traces, recording.retained[ran[0].name], has_choice)
 
 
 def _joined(fits: Sequence[TeaCacheCoefficients]) -> TeaCacheCoefficients:
@@ -141,11 +143,11 @@ def _thresholds(fit: TeaCacheCoefficients, traces: Sequence[tuple[int, Trace]], 
     window = TeaCacheConfig().window(retains)
 
     def speedup(threshold: float) -> float:
-        policy = AccumulatingPolicy(threshold, fit.polynomial, window)
+        policy = AccumulatingPolicy(threshold, fit, window)
         flags = [flag for total, trace in traces for flag in replay(policy, total, trace)]
         return len(flags) / sum(flags)
 
-    largest = sum(max(fit.polynomial(x), 0.0) for _, trace in traces for _, x, _ in trace) or 1.0
+    largest = sum(max(fit(x), 0.0) for _, trace in traces for _, x, _ in trace) or 1.0
     found = {}
     for wanted in _SPEEDUPS:
         threshold = float(f"{_threshold_for(speedup, wanted, largest):.6g}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sgl_diffusion_accel.caching.cache_patch import refuse_foreign_cache
+from sgl_diffusion_accel.caching.cache_patch import targets_of_cache
 from sgl_diffusion_accel.comparing.calls import read_calls
 from sgl_diffusion_accel.comparing.contenders import Variant, check_fewer_steps, read_variants
 from sgl_diffusion_accel.comparing.evaluation import Evaluation
@@ -14,7 +14,6 @@ from sgl_diffusion_accel.comparing.report import ComparisonReport
 from sgl_diffusion_accel.comparing.runner import Runner
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 from sgl_diffusion_accel.patch import patches_on
-from sgl_diffusion_accel.targets import find_transformers
 
 
 def compare(
@@ -98,7 +97,7 @@ def _check_pipe(pipe: Any) -> None:
             f"a patch is on this pipeline already ({', '.join(kinds)}), and compare needs it unpatched, as the "
             "reference. Type: remove(pipe), and apply in a variant what shall be measured."
         )
-    refuse_foreign_cache(find_transformers(pipe))
+    targets_of_cache(pipe)
 
 
 def _check_number(name: str, value: int, least: int) -> None:

@@ -1,6 +1,6 @@
 """Denoising loops of one's own: the loop itself says where it is, and every patch goes by that.
 
-A pipeline of diffusers is read from outside (`locate.py`). A loop that somebody writes by hand cannot be, so it is told:
+A pipeline of diffusers is read from outside (`locate.py`). A loop that somebody writes by hand cannot be; it says so:
 
     for t in denoising_steps(scheduler.timesteps, scheduler=scheduler, guidance=4.0):
         with branch("cond"):

@@ -8,8 +8,9 @@ residuals of a ControlNet that is off by 0 and pass them on, so that the argumen
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 Kind = frozenset[str]
@@ -50,3 +51,28 @@ def _holding(name: str, value: Any) -> Iterator[str]:
 def _holds(value: Any) -> bool:
     """Whether it is a tensor, or a list with one."""
     return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds, value)))
+
+
+class Latents(NamedTuple):
+    """The form of the latents that a transformer is given: a tensor, or a list of them, one a sample.
+
+    Attributes:
+        shape: Of the tensor, or of the first one of a list.
+        dtype: Its dtype.
+        device: Its device.
+        number: Tensors in the list; 1 without one.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    number: int
+
+
+def latents_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Latents | None:
+    """The form of the first tensor of a call, or list of them: the latents. None where there is none."""
+    for value in (*args, *kwargs.values()):
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if several and isinstance(several[0], Tensor):
+            return Latents(several[0].shape, several[0].dtype, several[0].device, len(several))
+    return None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sgl_diffusion_accel.caching.parts.stats import RunStats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.loop.given import Kind
 from sgl_diffusion_accel.loop.places import LoopCall
@@ -18,7 +20,7 @@ from sgl_diffusion_accel.loop.step_proof import first_of
 
 
 class Kept(ABC):
-    """Tensors that are kept for a run."""
+    """What a patch keeps for a run, tensors among it."""
 
     @abstractmethod
     def nbytes(self) -> int:
@@ -52,7 +54,11 @@ class Run:
 
     Attributes:
         total: Number of denoising steps, the length of the run's timesteps.
-        data: What others keep for as long as the run lasts.
+        number: Which run of its patch it is, from 1; 0 for one that nobody counts.
+        stats: What is noted of it; None for one of which nothing is, and after its end.
+        kept: What the patch keeps for it, until it ends.
+        latents: Shape of what the transformer was called with at first, `[B, C, (F,) H, W]` or `[B, T, C]`; None where
+            it takes no tensor.
         guidance: The scale with which the pipeline combines the branches at the present step, None where unknown.
         boundary: The timestep below which a second transformer takes over, None if there is none.
         given: Of what kind is what the transformer is given at the present call.
@@ -62,7 +68,10 @@ class Run:
 
     def __init__(self, call: LoopCall) -> None:
         self.total = call.total
-        self.data: dict[Any, Any] = {}
+        self.number = 0
+        self.stats: RunStats | None = None
+        self.kept: Kept | None = None
+        self.latents: torch.Size | None = None
         self.guidance: float | None = None
         self.boundary = call.boundary
         self.given: Kind = frozenset()
@@ -74,6 +83,8 @@ class Run:
         self._timesteps = weakref.ref(call.timesteps) if call.timesteps is not None else lambda: None
         self._scheduler = weakref.ref(call.scheduler) if call.scheduler is not None else lambda: None
         self._owner = weakref.ref(call.owner) if _has_weakrefs(call.owner) else None
+        self._sigmas: list[float] | None = None
+        self._ends: list[weakref.ref[Any]] = []
         self._step = -1
         self._called: set[tuple[int, str]] = set()
         self._conditioning: dict[int, _Passed] = {}
@@ -181,7 +192,7 @@ class Run:
         Raises:
             UnsupportedModelError: The loop does not tell its timesteps.
         """
-        if "sigmas" not in self.data:
+        if self._sigmas is None:
             timesteps = self.timesteps
             values = getattr(self._scheduler(), "sigmas", None)
             if isinstance(values, Tensor) and len(values) > self.total:
@@ -189,9 +200,18 @@ class Run:
                 values = values[first : first + self.total]
             else:
                 values = timesteps
-            self.data["sigmas"] = values.tolist()
-        sigmas: list[float] = self.data["sigmas"]
-        return sigmas
+            self._sigmas = values.tolist()
+        return self._sigmas
+
+    def end_with(self, tied: object, forget: Callable[[object], None]) -> None:
+        """Has `forget` called when an object goes that lives exactly as long as the run."""
+        if _has_weakrefs(tied):
+            self._ends.append(weakref.ref(tied, forget))
+
+    def end(self) -> None:
+        """Lets go of all that was kept."""
+        self.kept = self.stats = self._sigmas = None
+        self._ends.clear()
 
 
 def _has_weakrefs(candidate: object) -> bool:
@@ -216,17 +236,16 @@ class Runs:
                 self.discard(older)
         run = self._runs[key] = Run(call)
         for tied in {id(each): each for each in (call.loop, call.owner)}.values():
-            if _has_weakrefs(tied):
-                run.data.setdefault("ends", []).append(weakref.ref(tied, self._forgetter(key, run)))
+            run.end_with(tied, self._forgetter(key, run))
         return run, True
 
-    def _forgetter(self, key: int, run: Run) -> Any:
+    def _forgetter(self, key: int, run: Run) -> Callable[[object], None]:
         runs, this = weakref.ref(self), weakref.ref(run)
 
         def forget(_: object) -> None:
             registry, ended = runs(), this()
             if ended is not None:
-                ended.data.clear()
+                ended.end()
                 if registry is not None and registry._runs.get(key) is ended:
                     del registry._runs[key]
 
@@ -237,7 +256,7 @@ class Runs:
 
     def discard(self, run: Run) -> None:
         """Forgets one run and what was kept for it."""
-        run.data.clear()
+        run.end()
         for key, known in list(self._runs.items()):
             if known is run:
                 del self._runs[key]
@@ -245,5 +264,5 @@ class Runs:
     def clear(self) -> None:
         """Forgets all runs and what was kept for them."""
         for run in self:
-            run.data.clear()
+            run.end()
         self._runs.clear()

@@ -22,13 +22,13 @@ from sgl_diffusion_accel import (
     calibrate,
 )
 from sgl_diffusion_accel.caching.cache_dit.apply_cache_dit import parts_of
-from sgl_diffusion_accel.caching.cache_patch import apply_cache, apply_output_cache
+from sgl_diffusion_accel.caching.cache_patch import put_around, put_on_blocks
 from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.caching.parts.gap_policy import GapPolicy, ResidualGrowth
 from sgl_diffusion_accel.caching.parts.policies import ThresholdPolicy
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.scheduler_response import response_of
-from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
+from sgl_diffusion_accel.targets import find_targets
 from zoo import FAMILIES
 
 Apply = Callable[[Any], CachePatch]
@@ -56,16 +56,16 @@ def taylor(pipe: Any) -> CachePatch:
 def gaps(pipe: Any, tolerance: float = 10.0) -> CachePatch:
     """Gap control on runs of 6 steps, which by itself computes all of so few."""
     config = CacheDiTConfig(fn_compute_blocks=1, taylorseer_order=1, tolerance=1.0, max_warmup_steps=2)
-    transformers = find_transformers(pipe)
+    targets = find_targets(pipe)
     settings = GapSettings(tolerance, warm_up=0, longest_gap=2, fewest_steps=1, interpolation=1.0)
 
-    def policy(run: Run) -> GapPolicy:
+    def policy(run: Run, _: str) -> GapPolicy:
         # An estimate to begin with, as for `adaptive`.
         pace = GapControl(settings, np.ones(run.total), corrects=False, growth=ResidualGrowth(1), _curvature=1.0)
         return GapPolicy(pace, ThresholdPolicy(math.inf, max_warmup_steps=2))
 
-    parts = {name: replace(parts_of(unwrap(one), config), by_run=policy) for name, one in transformers.items()}
-    return apply_cache("gap control, loosened", transformers, parts, pipe)
+    parts = {each.name: replace(parts_of(each.module, config), policy=policy) for each in targets}
+    return put_on_blocks(pipe, "gap control, loosened", targets, parts)
 
 
 def static(pipe: Any) -> CachePatch:
@@ -106,13 +106,13 @@ def adaptive(pipe: Any, tolerance: float = 10.0) -> CachePatch:
     """Gap control on runs of 6 steps; `apply_adaptive_cache` computes all of so few, and offers no way round that."""
     settings = GapSettings(tolerance, warm_up=2, longest_gap=1, fewest_steps=1)
 
-    def pace(run: Run) -> GapControl:
+    def policy(run: Run) -> GapControl:
         response = response_of(run.scheduler, run.total)
         final = [1.0] * run.total if response is None else response[-1]
         # An estimate to begin with: else three steps go by before a gap, which is all that an expert of Wan2.2 has.
         return GapControl(settings, np.asarray(final), response is not None, _curvature=1.0)
 
-    return apply_output_cache("adaptive cache, loosened", find_transformers(pipe), pace, pipe)
+    return put_around(pipe, "adaptive cache, loosened", find_targets(pipe), policy)
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def _transformers(name: str) -> list[str]:
 
 
 def _classes(pipe: Any) -> list[str]:
-    return [model_class(module).__name__ for module in find_transformers(pipe).values()]
+    return [target.model for target in find_targets(pipe)]
 
 
 def _family_of(pipe: Any) -> str:

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.blocks.entry import Entry
 from sgl_diffusion_accel.caching.blocks.layout import Layout, find_block_lists
 from sgl_diffusion_accel.caching.blocks.wiring import Form, Wiring, passing
+from sgl_diffusion_accel.caching.parts.decider import Decider
 from sgl_diffusion_accel.caching.parts.history import History
-from sgl_diffusion_accel.caching.parts.policies import Decision, Policy, Tally
+from sgl_diffusion_accel.caching.parts.policies import Policy, Tally
 from sgl_diffusion_accel.caching.parts.predictors import Predictor
-from sgl_diffusion_accel.caching.parts.signals import Signal, TimeEmbedding
-from sgl_diffusion_accel.caching.parts.stats import RunStats
-from sgl_diffusion_accel.caching.remarks import Remarks, few_steps_remark
+from sgl_diffusion_accel.caching.parts.signals import Signal
+from sgl_diffusion_accel.caching.run_log import RunLog
+from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.intercept import Detour
+from sgl_diffusion_accel.loop.host_copy import HostCopy
 from sgl_diffusion_accel.loop.runs import Kept, Run
+from sgl_diffusion_accel.loop.session import Where
 from sgl_diffusion_accel.targets import expert_of, model_class
 
-logger = logging.getLogger(__name__)
-
 Spacing = Literal["step", "sigma"]
+
+MakePolicy = Callable[[Run, str], Policy]
+"""Makes or chooses what decides on a branch of a run: (run, name of the branch) to policy."""
+
+
+class Recorder(Protocol):
+    """Sees what a transformer does in uncached runs; calls are told by the number of the run, branch and step."""
+
+    def saw_output(self, run: int, branch: str, step: int, output: Any) -> None:
+        """Sees what the transformer has returned."""
+
+    def saw_residuals(self, run: int, branch: str, step: int, residuals: Sequence[Tensor]) -> None:
+        """Sees what the blocks have added to the hidden states, one tensor a block list, where it was kept."""
 
 
 @dataclass(frozen=True)
@@ -35,42 +47,36 @@ class Parts:
 
     Attributes:
         layout: The span that is skipped.
-        policy: Decides.
+        policy: Decides: one policy for all runs and branches, or what makes them.
         predictor: Supplies what the skipped blocks would have added.
         signal: What the policy's changes are measured on; None for a policy that needs none.
         spacing: The predictor's clock: steps, or the scheduler's sigmas.
-        observe: Sees each output of the transformer, with the number of the run, the branch and the step.
-        observe_residuals: Sees what the blocks have added to the hidden states, one tensor a block list, after each
-            step whose residuals are kept; with the same numbers.
-        by_run: Makes the policy that all branches of a run share; None where one that remembers nothing does for all.
-        by_latents: Chooses the policy of a run by the shape of its latents, `[B, C, (F,) H, W]`, with a word on it for
-            the user; None where one policy does for all.
-        by_branch: Chooses the policy of a branch by its name; None where one policy does for all.
         settling: Steps at the start of a run whose residuals are not held against the ones before them, for a slope.
+        recorder: Sees each call; None where nothing is recorded.
     """
 
     layout: Layout
-    policy: Policy
+    policy: Policy | MakePolicy
     predictor: Predictor
-    signal: Signal | TimeEmbedding | None
+    signal: Signal | None = None
     spacing: Spacing = "step"
-    observe: Callable[[int, str, int, Any], None] | None = None
-    observe_residuals: Callable[[int, str, int, Sequence[Tensor]], None] | None = None
-    by_run: Callable[[Run], Policy] | None = None
-    by_latents: Callable[[torch.Size], tuple[Policy, str]] | None = None
-    by_branch: Callable[[str], Policy] | None = None
     settling: int = 0
+    recorder: Recorder | None = None
+
+    def policy_of(self, run: Run, branch: str) -> Policy:
+        """What decides on a branch of a run."""
+        return self.policy if isinstance(self.policy, Policy) else self.policy(run, branch)
 
 
 @dataclass
-class Branch(Kept):
+class Branch:
     """What is kept of one branch while its run lasts.
 
     Attributes:
         seen: Steps so far.
         recorded: Steps whose residuals have been put into the histories.
         tally: What was decided so far.
-        policy: Decides; None until the first step.
+        decider: Decides; None until the first step.
         signal: The signal that the next change is measured from.
         signature: Shapes, dtypes and devices of what the span takes.
         histories: Residuals, by block list.
@@ -81,7 +87,7 @@ class Branch(Kept):
 
     seen: int = 0
     recorded: int = 0
-    policy: Policy | None = None
+    decider: Decider | None = None
     tally: Tally = field(default_factory=Tally)
     signal: Tensor | None = None
     signature: tuple[Any, ...] = ()
@@ -111,6 +117,34 @@ class Branch(Kept):
         return signal + sum(history.nbytes() for history in self.histories.values())
 
 
+@dataclass
+class BlockRun(Kept):
+    """What is kept of a run while it lasts.
+
+    Attributes:
+        branches: By (component, name of the branch).
+        shared: The deciders that all branches share (`Policy.is_shared`), by component; those that run at the same
+            steps count as one.
+        schedules: The changes of a signal that are known for all steps, by component.
+    """
+
+    branches: dict[tuple[str, str], Branch] = field(default_factory=dict)
+    shared: dict[str, Decider] = field(default_factory=dict)
+    schedules: dict[str, HostCopy] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are kept."""
+        waiting = sum(decider.nbytes() for decider in self.shared.values())
+        return waiting + sum(branch.nbytes() for branch in self.branches.values())
+
+    @classmethod
+    def of(cls, run: Run) -> BlockRun:
+        """What is kept of a run, or the beginning of it."""
+        if not isinstance(run.kept, BlockRun):
+            run.kept = cls()
+        return run.kept
+
+
 class CachedModel:
     """A transformer under a cache. It holds no module: a cache must not keep a model alive.
 
@@ -124,7 +158,7 @@ class CachedModel:
         detours: The short ways past the skipped blocks of each list's span: past those between its first and its last
             one, and past the last one.
         warned: Whether it has been said that the model runs without its blocks.
-        remarks: What the user is told of its runs.
+        log: What is noted of its calls.
     """
 
     def __init__(self, name: str, module: nn.Module, parts: Parts) -> None:
@@ -133,7 +167,7 @@ class CachedModel:
         self.writes_inputs = False
         self.detours = [(Detour(), Detour()) for _ in parts.layout.lists]
         self.warned = False
-        self.remarks = Remarks(name)
+        self.log = RunLog(name, parts.layout.total, parts.layout.skippable)
         self._class = model_class(module).__name__
         self._parameters = [_parameters(blocks[0]) for blocks in find_block_lists(module).values()]
 
@@ -147,49 +181,32 @@ class CachedModel:
             branch.wirings[list_index] = Wiring(self._parameters[list_index], self.where(list_index))
         return branch.wirings[list_index]
 
-    def policy(self, run: Run, name: str, branch: Branch, latents: torch.Size | None) -> Policy:
-        """Returns what decides on a branch; at its first step, checks that it fits the run.
+    def decider(self, where: Where, kept: BlockRun, branch: Branch) -> Decider:
+        """Returns what decides on a branch; at its first step, checks that the policy fits the run.
 
         Args:
-            run: The run.
-            name: Of the branch.
+            where: Where the call is.
+            kept: What is kept of its run.
             branch: The branch.
-            latents: Shape of what the transformer is called with, if it takes a tensor.
         """
-        if branch.policy is None:
-            chosen = self.parts.policy if self.parts.by_branch is None else self.parts.by_branch(name)
-            branch.policy = self._shared(run) or chosen
-            if self.parts.by_latents is not None and latents is not None:
-                branch.policy, choice = self.parts.by_latents(latents)
-                self.remarks.tell(run, choice, logging.INFO)
-            remark = branch.policy.prepare(run.total)
-            self.remarks.tell(run, remark)
-        return branch.policy
-
-    def _shared(self, run: Run) -> Policy | None:
-        """The policy that the branches of a run share, made at its first step and let go with it."""
-        if self.parts.by_run is None:
-            return None
-        key = f"policy of {expert_of(self.name)}"
-        if key not in run.data:
-            run.data[key] = self.parts.by_run(run)
-        shared: Policy = run.data[key]
-        return shared
+        if branch.decider is None:
+            expert = expert_of(self.name)
+            branch.decider = kept.shared.get(expert) or Decider(self.parts.policy_of(where.run, where.branch))
+            policy = branch.decider.policy
+            if policy.is_shared:
+                kept.shared[expert] = branch.decider
+            if policy.needs_signal and self.parts.signal is None:
+                raise ConfigError(
+                    f"{type(policy).__name__} asks for the change of a signal, and none was given. Type: "
+                    "apply_block_cache(pipe, policy, signal=HeadResidual())"
+                )
+            self.log.tell(where.run, policy.prepare(where.run.total))
+        return branch.decider
 
     def has_written(self, entry: Entry) -> bool:
         """Whether blocks have written over an input that was kept; from then on inputs are copied."""
         self.writes_inputs |= entry.changed()
         return entry.changed()
-
-    def log(self, run: Run, step: int, branch: str, decision: Decision) -> None:
-        """Enters a decision into the statistics of its run."""
-        stats: RunStats | None = run.data.get("stats")
-        if stats is not None:
-            layout = self.parts.layout
-            executed = layout.total - (0 if decision.compute else layout.skippable)
-            stats.add(branch, step, self.name, decision, executed, layout.total)
-        if not decision.compute:
-            self.remarks.tell(run, few_steps_remark(run.total))
 
 
 def _parameters(block: nn.Module) -> list[str]:

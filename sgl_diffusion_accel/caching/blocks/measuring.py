@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion_accel.caching.blocks.cached_model import Branch, CachedModel
+from sgl_diffusion_accel.caching.blocks.cached_model import BlockRun, Branch, CachedModel
 from sgl_diffusion_accel.caching.blocks.entry import Entry
 from sgl_diffusion_accel.caching.blocks.modulated import modulated_input
 from sgl_diffusion_accel.caching.blocks.parallel import local_part, signal_reduction
 from sgl_diffusion_accel.caching.blocks.wiring import Call, elements, form_of
-from sgl_diffusion_accel.caching.parts.signals import HeadResidual, TimeEmbedding, relative_l1
+from sgl_diffusion_accel.caching.parts.signals import Changes, Reduce
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.loop.host_copy import HostCopy
-from sgl_diffusion_accel.loop.runs import Run
+from sgl_diffusion_accel.loop.session import Where
 from sgl_diffusion_accel.targets import unwrap
 
 
@@ -25,16 +25,17 @@ class Measurement:
     Args:
         model: The cached transformer.
         module: The transformer itself.
-        run: The run that the call belongs to.
-        step: Index of the denoising step.
+        where: Where the call is.
+        kept: What is kept of the run.
         branch: What is kept of the branch.
         is_needed: Whether a change may be asked for at this step or a later one.
     """
 
     def __init__(
-        self, model: CachedModel, module: nn.Module, run: Run, step: int, branch: Branch, is_needed: bool
+        self, model: CachedModel, module: nn.Module, where: Where, kept: BlockRun, branch: Branch, is_needed: bool
     ) -> None:
-        self._model, self._module, self._run, self._step, self._branch = model, module, run, step, branch
+        self._model, self._module, self._kept, self._branch = model, module, kept, branch
+        self._run, self._step = where.run, where.step
         self._signal = model.parts.signal if is_needed else None
         self._entry: Entry | None = None
         self._output: Any = None
@@ -42,17 +43,27 @@ class Measurement:
         self._taken: Tensor | None = None
         self._over = False
 
+    @property
+    def reference(self) -> Tensor | None:
+        """See `signals.Seen`."""
+        return self._branch.signal
+
+    @property
+    def reduce(self) -> Reduce | None:
+        """See `signals.Seen`."""
+        return signal_reduction(self._module)
+
     def before(self, list_index: int, index: int, block: nn.Module, call: Call) -> None:
         """Sees a block's arguments."""
         if index != 0 or self._over or self._signal is None:
             return
-        if isinstance(self._signal, HeadResidual):
+        if self._signal.needs_head:
             if list_index == 0 and self._model.parts.layout.fn:
                 self._entry = Entry(call, self._model.writes_inputs)
         elif self._first is None:
             self._first = (block, call)
-            if isinstance(self._signal, TimeEmbedding) and self._branch.seen == 0:
-                self._schedule()  # queued on the device before the first step, and read at the second
+            if self._branch.seen == 0:
+                self._signal.begin(self)
 
     def after(self, list_index: int, index: int, output: Any) -> None:
         """Sees what a computed block returned."""
@@ -61,12 +72,7 @@ class Measurement:
 
     def change(self) -> float:
         """The relative change of the signal; infinity where there is nothing to compare with."""
-        if isinstance(self._signal, TimeEmbedding):
-            return self._schedule()[self._step] if self._branch.seen else float("inf")
-        now, reference = self._take(), self._branch.signal
-        if now is None or reference is None:
-            return float("inf")
-        return relative_l1(now, reference, signal_reduction(self._module))
+        return float("inf") if self._signal is None else self._signal.change(self)
 
     def keep(self, computed: bool, is_next: bool) -> None:
         """Keeps the signal as the one that later changes are measured from, if it is.
@@ -75,10 +81,8 @@ class Measurement:
             computed: Whether this step is computed.
             is_next: Whether the change may be asked for at the next step.
         """
-        if self._signal is None or isinstance(self._signal, TimeEmbedding):
-            return
-        if is_next if self._signal.from_previous_step else computed:
-            self._branch.signal = self._take()
+        if self._signal is not None and (is_next if self._signal.from_previous_step else computed):
+            self._branch.signal = self.taken()
 
     def drop(self) -> None:
         """Lets go of all tensors: the decision has been made."""
@@ -110,23 +114,30 @@ class Measurement:
             raise self._blind()
         return modulated_input(*self._first)
 
-    def _take(self) -> Tensor | None:
-        if self._taken is None and self._signal is not None and not isinstance(self._signal, TimeEmbedding):
+    def taken(self) -> Tensor | None:
+        """See `signals.Seen`."""
+        if self._taken is None and self._signal is not None:
             self._taken = self._signal.take(self)
         return self._taken
 
-    def _schedule(self) -> HostCopy:
+    def queue_schedule(self, changes: Changes) -> None:
+        """See `signals.Seen`."""
+        self._schedule(changes)
+
+    def of_schedule(self, changes: Changes) -> float:
+        """See `signals.Seen`."""
+        return self._schedule(changes)[self._step] if self._branch.seen else float("inf")
+
+    def _schedule(self, changes: Changes) -> HostCopy:
         """The changes at all steps of the run; made once, for all branches."""
-        key = f"changes of {self._model.name}"
-        made: HostCopy | None = self._run.data.get(key)
-        if made is None and self._first is not None and isinstance(self._signal, TimeEmbedding):
+        known, name = self._kept.schedules, self._model.name
+        if name not in known:
+            if self._first is None:
+                raise self._blind()
             like = next(v for v in (*self._first[1][0], *self._first[1][1].values()) if isinstance(v, Tensor))
             timesteps = torch.as_tensor(self._run.timesteps).to(like.device)
-            made = HostCopy(self._signal.changes(unwrap(self._module), timesteps, like.dtype))
-            self._run.data[key] = made
-        if made is None:
-            raise self._blind()
-        return made
+            known[name] = HostCopy(changes(unwrap(self._module), timesteps, like.dtype))
+        return known[name]
 
     def _blind(self) -> UnsupportedModelError:
         return UnsupportedModelError(f"{type(self._module).__name__} has run no block: there is nothing to measure.")

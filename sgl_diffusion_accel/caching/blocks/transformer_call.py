@@ -13,17 +13,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sgl_diffusion_accel.caching.blocks.cached_model import Branch, CachedModel
+from sgl_diffusion_accel.caching.blocks.cached_model import BlockRun, Branch, CachedModel
 from sgl_diffusion_accel.caching.blocks.entry import Entry
 from sgl_diffusion_accel.caching.blocks.measuring import Measurement
 from sgl_diffusion_accel.caching.blocks.order import BlockOrder
 from sgl_diffusion_accel.caching.blocks.parallel import local_part, signal_reduction
 from sgl_diffusion_accel.caching.blocks.wiring import Call, elements, form_of
 from sgl_diffusion_accel.caching.parts.history import History, Residuals
-from sgl_diffusion_accel.caching.parts.policies import Comparison, Decision, Policy, Position
+from sgl_diffusion_accel.caching.parts.policies import Decision, Position
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.intercept import Detour, Instead, eager
 from sgl_diffusion_accel.loop.runs import Run
+from sgl_diffusion_accel.loop.session import Where
 
 logger = logging.getLogger(__name__)
 
@@ -38,29 +39,25 @@ class TransformerCall:
     Args:
         model: The cached transformer.
         module: The transformer itself.
-        run: The run that the call belongs to.
-        step: Index of the denoising step.
-        branch: Name of the branch.
-        policy: Decides.
+        where: Where the call is.
     """
 
-    def __init__(self, model: CachedModel, module: nn.Module, run: Run, step: int, branch: str, policy: Policy) -> None:
-        self.run = run
-        self.branch = branch
-        self.step = step
+    def __init__(self, model: CachedModel, module: nn.Module, where: Where) -> None:
+        self._where = where
         self._model = model
         self._parts = model.parts
-        self._policy = policy
         self._module = module
-        self._key = (model.name, branch)
-        self._branch: Branch = run.data.setdefault(self._key, Branch())
-        self._position = Position(step, run.total, self._branch.seen)
-        self._last = step >= run.total - 1
-        self._following = Position(step + 1, run.total, self._branch.seen)
-        self._keeps = not self._last and policy.may_skip(self._following)  # else what is computed is of no further use
-        self._measurement = Measurement(
-            model, module, run, step, self._branch, policy.needs_signal and policy.may_skip(self._position)
-        )
+        self._key = (model.name, where.branch)
+        self._kept = BlockRun.of(where.run)
+        self._branch = self._kept.branches.setdefault(self._key, Branch())
+        self._decider = model.decider(where, self._kept, self._branch)
+        policy, seen = self._decider.policy, self._branch.seen
+        self._position = Position(where.step, where.run.total, seen)
+        self._following = Position(where.step + 1, where.run.total, seen)
+        # Else what is computed is of no further use.
+        self._keeps = not where.is_last and policy.may_skip(self._following)
+        is_needed = policy.needs_signal and policy.may_skip(self._position)
+        self._measurement = Measurement(model, module, where, self._kept, self._branch, is_needed)
         self._order = BlockOrder(model)
         self._decision: Decision | None = None
         self._previous: dict[int, Any] = {}
@@ -68,6 +65,11 @@ class TransformerCall:
         self._residuals: dict[int, Residuals] = {}
         self._skipped: dict[int, list[Any]] = {}  # what the last block of each list's span is to return, until it does
         self._passing: int | None = None  # the list whose skipped blocks take the short way at present
+
+    @property
+    def run(self) -> Run:
+        """The run that the call belongs to."""
+        return self._where.run
 
     def before(self, list_index: int, index: int, block: nn.Module, call: Call) -> TransformerCall | Instead:
         """Sees a block's arguments; answers for the block if it is skipped."""
@@ -101,8 +103,15 @@ class TransformerCall:
             if index == blocks.end - 1:
                 self._record(list_index, output)
 
-    def finish(self) -> None:
-        """Puts what was computed into the branch's history, or lets the branch go after its last step."""
+    def finish(self, output: Any) -> Any:
+        """Puts what was computed into the branch's history, or lets the branch go after its last step.
+
+        Args:
+            output: What the transformer has returned.
+
+        Returns:
+            The same.
+        """
         branch = self._branch
         branch.seen += 1
         if self._passing is not None:
@@ -111,24 +120,38 @@ class TransformerCall:
         if not self._order.started and not self._model.warned:
             self._model.warned = True
             logger.warning("%s ran without calling its blocks: nothing can be cached.", type(self._module).__name__)
-        if self._last:
-            self.run.data.pop(self._key, None)
-        if not self._keeps:
+        if self._where.is_last:
+            self._kept.branches.pop(self._key, None)
+        if self._keeps:
+            self._keep()
+        else:
             branch.forget(branch.signature)
-            return
-        time = self._time()
-        if self._policy.needs_error:
+        self._show(output)
+        return output
+
+    def _keep(self) -> None:
+        branch, time = self._branch, self._time()
+        if self._decider.policy.needs_error:
             self._compare(time)
         for list_index, residuals in self._residuals.items():
             history = branch.histories.setdefault(list_index, History(self._parts.predictor.depth))
             history.append(time, residuals)
-            if self.step < self._parts.settling:
+            if self._where.step < self._parts.settling:
                 history.keep_newest()
             elif branch.recorded == _FIRST_OUT and len(history) > _FIRST_OUT:
                 history.drop_oldest()
         branch.recorded += bool(self._residuals)
 
-    def hidden_residuals(self) -> list[Tensor]:
+    def _show(self, output: Any) -> None:
+        """Shows the call to who records."""
+        recorder, at = self._parts.recorder, (self.run.number, self._where.branch, self._where.step)
+        if recorder is not None:
+            recorder.saw_output(*at, output)
+            residuals = self._hidden_residuals()
+            if residuals:
+                recorder.saw_residuals(*at, residuals)
+
+    def _hidden_residuals(self) -> list[Tensor]:
         """What each block list has added to the hidden states, as far as it was kept."""
         found = []
         for list_index, residuals in self._residuals.items():
@@ -143,13 +166,13 @@ class TransformerCall:
         for kept in (self._previous, self._inputs, self._residuals, self._skipped):
             kept.clear()
         self._measurement.drop()
-        self._policy.forget()
+        self._decider.forget()
         for detours in self._model.detours:
             for detour in detours:
                 detour.close()
 
-    def cut_off(self) -> None:
-        """Ends a call whose patch was taken off meanwhile; what it has computed is of no use to anybody.
+    def cut_off(self, output: Any) -> Any:
+        """Ends a call whose patch was taken off meanwhile; what it has computed is of no use to later ones.
 
         Raises:
             UnsupportedModelError: The call was to be skipped, and the rest of its blocks have run on what came in.
@@ -164,23 +187,25 @@ class TransformerCall:
                 "output is neither predicted nor computed. Remove or replace a patch between the steps of a run, in "
                 "callback_on_step_end for example, or between runs."
             )
+        return output
 
     def _decide(self, call: Call) -> Decision:
-        branch, policy, measurement = self._branch, self._policy, self._measurement
+        branch, decider, measurement = self._branch, self._decider, self._measurement
+        policy = decider.policy
         signature = (*_signature(call), self.run.given)
         if branch.histories and branch.signature != signature:
             branch.forget()
         branch.signature = signature
         if not branch.histories and policy.may_skip(self._position):
-            policy.restart(self._position)
+            decider.restart(self._position)
             decision = Decision(True, "nothing to reuse")
         else:
-            decision = policy.decide(self._position, branch.tally, measurement.change)
+            decision = decider.decide(self._position, branch.tally, measurement.change)
         branch.tally = branch.tally.after(decision)
         if self._keeps and policy.needs_signal:
             measurement.keep(decision.compute, policy.may_measure(self._following))
         measurement.drop()
-        self._model.log(self.run, self._position.step, self._key[1], decision)
+        self._model.log.decided(self._where, decision)
         return decision
 
     def _record(self, list_index: int, output: Any) -> None:
@@ -225,7 +250,7 @@ class TransformerCall:
 
     def _time(self) -> float:
         """When this call is, in the predictor's clock."""
-        step = self._position.step
+        step = self._where.step
         return self.run.sigmas()[step] if self._parts.spacing == "sigma" else float(step)
 
     def _compare(self, time: float) -> None:
@@ -243,9 +268,9 @@ class TransformerCall:
             if guess is not None and residual is not None:
                 predicted.append(guess)
                 computed.append(residual)
-        reduce = signal_reduction(self._module)
-        seen = Comparison(self.branch, tuple(predicted), tuple(computed), self.run.guidance, reduce)
-        self._policy.observe(seen)
+        where, reduce = self._where, signal_reduction(self._module)
+        guesses, residuals_ = tuple(predicted), tuple(computed)
+        self._decider.compare(where.step, where.branch, guesses, residuals_, where.run.guidance, reduce)
 
     def _predict(self, history: History, inputs: list[Any]) -> list[Any]:
         weights = self._parts.predictor.weights(history.times, self._time())

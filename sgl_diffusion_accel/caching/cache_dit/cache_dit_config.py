@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
+from sgl_diffusion_accel.caching.cache_config import SECOND, CacheConfig
 from sgl_diffusion_accel.caching.parts.masks import StepsMask
-from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
-from sgl_diffusion_accel.validate import FrozenSettings, count, real
+from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.validate import choice, count, flag, within
+
+_ACROSS = "a mask counts the pipeline's denoising steps across both transformers. Give {} beside secondary."
 
 
 @dataclass(frozen=True)
-class CacheDiTConfig:
+class CacheDiTConfig(CacheConfig):
     """Settings of the block cache: DBCache, TaylorSeer prediction and step computation masks.
 
     The defaults are SGLang-Diffusion's. A config is checked when it is made and never changed.
@@ -65,12 +67,21 @@ class CacheDiTConfig:
     enabled: bool = True
     tolerance: float | None = None
 
+    function: ClassVar[tuple[str, str]] = (
+        "apply_cache_dit",
+        "apply_cache_dit(pipe, residual_diff_threshold=0.12)",
+    )
+    only_first: ClassVar[Mapping[str, str]] = {
+        "enabled": "",
+        "steps_mask": _ACROSS.format("steps_mask"),
+        "steps_policy": _ACROSS.format("steps_policy"),
+    }
+
     def __post_init__(self) -> None:
         self._check_numbers()
-        _check_choice("taylorseer_spacing", self.taylorseer_spacing, ("step", "sigma"))
-        _check_choice("steps_policy", self.steps_policy, ("dynamic", "static"))
-        if not isinstance(self.enabled, bool):
-            raise ConfigTypeError(f"enabled={self.enabled!r}: allowed are True and False.")
+        choice("taylorseer_spacing", self.taylorseer_spacing, ("step", "sigma"))
+        choice("steps_policy", self.steps_policy, ("dynamic", "static"))
+        flag("enabled", self.enabled)
         if self.steps_mask is not None:
             object.__setattr__(self, "steps_mask", StepsMask.of(self.steps_mask))
         if self.steps_policy == "static" and self.steps_mask is None:
@@ -79,7 +90,9 @@ class CacheDiTConfig:
             )
         self._check_tolerance()
         self._check_signal()
-        self._check_secondary()
+        object.__setattr__(self, "secondary", self._checked_secondary(self.secondary))
+        if self.secondary:
+            self.for_component(SECOND)
 
     def _check_numbers(self) -> None:
         for name, lowest in _COUNTS.items():
@@ -90,14 +103,12 @@ class CacheDiTConfig:
             object.__setattr__(self, name, None if unlimited else count(name, limit, 0))
         for name in ("residual_diff_threshold", "max_accumulated_residual_diff"):
             if name == "residual_diff_threshold" or getattr(self, name) is not None:
-                object.__setattr__(self, name, _real(name, getattr(self, name)))
+                object.__setattr__(self, name, within(name, getattr(self, name), _THRESHOLDS))
 
     def _check_tolerance(self) -> None:
         if self.tolerance is None:
             return
-        value = real("tolerance", self.tolerance, _TOLERANCES)
-        if not 0 <= value <= 1:
-            raise ConfigError(f"tolerance={self.tolerance!r}; allowed: {_TOLERANCES}.")
+        value = within("tolerance", self.tolerance, _TOLERANCES, highest=1.0)
         object.__setattr__(self, "tolerance", value)
         if self.steps_policy == "static":
             raise ConfigError(
@@ -117,30 +128,6 @@ class CacheDiTConfig:
                 "fn_compute_blocks=0 leaves no block to take the signal from. Type: fn_compute_blocks=1, or give a "
                 "tolerance, or a steps_mask with steps_policy='static'."
             )
-
-    def _check_secondary(self) -> None:
-        if self.secondary is None:
-            return
-        if not isinstance(self.secondary, Mapping):
-            raise ConfigTypeError(
-                f"secondary is a {type(self.secondary).__name__}; allowed: a dict of settings, or None."
-            )
-        allowed = [name for name in KNOBS if name not in ("secondary", "enabled", "steps_mask", "steps_policy")]
-        for name in self.secondary:
-            if name in ("steps_mask", "steps_policy"):
-                raise ConfigError(
-                    f"secondary cannot have {name}: a mask counts the pipeline's denoising steps across both "
-                    f"transformers. Give {name} beside secondary."
-                )
-            if name not in allowed:
-                raise unknown_name("knob", str(name), allowed, "secondary")
-        object.__setattr__(self, "secondary", FrozenSettings(self.secondary))
-        self.for_component("transformer_2")
-
-    def for_component(self, name: str) -> CacheDiTConfig:
-        """Returns the settings for one transformer of a pipeline: `secondary` applies to `"transformer_2"`."""
-        changes = dict(self.secondary or {}) if name == "transformer_2" else {}
-        return dataclasses.replace(self, secondary=None, **changes)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> CacheDiTConfig:
@@ -175,8 +162,25 @@ class CacheDiTConfig:
         return cls(**knobs_from_file(path))
 
 
-KNOBS = tuple(field.name for field in dataclasses.fields(CacheDiTConfig))
-"""Names of all settings."""
+class CacheDiTSettings(TypedDict, total=False):
+    """The settings of `CacheDiTConfig`, as they are given by name."""
+
+    fn_compute_blocks: int
+    bn_compute_blocks: int
+    max_warmup_steps: int
+    warmup_interval: int
+    residual_diff_threshold: float
+    max_continuous_cached_steps: int | None
+    max_cached_steps: int | None
+    max_accumulated_residual_diff: float | None
+    taylorseer_order: int
+    taylorseer_spacing: Literal["step", "sigma"]
+    steps_mask: str | Sequence[int] | StepsMask | None
+    steps_policy: Literal["dynamic", "static"]
+    secondary: Mapping[str, Any] | None
+    enabled: bool
+    tolerance: float | None
+
 
 _COUNTS = {
     "fn_compute_blocks": 0,
@@ -186,17 +190,5 @@ _COUNTS = {
     "taylorseer_order": 0,
 }
 _LIMITS = ("max_continuous_cached_steps", "max_cached_steps")
+_THRESHOLDS = "a finite number from 0 (never skips), such as 0.24"
 _TOLERANCES = "a number from 0 (computes every step) to 1, such as 0.002, or None"
-
-
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: a number from 0, such as 0.24.")
-    if not 0 <= float(value) < float("inf"):
-        raise ConfigError(f"{name}={value}; allowed: a finite number from 0 (0 never skips).")
-    return float(value)
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise unknown_name(name, str(value), allowed)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, Pace
+from sgl_diffusion_accel.caching.parts.call_policy import DEPTH, CallPolicy
 from sgl_diffusion_accel.caching.parts.multistep import Weights
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, combine, take_apart
-from sgl_diffusion_accel.caching.parts.policies import Decision
+from sgl_diffusion_accel.caching.parts.policies import Decision, Position, Tally
 from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
-from sgl_diffusion_accel.loop.given import Kind
+from sgl_diffusion_accel.loop.given import Kind, Latents
 from sgl_diffusion_accel.loop.runs import Kept
+from sgl_diffusion_accel.loop.session import Where
 
 
 @dataclass
@@ -38,16 +40,17 @@ class OutputRun(Kept):
     """What is kept of a run while it lasts: the last outputs of each branch, which are as large as the latents.
 
     Args:
-        pace: Decides its steps.
+        policy: Decides its steps.
     """
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
+    def __init__(self, policy: CallPolicy) -> None:
+        self._policy = policy
         self._branches: dict[str, _Branch] = {}
         self._nodes: list[int] = []
         self._step = -1
         self._component = ""
-        self._signature: tuple[Any, ...] = ()
+        self._latents: Latents | None = None
+        self._tally = Tally()
         self._given: dict[str, Kind] = {}
         self._has_turned = False
         self._decision = Decision(True, "first step")
@@ -59,23 +62,19 @@ class OutputRun(Kept):
         kept = [tensor for branch in self._branches.values() for each in branch.outputs.values() for tensor in each]
         return self._error.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
-    def decide(
-        self, step: int, component: str, branch: str, signature: tuple[Any, ...], given: Kind = frozenset()
-    ) -> Decision:
+    def decide(self, where: Where, component: str) -> Decision:
         """Decides a transformer call; all branches of a step share one decision.
 
         Args:
-            step: The denoising step.
+            where: Where the call is.
             component: Which transformer is called; one name for those that run at the same steps.
-            branch: The branch.
-            signature: Shapes, dtypes and devices of what it is called with.
-            given: Of what kind is what it is given.
         """
+        branch, given = where.branch, where.run.given
         turns = self._given.setdefault(branch, given) != given
         self._given[branch] = given
-        if step != self._step:
+        if where.step != self._step:
             self._has_turned = turns
-            self._begin(step, component, signature)
+            self._begin(Position(where.step, where.run.total, where.step), component, where.latents)
         elif turns and not self._has_turned and branch in self._branches:
             self._branches[branch].outputs.clear()
         if self._decision.compute:
@@ -84,28 +83,30 @@ class OutputRun(Kept):
             return Decision(True, "nothing to predict from")
         return self._decision
 
-    def _begin(self, step: int, component: str, signature: tuple[Any, ...]) -> None:
+    def _begin(self, position: Position, component: str, latents: Latents | None) -> None:
+        policy, step = self._policy, position.step
         error = self._error.take()
         if error is not None:
-            self.pace.observe(self._step, error)
-        is_new = signature != self._signature or (component != self._component and not self.pace.spans_models)
-        self._decision = self.pace.decide(step)
+            policy.observe(self._step, error)
+        is_new = latents != self._latents or (component != self._component and not policy.spans_models)
+        self._decision = policy.decide(position, self._tally, _no_change)
         if is_new or not self._nodes:
             if self._nodes:
-                self.pace.restart(step)
+                policy.restart(position)
             if not self._decision.compute or self._nodes:
                 self._decision = Decision(True, "another model or shape" if self._nodes else "first step")
             self._nodes.clear()
             self._branches.clear()
-        elif self._has_turned and self.pace.turn(step, self._decision.compute):
+        elif self._has_turned and policy.turn(position, self._decision.compute):
             self._decision = Decision(True, "inputs changed")
             self._nodes.clear()
             self._branches.clear()
-        self._step, self._component, self._signature = step, component, signature
+        self._tally = self._tally.after(self._decision)
+        self._step, self._component, self._latents = step, component, latents
         if self._decision.compute:
             self._nodes = [step, *self._nodes][:DEPTH]
-        self._weights = self.pace.weights(step, self._nodes)
-        self._expected = self.pace.predicted(step, self._nodes) if self._decision.compute else None
+        self._weights = policy.weights(step, self._nodes)
+        self._expected = policy.predicted(step, self._nodes) if self._decision.compute else None
 
     def skip(self, branch: str) -> Any:
         """What a skipped call returns."""
@@ -128,7 +129,7 @@ class OutputRun(Kept):
             What the caller gets: `output` itself if nothing was skipped before.
         """
         tensors, form = take_apart(output)
-        if not self.pace.needs_later(self._step) and self._weights == {self._step: 1.0}:
+        if not self._policy.needs_later(self._step) and self._weights == {self._step: 1.0}:
             self._branches.pop(branch, None)
             return output
         kept = self._branches.setdefault(branch, _Branch())
@@ -136,12 +137,17 @@ class OutputRun(Kept):
         own = tuple(tensor.detach().clone() for tensor in tensors)  # the caller may write into what it gets
         kept.outputs[self._step] = own
         kept.form = form
-        if self._expected is not None and self.pace.needs_error and kept.has(list(self._expected)):
+        if self._expected is not None and self._policy.needs_error and kept.has(list(self._expected)):
             guess = combine([(weight, kept.outputs[node]) for node, weight in self._expected.items()])
             self._error.add(branch, guess, own, guidance)
         weights = self._weights or {}
         if self._decision.compute and len(weights) > 1 and kept.has(list(weights)):
             output = form(combine([(weight, kept.outputs[node]) for node, weight in weights.items()]))
-        keeps = self.pace.needs_later(self._step)
+        keeps = self._policy.needs_later(self._step)
         kept.outputs = {node: each for node, each in kept.outputs.items() if keeps and node in self._nodes}
         return output
+
+
+def _no_change() -> float:
+    """The change of a signal that nobody takes: a whole call shows none before it is computed."""
+    return math.inf

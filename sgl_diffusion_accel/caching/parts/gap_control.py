@@ -1,8 +1,7 @@
-"""Which steps of a run are computed, and with which weights the others are made from them."""
+"""Gap control: chooses the computed steps as solvers of differential equations choose theirs."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -10,11 +9,9 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
+from sgl_diffusion_accel.caching.parts.call_policy import CallPolicy
 from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate
-from sgl_diffusion_accel.caching.parts.policies import Decision
-
-DEPTH = 4
-"""Computed outputs that are kept of each branch."""
+from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Position, Tally
 
 Growth = Callable[[Sequence[int], int], float]
 """How the error of a prediction grows: computed steps, newest first, and a step after them to the error there, for
@@ -26,63 +23,6 @@ def growth_of_line(nodes: Sequence[int], step: int) -> float:
     ahead = step - nodes[0]
     width = nodes[0] - nodes[1] if len(nodes) > 1 else ahead
     return ahead * (ahead + width) / 2
-
-
-class Pace(ABC):
-    """Decides the steps of one run, for all its branches together. Made at the start of a run, gone with it."""
-
-    spans_models = False
-    """Whether outputs of one expert of a model may serve the steps of another."""
-    needs_error = False
-    """Whether it wants to know how far a prediction was from what a computed step gave."""
-
-    @property
-    def remark(self) -> str | None:
-        """What the user should know of the run, None for nothing."""
-        return None
-
-    @abstractmethod
-    def decide(self, step: int) -> Decision:
-        """Decides a step; called once for each step, in order. The first step of a run is always computed."""
-
-    @abstractmethod
-    def weights(self, step: int, nodes: Sequence[int]) -> Weights:
-        """Weighs the computed outputs for a step.
-
-        Args:
-            step: The step, as decided.
-            nodes: Computed steps whose outputs are at hand, newest first; the step itself among them if it is computed.
-
-        Returns:
-            Weights of some of the nodes.
-        """
-
-    def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:  # noqa: ARG002
-        """Weights of the prediction that a computed step is held against, None for no comparison."""
-        return None
-
-    def observe(self, step: int, error: float) -> None:  # noqa: B027
-        """Learns the relative error ‖predicted - computed‖ / ‖computed‖ at a computed step, before the next one."""
-
-    def restart(self, step: int) -> None:  # noqa: B027
-        """Another model takes over at a step, which will be computed: nothing before it is of use."""
-
-    def turn(self, step: int, is_computed: bool) -> bool:  # noqa: ARG002
-        """What the model is given is of another kind from a step on: control that begins, an input that appears.
-
-        Args:
-            step: The step.
-            is_computed: Whether it was decided to be computed.
-
-        Returns:
-            Whether nothing before it is of use; then it will be computed.
-        """
-        self.restart(step)
-        return True
-
-    @abstractmethod
-    def needs_later(self, step: int) -> bool:
-        """Whether the output of a computed step may be used at a later one."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +52,7 @@ class GapSettings:
 
 @final
 @dataclass
-class GapControl(Pace):
+class GapControl(CallPolicy):
     """Chooses each gap from the error of the last prediction, as solvers of differential equations choose their step.
 
     At a computed step c the line through the two computed steps before it, b and a, is held against the output:
@@ -151,9 +91,8 @@ class GapControl(Pace):
         self._skips = len(self.final) >= self.settings.fewest_steps and self.settings.tolerance > 0
         self.needs_error = self._skips
 
-    @property
-    def remark(self) -> str | None:
-        """That nothing is put right, where that is so."""
+    def prepare(self, total: int) -> str | None:  # noqa: ARG002
+        """See `Policy.prepare`. Tells that nothing is corrected, where that is so."""
         if self.corrects or not self._skips:
             return None
         return (
@@ -162,11 +101,11 @@ class GapControl(Pace):
             "the result with that of fewer steps."
         )
 
-    def decide(self, step: int) -> Decision:
-        """See `Pace.decide`."""
-        decision = self._decide(step)
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:  # noqa: ARG002
+        """See `Policy.decide`. What was computed it knows itself; no signal is taken."""
+        decision = self._decide(position.step)
         if decision.compute:
-            self.compute(step)
+            self.compute(position.step)
         return decision
 
     def compute(self, step: int) -> None:
@@ -198,7 +137,7 @@ class GapControl(Pace):
         return Decision(False, "estimated error within tolerance", estimate)
 
     def weights(self, step: int, nodes: Sequence[int]) -> Weights:
-        """See `Pace.weights`."""
+        """See `CallPolicy.weights`."""
         if step != nodes[0]:
             taken = self._skipped[step] = extrapolate(nodes, step)
             return taken
@@ -209,12 +148,12 @@ class GapControl(Pace):
         return correct(nodes, skipped, self.final.tolist()) if self.corrects and known else {step: 1.0}
 
     def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
-        """See `Pace.predicted`."""
+        """See `CallPolicy.predicted`."""
         earlier = [node for node in nodes if node < step]
         return extrapolate(earlier, step) if len(earlier) > 1 else None
 
     def observe(self, step: int, error: float) -> None:
-        """See `Pace.observe`."""
+        """See `Policy.observe`."""
         earlier = [node for node in self._computed if node < step]
         growth = self.growth(earlier, step) if earlier else 0.0
         curvature = error / growth if growth else np.inf
@@ -226,7 +165,7 @@ class GapControl(Pace):
             self._curvature = max(curvature, self.settings.memory * self._curvature)
 
     def take_over(self, computed: Sequence[int], error: float) -> None:
-        """Goes on in mid-run where another pace has computed some steps.
+        """Goes on in mid-run where another policy has computed some steps.
 
         Args:
             computed: The computed steps, newest first; at least two.
@@ -235,10 +174,11 @@ class GapControl(Pace):
         self._computed = list(computed)
         self.observe(computed[0], error)
 
-    def restart(self, step: int) -> None:
-        """See `Pace.restart`."""
+    def restart(self, position: Position) -> None:
+        """See `Policy.restart`."""
+        step = position.step
         self._computed, self._skipped, self._curvature, self._begin = [step], {}, None, step
 
     def needs_later(self, step: int) -> bool:
-        """See `Pace.needs_later`."""
+        """See `CallPolicy.needs_later`."""
         return self._skips and step < len(self.final) - 1

@@ -6,16 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 from sgl_diffusion_accel.caching.parts.masks import StepsMask
-from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
-from sgl_diffusion_accel.caching.parts.signals import Reduce
-from sgl_diffusion_accel.caching.teacache.polynomial import Polynomial
-from sgl_diffusion_accel.caching.teacache.skip_window import Window
-
-_NEAR_ENOUGH = 0.2  # by which the number of steps may differ from that of the fit
-_SHORTEST = 2  # steps of a run that has nothing but a first and a last one
 
 Change = Callable[[], float]
 """Measures the relative change of the signal. Calling it synchronises with the device, unless the signal is known."""
@@ -76,32 +69,25 @@ class Decision:
     charge: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What one branch would have been given at a step, and what was computed.
+class Policy(ABC):
+    """Decides which denoising steps are computed.
+
+    One of its own needs `decide` alone. It is asked once for each step and branch, in order, from the first step on
+    at which something is known that could stand in. One that remembers nothing of a run (the mask, the threshold) may
+    serve all runs and branches; one that does is made for each run, see `apply_block_cache`.
 
     Attributes:
-        branch: Its name.
-        predicted: Residuals of the picture's stream that the predictor gives, one for each block list, `[B, T, C]`.
-        computed: Those that were computed, in the same order.
-        guidance: The scale with which the pipeline combines the branches, None where it is not known.
-        reduce: Adds up over devices, where each sees a part of the tokens; None where this one sees all.
+        is_shared: Whether one policy decides for all branches of a run, which then ask it one after the other.
+        needs_error: Whether it wants to know how far a prediction was from what a computed step gave (`observe`).
     """
 
-    branch: str
-    predicted: Tensors
-    computed: Tensors
-    guidance: float | None = None
-    reduce: Reduce | None = None
-
-
-class Policy(ABC):
-    """Decides at each denoising step, once a residual is known."""
+    is_shared: ClassVar[bool] = False
+    needs_error: bool = False
 
     @property
-    @abstractmethod
     def needs_signal(self) -> bool:
         """Whether it may ask for the change of the signal."""
+        return False
 
     def prepare(self, total: int) -> str | None:  # noqa: ARG002  (most policies have nothing to check)
         """Checks, at the start of a run, that the policy fits a run of `total` steps.
@@ -129,19 +115,14 @@ class Policy(ABC):
             change: Measures the change of the signal; called at most once, and only where the value is needed.
         """
 
-    @property
-    def needs_error(self) -> bool:
-        """Whether it wants to know how far a prediction would have been from what a computed step gave."""
-        return False
+    def observe(self, step: int, error: float) -> None:  # noqa: B027  (most policies remember nothing)
+        """Learns the relative error ‖predicted - computed‖ / ‖computed‖ at a computed step, before the next one.
 
-    def observe(self, seen: Comparison) -> None:  # noqa: B027  (most policies remember nothing)
-        """Learns the prediction and the residual of one branch at a computed step, after it was decided."""
+        Of the branches that it decides it is that of what guidance combines them to.
+        """
 
     def restart(self, position: Position) -> None:  # noqa: B027
         """Learns that a step is computed because nothing is known of its branch; it is not asked to decide that."""
-
-    def forget(self) -> None:  # noqa: B027
-        """Lets go of all tensors: a call failed."""
 
 
 @final
@@ -229,74 +210,3 @@ class MaskPolicy(Policy):
         if self.inner is None:
             return Decision(False, "mask")
         return self.inner.decide(position, tally, change)
-
-
-@final
-@dataclass(frozen=True)
-class AccumulatingPolicy(Policy):
-    """Skips until the rescaled changes since the last computed step sum up: the policy of TeaCache.
-
-    Within the window each step adds max(p(change), 0), with p the polynomial that estimates the change of the model's
-    output from that of the signal. When the sum reaches the threshold the step is computed, and the sum starts anew.
-
-    Source: TeaCache, "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
-    https://arxiv.org/abs/2411.19108.
-
-    Attributes:
-        threshold: Compute when the sum reaches it; positive.
-        polynomial: Rescales the change.
-        window: Steps that may be skipped; the others are computed.
-        fitted_steps: Denoising steps of the runs that the polynomial was fitted on, None if unknown.
-    """
-
-    threshold: float
-    polynomial: Polynomial
-    window: Window
-    fitted_steps: int | None = None
-
-    @property
-    def needs_signal(self) -> bool:
-        """Always."""
-        return True
-
-    def prepare(self, total: int) -> str | None:
-        """Tells where no step of a run may be skipped, or where the polynomial was fitted on other runs."""
-        start, stop = self.window.bounds(total)
-        if start < stop:
-            fitted = self.fitted_steps
-            if fitted is None or abs(total - fitted) <= _NEAR_ENOUGH * fitted:
-                return None
-            return (
-                f"the coefficients were fitted on runs of {fitted} steps, and this one has {total}: steps that change "
-                "more than any seen there are computed. Fit with calls of as many steps as you run."
-            )
-        if total <= _SHORTEST:
-            return f"a run of {total} steps has none that may be skipped: the first and the last are always computed."
-        return (
-            f"no step of a run of {total} steps may be skipped: skipping starts at step {start} and ends before step "
-            f"{stop} ({self.window}). Give start_skipping and end_skipping for so few steps."
-        )
-
-    def may_skip(self, position: Position) -> bool:
-        """Whether the window is not over."""
-        start, stop = self.window.bounds(position.total)
-        return max(start, position.step) < stop
-
-    def may_measure(self, position: Position) -> bool:
-        """Whether the step is inside the window."""
-        start, stop = self.window.bounds(position.total)
-        return start <= position.step < stop
-
-    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
-        """See `Policy.decide`."""
-        if not self.may_measure(position):
-            return Decision(True, "outside the window")
-        moved = change()
-        if not math.isfinite(moved):
-            return Decision(True, "change not finite", moved)
-        if self.polynomial.high is not None and moved > self.polynomial.high:
-            return Decision(True, "change beyond the fitted range", moved)
-        charge = max(self.polynomial(moved), 0.0)
-        if tally.accumulated + charge >= self.threshold:
-            return Decision(True, "accumulated change", moved, charge)
-        return Decision(False, "accumulated change below threshold", moved, charge)

@@ -90,3 +90,8 @@ class Taylor(Predictor):
             factor = (target - times[0]) ** order / math.factorial(order)
             result = [total + factor * weight for total, weight in zip(result, derivatives[0], strict=True)]
         return tuple(result)
+
+
+def taylor(order: int) -> Predictor:
+    """The prediction of an order; order 0 reuses the last residual."""
+    return Taylor(order) if order else Reuse()

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from sgl_diffusion_accel.caching.blocks.cached_model import Parts
 from sgl_diffusion_accel.caching.blocks.layout import divide
-from sgl_diffusion_accel.caching.blocks.modulated import has_attention
-from sgl_diffusion_accel.caching.cache_patch import CachePatch, apply_cache, refuse_foreign_cache
-from sgl_diffusion_accel.caching.parts.policies import AccumulatingPolicy, Policy
-from sgl_diffusion_accel.caching.parts.predictors import Reuse, Taylor
-from sgl_diffusion_accel.caching.parts.signals import Signal, TimeEmbedding
-from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheCoefficients, TeaCacheConfig
+from sgl_diffusion_accel.caching.cache_patch import CachePatch, put_on_blocks, targets_of_cache
+from sgl_diffusion_accel.caching.parts.policies import Policy
+from sgl_diffusion_accel.caching.parts.predictors import taylor
+from sgl_diffusion_accel.caching.teacache.accumulating_policy import AccumulatingPolicy
+from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
+from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheConfig, TeaCacheSettings
 from sgl_diffusion_accel.caching.teacache.teacache_models import VARIANTS, Family, family_of, nearest_size
-from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, UnsupportedModelError, unknown_name
-from sgl_diffusion_accel.targets import find_transformers, model_class, unwrap
+from sgl_diffusion_accel.caching.teacache.teacache_signals import check_signal, uses_ret_steps
+from sgl_diffusion_accel.errors import ConfigError, unknown_name
+from sgl_diffusion_accel.loop.runs import Run
+from sgl_diffusion_accel.targets import Pipe, Target, model_class
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
 
 def apply_teacache(
-    pipe: object,
-    teacache_thresh: float | str | None = None,
-    coefficients: Sequence[float] | TeaCacheCoefficients | None = None,
-    start_skipping: int | float | None = None,
-    end_skipping: int | float | None = None,
-    use_ret_steps: bool | None = None,
-    variant: str | None = None,
-    **more: Any,
+    pipe: Pipe, config: TeaCacheConfig | float | str | None = None, **settings: Unpack[TeaCacheSettings]
 ) -> CachePatch:
     """Caches whole denoising steps of a pipeline: TeaCache, for each branch and each expert on its own.
 
@@ -47,14 +42,9 @@ def apply_teacache(
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2), or the transformer itself.
-        teacache_thresh: The threshold, or a speed-up such as `"1.6x"` for the one that is known for the nearest.
-        coefficients: Of the polynomial: five numbers, highest degree first, or what `fit_teacache` has returned.
-        start_skipping: First denoising step that may be skipped: index, negative from the end, or a share as a float.
-        end_skipping: First step that is computed again at the end, in the same units.
-        use_ret_steps: For Wan: the signal with retention steps, or the one without.
-        variant: Which published coefficients to take, by name.
-        **more: `taylorseer_order`, `secondary` (settings of `transformer_2`), or `config`, a `TeaCacheConfig` that the
-            single settings go over. What is None is the model's own; see `TeaCacheConfig`.
+        config: Settings, or the threshold alone: a number, or a speed-up such as `"1.6x"` for the one that is known for
+            the nearest. None for the model's own.
+        **settings: Single settings, by the names of `TeaCacheConfig`; they go over `config`. None is the model's own.
 
     Returns:
         The patch: `patch.remove()` undoes it exactly, `patch.stats` tells what it did, `print(patch)` sums it up.
@@ -71,78 +61,49 @@ def apply_teacache(
         >>> video = pipe(**call)
         >>> patch.remove()
     """
-    given = {
-        "teacache_thresh": teacache_thresh,
-        "coefficients": coefficients,
-        "start_skipping": start_skipping,
-        "end_skipping": end_skipping,
-        "use_ret_steps": use_ret_steps,
-        "variant": variant,
-    }
-    config = _merge(more.pop("config", None), {key: value for key, value in given.items() if value is not None} | more)
-    transformers = find_transformers(pipe)
-    refuse_foreign_cache(transformers)
-    if config.secondary and "transformer_2" not in transformers:
-        raise ConfigError(
-            f"secondary={dict(config.secondary)!r} is for transformer_2, and {type(pipe).__name__} has none. "
-            "Leave secondary out."
-        )
-    planned = {name: _plan(unwrap(module), config.for_component(name)) for name, module in transformers.items()}
+    config = TeaCacheConfig.of(config, settings)
+    targets = targets_of_cache(pipe)
+    config.check_targets(pipe, targets)
+    planned = {target.name: _plan(target, config.for_component(target.name)) for target in targets}
     for name, (_, said) in planned.items():
         logger.info("TeaCache on %s: %s", name, said)
     words = {said for _, said in planned.values()}
     title = words.pop() if len(words) == 1 else "; ".join(f"{name}: {said}" for name, (_, said) in planned.items())
     parts = {name: found for name, (found, _) in planned.items()}
-    return apply_cache(f"TeaCache ({title})", transformers, parts, pipe)
+    return put_on_blocks(pipe, f"TeaCache ({title})", targets, parts, config)
 
 
-def _merge(config: TeaCacheConfig | None, knobs: dict[str, Any]) -> TeaCacheConfig:
-    from sgl_diffusion_accel.caching.teacache.teacache_config import TEACACHE_KNOBS
-
-    for name in knobs:
-        if name not in TEACACHE_KNOBS:
-            raise unknown_name("setting", name, [*TEACACHE_KNOBS, "config"], "apply_teacache")
-    if config is None:
-        return TeaCacheConfig(**knobs)
-    if not isinstance(config, TeaCacheConfig):
-        raise ConfigTypeError(
-            f"config is a {type(config).__name__}; allowed: a TeaCacheConfig. Single settings go by name: "
-            "apply_teacache(pipe, teacache_thresh=0.1)."
-        )
-    for one, other in (("coefficients", "variant"), ("variant", "coefficients")):
-        if knobs.get(one) is not None:
-            knobs.setdefault(other, None)
-    return dataclasses.replace(config, **knobs)
-
-
-def _plan(transformer: nn.Module, config: TeaCacheConfig) -> tuple[Parts, str]:
+def _plan(target: Target, config: TeaCacheConfig) -> tuple[Parts, str]:
     """The parts of the cache on one transformer, and a line on what was chosen."""
+    transformer = target.module
     family = family_of(transformer)
     retains = uses_ret_steps(transformer, _ret_steps(config))
     window = config.window(retains)
-    policies: list[Policy] = []
-    words: list[str] = []
-    for name, (fit, threshold, source) in _thresholds(_fits(transformer, family, config, retains), config).items():
-        policies.append(AccumulatingPolicy(threshold, fit.polynomial, window, fit.steps))
-        words.append(f"{name}, threshold {threshold:g}{source}")
+    fits = _thresholds(_fits(transformer, family, config, retains), config)
+    policies = [AccumulatingPolicy(threshold, fit, window) for fit, threshold, _ in fits.values()]
+    words = [f"{name}, threshold {threshold:g}{source}" for name, (_, threshold, source) in fits.items()]
     sizes = [VARIANTS[name].pixels for name in _names(transformer, family, config)]
 
-    def by_latents(latents: torch.Size) -> tuple[Policy, str]:
-        index = nearest_size(sizes, latents)
-        return policies[index], f"by the resolution: {words[index]}"
+    def by_resolution(run: Run, _: str) -> Policy:
+        index = 0 if run.latents is None else nearest_size(sizes, run.latents)
+        chosen = f"by the resolution: {words[index]}"
+        if run.stats is not None and (target.name, chosen) not in run.stats.remarks:
+            run.stats.remark(target.name, chosen)
+            logger.info("%s: %s", target.name, chosen)
+        return policies[index]
 
-    signal = family.retained if retains and family.retained is not None else family.signal
+    signal = family.signal_for(retains)
     check_signal(transformer, signal)
     order = config.taylorseer_order or 0
     parts = Parts(
         layout=divide(transformer, 0, 0),
-        policy=policies[0],
-        predictor=Taylor(order) if order else Reuse(),
+        policy=by_resolution if len(policies) > 1 else policies[0],
+        predictor=taylor(order),
         signal=signal,
-        by_latents=by_latents if len(policies) > 1 else None,
     )
+    described = f"projected {signal.name} (use_ret_steps)" if retains else signal.name
     predictor = f"TaylorSeer order {order}" if order else "reuse"
-    return parts, ", ".join([" or ".join(words), describe(signal, retains), str(window), predictor])
+    return parts, ", ".join([" or ".join(words), described, str(window), predictor])
 
 
 def _thresholds(
@@ -188,27 +149,6 @@ def _ret_steps(config: TeaCacheConfig) -> bool | None:
     return config.use_ret_steps if fitted is None else fitted
 
 
-def uses_ret_steps(transformer: nn.Module, wanted: bool | None) -> bool:
-    """Whether the signal with retention steps is meant; the one without where the user has no wish.
-
-    Raises:
-        ConfigError: The model has no such choice.
-    """
-    if wanted and family_of(transformer).retained is None:
-        raise ConfigError(
-            f"use_ret_steps=True is a choice between two signals of Wan; {type(transformer).__name__} has one signal. "
-            "To compute the first 5 steps, type: start_skipping=5."
-        )
-    return bool(wanted)
-
-
-def describe(signal: Signal | TimeEmbedding, retains: bool) -> str:
-    """The name of a signal."""
-    if isinstance(signal, TimeEmbedding):
-        return "projected time embedding (use_ret_steps)" if retains else "time embedding"
-    return "modulated input"
-
-
 def _names(transformer: nn.Module, family: Family, config: TeaCacheConfig) -> tuple[str, ...]:
     """Names of the published coefficients to be used; none where the user has given coefficients."""
     if config.coefficients is not None:
@@ -233,15 +173,3 @@ def _names(transformer: nn.Module, family: Family, config: TeaCacheConfig) -> tu
             f"coefficients=coefficients); or give coefficients=[...] and teacache_thresh=...{near}."
         )
     return names
-
-
-def check_signal(transformer: nn.Module, signal: Signal | TimeEmbedding) -> None:
-    """Raises UnsupportedModelError where the first block has no attention whose input could be the signal."""
-    from sgl_diffusion_accel.caching.blocks.layout import find_block_lists
-
-    block = next(iter(find_block_lists(transformer).values()))[0]
-    if not isinstance(signal, TimeEmbedding) and not has_attention(block):
-        raise UnsupportedModelError(
-            f"{type(block).__name__} has no attention among its parts, whose input would be the signal. "
-            "Use apply_cache_dit for this model."
-        )

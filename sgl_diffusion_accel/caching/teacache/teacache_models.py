@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.parts.signals import ModulatedInput, Signal, TimeEmbedding
-from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheCoefficients as Fit
+from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients as Fit
 from sgl_diffusion_accel.targets import model_class
 
 
@@ -127,14 +127,18 @@ class Family:
             or to none where nothing was published for such a model.
     """
 
-    signal: Signal | TimeEmbedding = field(default_factory=ModulatedInput)
-    retained: TimeEmbedding | None = None
+    signal: Signal = field(default_factory=ModulatedInput)
+    retained: Signal | None = None
     variants: tuple[str, ...] = ()
     choose: Callable[[Any], tuple[str, ...]] | None = None
 
     def variants_for(self, config: Any) -> tuple[str, ...]:
         """The variants that a model with this config may be."""
         return self.variants if self.choose is None else self.choose(config)
+
+    def signal_for(self, retains: bool) -> Signal:
+        """The signal, with retention steps or without."""
+        return self.retained if retains and self.retained is not None else self.signal
 
 
 def family_of(transformer: nn.Module) -> Family:

@@ -1,34 +1,47 @@
-"""What a cache tells its user about runs."""
+"""What a cache notes of each transformer call, and what it tells its user about runs."""
 
 from __future__ import annotations
 
 import logging
 
 from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
-from sgl_diffusion_accel.caching.parts.stats import RunStats
+from sgl_diffusion_accel.caching.parts.policies import Decision
 from sgl_diffusion_accel.loop.runs import Run
+from sgl_diffusion_accel.loop.session import Where
 
 logger = logging.getLogger(__name__)
 
 
-class Remarks:
-    """Remarks of one component: each goes into the statistics of its run, and is logged once.
+class RunLog:
+    """The log of one component: decisions and remarks go into the statistics of their run; remarks are logged once.
 
     Args:
         component: The component's name.
+        blocks: Blocks that it has.
+        skippable: Those of them that a skipped call does not run.
     """
 
-    def __init__(self, component: str) -> None:
+    def __init__(self, component: str, blocks: int, skippable: int) -> None:
         self._component = component
+        self._blocks = blocks
+        self._skippable = skippable
         self._said: set[str] = set()
+
+    def decided(self, where: Where, decision: Decision) -> None:
+        """Notes what was decided for a call."""
+        run = where.run
+        if run.stats is not None:
+            executed = self._blocks - (0 if decision.compute else self._skippable)
+            run.stats.add(where.branch, where.step, self._component, decision, executed, self._blocks)
+        if not decision.compute:
+            self.tell(run, few_steps_remark(run.total))
 
     def tell(self, run: Run, remark: str | None, level: int = logging.WARNING) -> None:
         """Tells of a run, if there is something to be told."""
         if remark is None:
             return
-        stats: RunStats | None = run.data.get("stats")
-        if stats is not None:
-            stats.remark(self._component, remark)
+        if run.stats is not None:
+            run.stats.remark(self._component, remark)
         if remark not in self._said:
             self._said.add(remark)
             logger.log(level, "%s: %s", self._component, remark)

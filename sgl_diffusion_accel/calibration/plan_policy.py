@@ -7,9 +7,10 @@ from typing import final
 
 import numpy as np
 
-from sgl_diffusion_accel.caching.parts.gap_control import DEPTH, GapControl, GapSettings, Pace
+from sgl_diffusion_accel.caching.parts.call_policy import DEPTH, CallPolicy
+from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.caching.parts.multistep import Weights, extrapolate
-from sgl_diffusion_accel.caching.parts.policies import Decision
+from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Position, Tally
 from sgl_diffusion_accel.calibration.design import Design, Moments
 from sgl_diffusion_accel.loop.scheduler_response import passing_influence
 
@@ -18,7 +19,7 @@ _TURN = 2.0  # how many times as far as beside it the line errs where the runs t
 
 
 @final
-class PlanPace(Pace):
+class PlanPolicy(CallPolicy):
     """Computes the steps of a design, and weighs their outputs as it says.
 
     At each computed step the line through the two before it is held against the output, which costs nothing but a
@@ -50,43 +51,44 @@ class PlanPace(Pace):
             for step in computed
         }
 
-    def decide(self, step: int) -> Decision:
-        """See `Pace.decide`."""
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """See `Policy.decide`."""
+        step = position.step
         if self._instead is not None:
-            return self._instead.decide(step)
+            return self._instead.decide(position, tally, change)
         if self._design.mask[step]:
             self._computed.insert(0, step)
         return Decision(self._design.mask[step], "plan", self._design.errors[step])
 
     def weights(self, step: int, nodes: Sequence[int]) -> Weights:
-        """See `Pace.weights`."""
+        """See `CallPolicy.weights`."""
         if self._instead is not None:
             return self._instead.weights(step, nodes)
         return self._design.weights[step]
 
     def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
-        """See `Pace.predicted`."""
+        """See `CallPolicy.predicted`."""
         if not self.needs_error:
             return None
         earlier = [node for node in nodes if node < step]
         return extrapolate(earlier, step) if len(earlier) > 1 else None
 
     def observe(self, step: int, error: float) -> None:
-        """See `Pace.observe`."""
+        """See `Policy.observe`."""
         if self._instead is not None:
             self._instead.observe(step, error)
         elif self._guard is not None and not error <= self._guard * self.foreseen(step):
             self._hand_over().take_over(self._computed, error)
 
-    def turn(self, step: int, is_computed: bool) -> bool:
-        """See `Pace.turn`.
+    def turn(self, position: Position, is_computed: bool) -> bool:
+        """See `CallPolicy.turn`.
 
         A plan whose runs had the same turn is followed, and one that computes this step: the guard will see whether it
         was foreseen. Else gap control takes over, from here on.
         """
-        if self._instead is None and (is_computed or self._foresaw_turn(step)):
+        if self._instead is None and (is_computed or self._foresaw_turn(position.step)):
             return False
-        (self._instead or self._hand_over()).restart(step)
+        (self._instead or self._hand_over()).restart(position)
         return True
 
     def _foresaw_turn(self, step: int) -> bool:
@@ -117,7 +119,7 @@ class PlanPace(Pace):
         return float(np.sqrt(max(difference @ gram @ difference, 0.0) / max(gram[step, step], 1e-30)))
 
     def needs_later(self, step: int) -> bool:
-        """See `Pace.needs_later`."""
+        """See `CallPolicy.needs_later`."""
         if self._instead is not None:
             return self._instead.needs_later(step)
         return self._last_use.get(step, step) > step or (self._guard is not None and step < len(self._design.mask) - 1)

@@ -1,0 +1,68 @@
+"""A policy at work: what it has decided so far is known, and it learns how good its predictions were."""
+
+from __future__ import annotations
+
+from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
+from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Policy, Position, Tally
+from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
+from sgl_diffusion_accel.caching.parts.signals import Reduce
+
+
+class Decider:
+    """A policy of a block cache on one branch of a run, or on all of them, with the errors of its predictions.
+
+    The errors of the branches of a step are combined as guidance combines the branches, and shown to the policy before
+    the next step is decided: only then is the device asked for their value.
+
+    Args:
+        policy: The policy.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._error = PredictionError()
+        self._reduce: Reduce | None = None
+        self._step = -1  # at which the errors were made
+
+    def nbytes(self) -> int:
+        """Bytes of the errors that wait for another branch."""
+        return self._error.nbytes()
+
+    def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
+        """See `Policy.decide`."""
+        if self._step != position.step:
+            error = self._error.take(self._reduce)
+            if error is not None:
+                self.policy.observe(self._step, error)
+        return self.policy.decide(position, tally, change)
+
+    def restart(self, position: Position) -> None:
+        """See `Policy.restart`. What was seen before is of no use."""
+        self._error.forget()
+        self.policy.restart(position)
+
+    def compare(
+        self,
+        step: int,
+        branch: str,
+        predicted: Tensors,
+        computed: Tensors,
+        guidance: float | None,
+        reduce: Reduce | None,
+    ) -> None:
+        """Takes what one branch would have been given at a computed step, beside what was computed.
+
+        Args:
+            step: The step.
+            branch: Name of the branch.
+            predicted: Residuals of the picture's stream that the predictor gives, one a block list, `[B, T, C]`.
+            computed: Those that were computed, in the same order.
+            guidance: The scale with which the pipeline combines the branches, None where it is not known.
+            reduce: Adds up over devices, where each sees a part of the tokens; None where this one sees all.
+        """
+        self._step, self._reduce = step, reduce
+        self._error.add(branch, predicted, computed, guidance)
+
+    def forget(self) -> None:
+        """Lets go of all tensors: a call failed."""
+        self._error.forget()
