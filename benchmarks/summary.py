@@ -20,7 +20,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "DBCache with `tolerance=` (gap control)": ("gap control",),
     "MagCache, calibrated, with prediction": ("MagCache",),
     "TeaCache, fitted, with prediction": ("TeaCache",),
-    "adaptive cache, nothing tuned": ("adaptive",),
+    "adaptive cache": ("adaptive",),
     "calibrated plan": ("plan",),
     "plan from one caption, 50 Euler steps, 16×16": ("carried plan",),
 }

@@ -70,7 +70,7 @@ def test_tests_of_other_pythons_exist() -> None:
 
 def test_documented_targets_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run") if (ROOT / name).exists()]
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".ci" / "run", *ROOT.glob("docs/*.md")]
     named = {
         name for path in documents for name in re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(), re.MULTILINE)
     }

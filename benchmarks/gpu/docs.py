@@ -50,11 +50,8 @@ def in_short() -> str:
         computed, skipped = rows["unpatched"]["computed_device_ms"], rows["adaptive"]["skipped_device_ms"]
         told.append(f"- {title}: {skipped:.1f} ms instead of {computed:,.0f} ms")
     on = environment(newest["parts"][WHOLE[0]]["environment"])
-    return (
-        f"A denoising step that the adaptive cache skips ({on}; bfloat16, random weights at true shapes):\n\n"
-        + "\n".join(told)
-        + f"\n\n{never_skipping(newest)}"
-    )
+    shown = "\n".join(told)
+    return f"What a denoising step takes that the adaptive cache skips:\n\n{shown}\n\n{never_skipping(newest)}\n({on}.)"
 
 
 def _newest_first(path: Path) -> tuple[int, bool, str]:
