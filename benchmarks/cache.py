@@ -33,7 +33,7 @@ from sgl_diffusion_accel.comparing.work import BlockWork
 from . import pareto
 from .contenders import UNPATCHED, Contender, calibration, contenders, teacache_fits
 from .metrics import Frames, computed_steps, psnr, ssim
-from .table import name_of
+from .summary import name_of
 
 RESULTS = Path(__file__).parent / "results"
 _CAPTION_SEED = 77

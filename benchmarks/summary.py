@@ -1,8 +1,8 @@
-"""The README's table: the best that each method offers at several costs, beside the best peer that was found."""
+"""The best that each method offers at a cost, beside simply fewer steps and the best peer that was found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 RATIOS = (2.0, 2.4, 2.8, 3.3, 3.8, 5.0)
@@ -11,50 +11,31 @@ RATIOS = (2.0, 2.4, 2.8, 3.3, 3.8, 5.0)
 _NEAR = 0.97
 """A setting counts for a ratio if it computes as little, or at most this much more."""
 
-_LINES = {
-    "simply fewer steps": ("fewer steps",),
-    "best peer found": ("cache-dit", "diffusers"),
-    "DBCache and step masks": ("DBCache",),
-    "TeaCache, fitted, with prediction": ("TeaCache",),
+FEWER = "simply fewer steps"
+METHODS: Mapping[str, Sequence[str]] = {
+    FEWER: ("fewer steps",),
+    "best peer setting found": ("cache-dit", "diffusers"),
+    "DBCache, SGLang's defaults (reuse)": ("DBCache, SGLang's defaults",),
+    "DBCache and step masks, best setting": ("DBCache, SGLang's defaults", "DBCache", "late masks"),
+    "DBCache with `tolerance=` (gap control)": ("gap control",),
     "MagCache, calibrated, with prediction": ("MagCache",),
-    "gap control on residuals": ("gap control",),
-    "**adaptive, nothing tuned**": ("adaptive",),
-    "**calibrated plan**": ("plan",),
+    "TeaCache, fitted, with prediction": ("TeaCache",),
+    "adaptive cache": ("adaptive",),
+    "calibrated plan": ("plan",),
     "plan from one caption, 50 Euler steps, 16×16": ("carried plan",),
 }
+"""By the name that tables have for a method: the kinds of rows that belong to it."""
+
+_HEADLINES = tuple(name for name in METHODS if "gap control" not in name and "one caption" not in name)
+SCHEDULERS = {"euler": "Euler", "unipc": "UniPC"}
+_MODELS = {"wan": "Wan", "qwen": "Qwen-Image", "flux": "FLUX"}
+_USUAL_SIZE = [16, 16]
+_USUAL = ("euler", 50)
+_SHORT = ("euler", 20)
+_HEADLINE_COLUMNS = ((_USUAL, 2.4, ""), (_USUAL, 3.3, ""), (_SHORT, 2.0, "¹"))
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """One line for each miniature and method, one column for each compute ratio.
-
-    A cell holds the highest PSNR of all settings that compute as little: for peers the best of their sweep, chosen
-    after the fact.
-
-    Args:
-        results: JSON files of `benchmarks.cache`.
-    """
-    lines = ["| PSNR (dB) at a compute ratio of | " + " | ".join(f"{ratio:g}×" for ratio in RATIOS) + " |"]
-    lines.append("|---|" + "--:|" * len(RATIOS))
-    for result in results:
-        lines.append(f"| *{_heading(result)}* |" + " |" * len(RATIOS))
-        for label, kinds in _LINES.items():
-            cells = [best(result, kinds, ratio) for ratio in RATIOS]
-            if any(cell is not None for cell in cells):
-                lines.append(f"| {label} | " + " | ".join("–" if c is None else f"{c:.1f}" for c in cells) + " |")
-    return "\n".join(lines)
-
-
-def best(result: dict[str, Any], kinds: Sequence[str], ratio: float) -> float | None:
-    """The highest PSNR that the methods reach at a compute ratio or beyond; None if they do not reach it."""
-    reached = [
-        row["psnr"]
-        for row in result["rows"]
-        if row["psnr"] is not None and kind_of(row) in kinds and row["compute_ratio"] >= _NEAR * ratio
-    ]
-    return max(reached, default=None)
-
-
-def kind_of(row: dict[str, Any]) -> str:
+def kind_of(row: Mapping[str, Any]) -> str:
     """The method of a row, or the family where it is not this library's."""
     family, name = str(row["family"]), str(row["name"])
     if family != "sgl-diffusion-accel":
@@ -69,17 +50,126 @@ def kind_of(row: dict[str, Any]) -> str:
     for kind in ("TeaCache", "MagCache"):
         if kind in name:
             return kind if ", TS" in name else f"{kind}, reuse"
-    return "DBCache"
+    if "late-" in name:
+        return "late masks"
+    return "DBCache, SGLang's defaults" if name == "F1 W4 MC3 R.24, reuse" else "DBCache"
 
 
-def title(result: dict[str, Any]) -> str:
+def best(result: Mapping[str, Any], kinds: Sequence[str], ratio: float) -> float | None:
+    """The highest PSNR that the methods reach at a compute ratio or beyond; None if they do not reach it."""
+    reached = [
+        row["psnr"]
+        for row in result["rows"]
+        if row["psnr"] is not None and kind_of(row) in kinds and row["compute_ratio"] >= _NEAR * ratio
+    ]
+    return max(reached, default=None)
+
+
+def cell(result: Mapping[str, Any], method: str, ratio: float) -> str:
+    """PSNR of a method at a cost, in italics where fewer steps are better, a dash where it does not get there."""
+    found, plain = best(result, METHODS[method], ratio), best(result, METHODS[FEWER], ratio)
+    if found is None:
+        return "–"
+    return f"*{found:.1f}*" if plain is not None and found < plain else f"{found:.1f}"
+
+
+def headline(results: Sequence[Mapping[str, Any]]) -> str:
+    """The README's table: one line a method, for each miniature two costs at 50 steps and one at 20.
+
+    Args:
+        results: JSON files of `benchmarks.cache`.
+    """
+    by_setting = {(one["model"], setting_of(one)): one for one in results if _size(one) == _USUAL_SIZE}
+    columns = [
+        (f"{'' if place else title} {ratio:g}×{note}".strip(), by_setting[model, setting], ratio)
+        for model, title in _MODELS.items()
+        for place, (setting, ratio, note) in enumerate(_HEADLINE_COLUMNS)
+    ]
+    lines = [f"| PSNR in dB at | {' | '.join(title for title, _, _ in columns)} |", "|---|" + "--:|" * len(columns)]
+    lines += [
+        f"| {method} | {' | '.join(cell(result, method, ratio) for _, result, ratio in columns)} |"
+        for method in _HEADLINES
+    ]
+    return "\n".join(lines)
+
+
+def at_costs(result: Mapping[str, Any]) -> str:
+    """One result: a line for each method, a column for each compute ratio."""
+    lines = [f"| PSNR (dB) at a compute ratio of | {' | '.join(f'{ratio:g}×' for ratio in RATIOS)} |"]
+    lines.append("|---|" + "--:|" * len(RATIOS))
+    for method in METHODS:
+        cells = [cell(result, method, ratio) for ratio in RATIOS]
+        if set(cells) != {"–"}:
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def at_some_costs(results: Sequence[Mapping[str, Any]], ratios: Sequence[float]) -> str:
+    """Several results: a line for each, a column for each method, a number for each compute ratio.
+
+    Results are left out where no run with fewer steps is as cheap: there is nothing to compare with.
+    """
+    lines = [f"| {_several(f'{ratio:g}×' for ratio in ratios)} | {' | '.join(_COLUMNS.values())} |"]
+    lines.append("|---|" + "--:|" * len(_COLUMNS))
+    for one in results:
+        if any(best(one, METHODS[FEWER], ratio) is not None for ratio in ratios):
+            cells = [_several(cell(one, method, ratio) for ratio in ratios) for method in _COLUMNS]
+            lines.append(f"| [{short_title(one)}](results/pareto_{name_of(one)}.png) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _several(cells: Iterable[str]) -> str:
+    found = list(cells)
+    return "–" if set(found) == {"–"} else " / ".join(found)
+
+
+_SHORTER = (
+    "fewer steps", "best peer", "SGLang's defaults", "DBCache", "gap control", "MagCache", "TeaCache", "adaptive",
+    "plan", "carried plan",
+)  # fmt: skip
+_COLUMNS = dict(zip(METHODS, _SHORTER, strict=True))
+
+
+def order(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Sorts results: by model, the usual setting of each first."""
+    scheduler, steps = setting_of(result)
+    return list(_MODELS).index(result["model"]), scheduler, -steps, _size(result)
+
+
+def setting_of(result: Mapping[str, Any]) -> tuple[str, int]:
+    """Scheduler and steps."""
+    return str(result.get("scheduler", "euler")), int(result["steps"])
+
+
+def name_of(result: Mapping[str, Any]) -> str:
+    """The name under which a result is kept: the model's, with what differs from 50 Euler steps."""
+    scheduler, steps = setting_of(result)
+    name = str(result["model"]) if (scheduler, steps) == _USUAL else f"{result['model']}_{scheduler}_{steps}"
+    height, width = _size(result)
+    return name if [height, width] == _USUAL_SIZE else f"{name}_{height}x{width}"
+
+
+def is_usual(result: Mapping[str, Any]) -> bool:
+    """Whether a result is of 50 Euler steps at the size that the miniatures were trained on."""
+    return name_of(result) == str(result["model"])
+
+
+def title(result: Mapping[str, Any]) -> str:
     """What was run: pipeline, steps, scheduler, and the size where it is not the usual one."""
-    scheduler = {"euler": "Euler", "unipc": "UniPC"}[result.get("scheduler", "euler")]
-    height, width = result.get("size", (16, 16))
-    size = "" if (height, width) == (16, 16) else f" at {height}×{width}"
-    return f"{result['pipeline']}, {result['steps']} {scheduler} steps{size}"
+    return f"{result['pipeline']}, {_how(result)}"
 
 
-def _heading(result: dict[str, Any]) -> str:
-    peers = sum(row["family"] in ("cache-dit", "diffusers") for row in result["rows"])
-    return f"{title(result)}, {len(result['captions'])} captions; {peers} settings of peers"
+def short_title(result: Mapping[str, Any]) -> str:
+    """The same for a line of a table, with the number of captions."""
+    return f"{_MODELS[result['model']]}, {_how(result)}; {len(result['captions'])} captions"
+
+
+def _how(result: Mapping[str, Any]) -> str:
+    scheduler, steps = setting_of(result)
+    height, width = _size(result)
+    size = "" if [height, width] == _USUAL_SIZE else f" at {height}×{width}"
+    return f"{steps} {SCHEDULERS[scheduler]} steps{size}"
+
+
+def _size(result: Mapping[str, Any]) -> list[int]:
+    return list(result.get("size", _USUAL_SIZE))

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import page, summary, table
+from benchmarks.costs import profiling
 from benchmarks.markers import insert
 from benchmarks.metrics import computed_steps, psnr, ssim
-from benchmarks.pareto import STYLES, series_of
+from benchmarks.pareto import STYLES
+from benchmarks.rows import chapter, fewer_steps_psnr
 from benchmarks.settings import (
     Setting,
     dbcache_settings,
@@ -21,9 +24,6 @@ from benchmarks.settings import (
     preset_settings,
     sigma_settings,
 )
-from benchmarks.summary import best, kind_of
-from benchmarks.summary import table as summary_table
-from benchmarks.table import chapter, fewer_steps_psnr, profiling
 from sgl_diffusion_accel.comparing.work import BlockWork
 
 
@@ -127,28 +127,52 @@ def test_table_goes_between_its_markers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "series"),
+    ("name", "kind"),
     [
-        ("MagCache .06 MS3, calibrated, TS1", "MagCache", "MagCache with TaylorSeer"),
-        ("MagCache .06 MS3, calibrated, reuse", "MagCache, reuse", "MagCache as published"),
-        ("TeaCache 2x, fitted, TS1", "TeaCache", "TeaCache with TaylorSeer"),
-        ("F1 W4 MC3 R.24, TS1", "DBCache", "DBCache, the peers' settings"),
+        ("MagCache .06 MS3, calibrated, TS1", "MagCache"),
+        ("MagCache .06 MS3, calibrated, reuse", "MagCache, reuse"),
+        ("TeaCache 2x, fitted, TS1", "TeaCache"),
+        ("F1 W4 MC3 R.24, TS1", "DBCache"),
+        ("F1 W4 MC3 R.24, reuse", "DBCache, SGLang's defaults"),
+        ("SCM late-fast static, TS2", "late masks"),
+        ("plan, 2x", "plan"),
+        ("plan of one caption and 50 Euler steps, 2x", "carried plan"),
+        ("plan of 50 Euler steps, 2x", "plan of 50 Euler steps"),
     ],
 )
-def test_each_of_our_caches_has_a_line_and_a_series_of_its_own(name: str, kind: str, series: str) -> None:
-    row = {"family": "sgl-diffusion-accel", "name": name}
-    assert kind_of(row) == kind
-    assert series_of(row) == series
-    assert series in STYLES
+def test_each_of_our_caches_is_a_kind_of_its_own(name: str, kind: str) -> None:
+    assert summary.kind_of({"family": "sgl-diffusion-accel", "name": name}) == kind
+
+
+def test_every_committed_row_is_of_a_kind_that_is_drawn_and_every_kind_of_the_tables_exists() -> None:
+    kinds = {summary.kind_of(row) for each in page.load() for row in each["rows"]}
+    assert kinds == set(STYLES) | {"unpatched"}
+    assert {kind for kinds_of in summary.METHODS.values() for kind in kinds_of} <= kinds
 
 
 def test_the_summary_shows_the_best_that_is_at_least_as_cheap() -> None:
     shown = result()
-    assert best(shown, ("cache-dit", "diffusers"), 3.3) == 34.0
-    assert best(shown, ("DBCache",), 3.3) == 36.0
-    assert best(shown, ("fewer steps",), 3.3) == 30.0
-    assert best(shown, ("fewer steps",), 2.5) == 40.0
-    assert best(shown, ("DBCache",), 5.0) is None
-    lines = summary_table([shown]).splitlines()
+    assert summary.best(shown, ("cache-dit", "diffusers"), 3.3) == 34.0
+    assert summary.best(shown, ("DBCache",), 3.3) == 36.0
+    assert summary.best(shown, ("fewer steps",), 3.3) == 30.0
+    assert summary.best(shown, ("fewer steps",), 2.5) == 40.0
+    assert summary.best(shown, ("DBCache",), 5.0) is None
+    lines = summary.at_costs(shown).splitlines()
     assert lines[0].count("×") == len(lines[1].split("--:")) - 1
-    assert "| best peer found | 34.0 | 34.0 | 34.0 | 34.0 | – | – |" in lines
+    assert "| best peer setting found | *34.0* | *34.0* | 34.0 | 34.0 | – | – |" in lines
+    assert not any("TeaCache" in line for line in lines)
+
+
+def test_several_costs_share_a_line_and_results_without_fewer_steps_have_none() -> None:
+    lines = summary.at_some_costs([result()], (2.4, 3.3)).splitlines()
+    assert lines[2].startswith(
+        "| [Wan, 50 Euler steps; 1 captions](results/pareto_wan.png) | 40.0 / 30.0 | *34.0* / 34.0 |"
+    )
+    assert len(summary.at_some_costs([result()], (6.25,)).splitlines()) == 2
+
+
+def test_all_rows_are_printed_on_demand(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["table", "--all"])
+    table.main()
+    printed = capsys.readouterr().out
+    assert printed.count("\n| ") == sum(len(each["rows"]) + 1 for each in page.load())

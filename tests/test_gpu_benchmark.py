@@ -16,7 +16,6 @@ from benchmarks.gpu.models import MODELS, Place, build, release
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.store import PartLog, Store
 from benchmarks.gpu.timing import per_step
-from benchmarks.markers import insert
 from benchmarks.peers import cache_dit
 
 TINY = ("--device", "cpu", "--tiny")
@@ -203,8 +202,3 @@ def test_the_committed_page_is_what_the_committed_files_make() -> None:
     page = docs.PAGE.read_text()
     assert page == docs.renewed(page), "run python -m benchmarks.table"
     assert "NVIDIA H200" in page
-
-
-def test_the_readme_shows_what_the_committed_files_make() -> None:
-    text = (docs.ROOT / "README.md").read_text()
-    assert text == insert(text, docs.in_short(), "gpu"), "run python -m benchmarks.table"

@@ -70,7 +70,7 @@ def test_tests_of_other_pythons_exist() -> None:
 
 def test_documented_targets_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run") if (ROOT / name).exists()]
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / ".ci" / "run", *ROOT.glob("docs/*.md")]
     named = {
         name for path in documents for name in re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(), re.MULTILINE)
     }
@@ -79,6 +79,7 @@ def test_documented_targets_exist() -> None:
 
 def test_paths_in_the_table_of_contributing_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    paths = re.findall(r"`((?:sgl_diffusion_accel|tests|miniatures|benchmarks)/[\w/.]*)`", text)
+    paths = re.findall(r"`((?:\w+/)+(?:\w+\.py)?|\w+\.py)`", text.partition("## Where do I add")[2])
     assert paths
-    assert [path for path in paths if not (ROOT / path).exists() and "results" not in path] == []
+    roots = (ROOT, ROOT / "sgl_diffusion_accel")
+    assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
