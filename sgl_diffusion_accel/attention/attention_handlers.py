@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from sgl_diffusion_accel.attention.redirect import Redirect
 from sgl_diffusion_accel.attention.sites import Scope
 from sgl_diffusion_accel.attention.underway import Outer
-from sgl_diffusion_accel.patch import PatchHandler
+from sgl_diffusion_accel.loop.session import Session
+from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.targets import Target, unwrap
-
-if TYPE_CHECKING:
-    from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
 
 
 @dataclass(frozen=True)
@@ -37,21 +36,31 @@ class ComponentHandler(PatchHandler):
 
     Args:
         patch: The patch that it belongs to.
+        session: Of the patch.
+        ended: Is told of each call that has ended, with the attention calls that were seen in it.
         target: The component.
         redirect: Where its attention goes.
         steps: Denoising steps that keep PyTorch's own attention.
         is_scope: Whether the component computes attention itself, without processors, and is redirected as a whole.
     """
 
-    patch: AttentionPatch
-
-    def __init__(self, patch: AttentionPatch, target: Target, redirect: Redirect, steps: Steps, is_scope: bool) -> None:
+    def __init__(
+        self,
+        patch: Patch,
+        session: Session,
+        ended: Callable[[Redirect, nn.Module, int], None],
+        target: Target,
+        redirect: Redirect,
+        steps: Steps,
+        is_scope: bool,
+    ) -> None:
         self.patch = patch
+        self._session = session
+        self._ended = ended
         self._component = target.name
         self._redirect = redirect
         self._steps = steps
         self._is_scope = is_scope
-        self._session = patch.session
         self._has_wrapper = target.is_wrapped
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outer, Any] | None:
@@ -68,7 +77,7 @@ class ComponentHandler(PatchHandler):
     def leave(self, module: nn.Module, token: tuple[Outer, Any] | None, output: Any) -> Any:
         """Ends it."""
         if token is not None:
-            self.patch.note_call(self._redirect, unwrap(module), self._end(token))
+            self._ended(self._redirect, unwrap(module), self._end(token))
         return output
 
     def fail(self, _: nn.Module, token: tuple[Outer, Any] | None) -> None:
@@ -85,7 +94,7 @@ class ComponentHandler(PatchHandler):
 class ScopeHandler(PatchHandler):
     """Stands in front of a module without processors: redirects the attention that is called inside, in this thread."""
 
-    def __init__(self, patch: AttentionPatch, redirect: Redirect) -> None:
+    def __init__(self, patch: Patch, redirect: Redirect) -> None:
         self.patch = patch
         self._redirect = redirect
 

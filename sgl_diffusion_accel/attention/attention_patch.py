@@ -17,8 +17,7 @@ from sgl_diffusion_accel.attention.attention_handlers import ComponentHandler, S
 from sgl_diffusion_accel.attention.measured_choice import MeasuredChoice, Timing
 from sgl_diffusion_accel.attention.redirect import LAYER, Redirect
 from sgl_diffusion_accel.attention.sites import Site, find_others, find_scopes, processor_of, redirected
-from sgl_diffusion_accel.caching.patch_summary import unplaced
-from sgl_diffusion_accel.loop.session import Session
+from sgl_diffusion_accel.loop.session import Session, unplaced_lines
 from sgl_diffusion_accel.patch import Patch, patches_of
 from sgl_diffusion_accel.targets import TRANSFORMERS, Target
 
@@ -123,7 +122,8 @@ class AttentionPatch(Patch):
                 self.intercept(scope, ScopeHandler(self, redirect))
         if scopes and component not in TRANSFORMERS:
             steps = Steps()  # a text encoder or a VAE has no denoising steps
-        self.stand_before(target, ComponentHandler(self, target, redirect, steps, module in scopes))
+        handler = ComponentHandler(self, self.session, self._ended, target, redirect, steps, module in scopes)
+        self.stand_before(target, handler)
         classes: dict[type, type] = {}
         for site in sites:
             made = redirected(site, redirect, classes)
@@ -131,7 +131,7 @@ class AttentionPatch(Patch):
             was = dict(vars(made))
             self._processors.append(_Exchanged(component, weakref.ref(site.layer), site.processor, made, was))
 
-    def note_call(self, redirect: Redirect, module: nn.Module, seen: int) -> None:
+    def _ended(self, redirect: Redirect, module: nn.Module, seen: int) -> None:
         """Ends a call of a component, in which so many attention calls of redirected layers were seen.
 
         None at all means that the layers go another way than the one that was redirected, and the user is told; or that
@@ -225,7 +225,7 @@ class AttentionPatch(Patch):
                 f"  {count} calls of {component} ended without any attention call in these places, and the backend "
                 f"served none of it: {self._why_unseen()}"
             )
-        lines += [f"  {told}" for told in unplaced(self.session.stats, "kept the model's own attention")]
+        lines += [f"  {told}" for told in unplaced_lines(self.session.stats, "kept the model's own attention")]
         if any(choice.was_compiled for choice in self._choices.values()):
             lines.append(
                 "  compiled calls took PyTorch's own attention: nothing can be timed there; run once uncompiled"

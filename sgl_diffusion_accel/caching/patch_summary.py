@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from sgl_diffusion_accel.caching.parts.stats import BranchStats, Stats
-from sgl_diffusion_accel.loop.places import HOW_TO_PLACE
+from sgl_diffusion_accel.loop.session import several, unplaced_lines
 
 COMPUTED, SKIPPED = "#0072b2", "#e8e4d9"  # told apart also without colour vision: dark and light
 
@@ -21,7 +21,7 @@ def text(title: str, notice: str, stats: Stats) -> str:
         lines.append(f"  run {stats.started}: {run.steps} steps, {run.compute_share:.0%} of the blocks computed")
         lines += [f"  {name:>8} {_marks(branch)} {_count(branch)}" for name, branch in run.branches.items()]
         lines += [f"  {component}: {remark}" for component, remark in run.remarks]
-    lines += [f"  {remark}" for remark in unplaced(stats)]
+    lines += [f"  {remark}" for remark in unplaced_lines(stats)]
     return "\n".join(lines)
 
 
@@ -30,35 +30,21 @@ def line(title: str, components: Sequence[str], notice: str, stats: Stats) -> st
     parts = [f"{title} on {' and '.join(components)}", notice or "active"]
     if stats.runs:
         parts.append(
-            f"{_several(stats.started, 'run')}, the last with {stats.runs[-1].compute_share:.0%} of the blocks computed"
+            f"{several(stats.started, 'run')}, the last with {stats.runs[-1].compute_share:.0%} of the blocks computed"
         )
     if stats.outside:
-        parts.append(f"{_several(stats.outside, 'call')} not placed in a loop and computed in full: see print(patch)")
+        parts.append(f"{several(stats.outside, 'call')} not placed in a loop and computed in full: see print(patch)")
     return f"<{'; '.join(parts)}>"
-
-
-def unplaced(stats: Stats, otherwise: str = "computed in full") -> list[str]:
-    """Tells of the calls that could not be placed, and what to type."""
-    if not stats.unplaced:
-        return []
-    found = [
-        f"{_several(count, 'call')} not placed, {otherwise}: {missing}" for missing, count in stats.unplaced.items()
-    ]
-    return [*found, HOW_TO_PLACE]
-
-
-def _several(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def html(title: str, notice: str, stats: Stats) -> str:
     """Returns the picture that a notebook shows: one row a branch, dark where the step was computed."""
     head = f"<b>{escape(title)}</b>{f' ({escape(notice)})' if notice else ''}"
     if not stats.runs:
-        return f"<div>{'<br>'.join([head, 'no run yet', *map(escape, unplaced(stats))])}</div>"
+        return f"<div>{'<br>'.join([head, 'no run yet', *map(escape, unplaced_lines(stats))])}</div>"
     run = stats.runs[-1]
     rows = "".join(_row(name, branch) for name, branch in run.branches.items())
-    told = [f"{component}: {remark}" for component, remark in run.remarks] + unplaced(stats)
+    told = [f"{component}: {remark}" for component, remark in run.remarks] + unplaced_lines(stats)
     remarks = "".join(f"<br>{escape(remark)}" for remark in told)
     return (
         f"<div>{head}<br>{run.steps} steps, {run.compute_share:.0%} of the blocks computed"

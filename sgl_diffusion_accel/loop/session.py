@@ -109,3 +109,18 @@ class Session:
         run.given = call.switches | tensors_given(args, kwargs)
         step, branch = run.advance(module, call)
         return Where(run, step, branch_label(component, branch), latents, is_new)
+
+
+def unplaced_lines(stats: Stats, otherwise: str = "computed in full") -> list[str]:
+    """Tells of the calls that could not be placed, and what to type."""
+    if not stats.unplaced:
+        return []
+    found = [
+        f"{several(count, 'call')} not placed, {otherwise}: {missing}" for missing, count in stats.unplaced.items()
+    ]
+    return [*found, HOW_TO_PLACE]
+
+
+def several(count: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
