@@ -24,6 +24,7 @@ from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.pipeline_frames import guidance_of
 from sgl_diffusion_accel.loop.scheduler_response import adds_noise, response_of
 from sgl_diffusion_accel.targets import Target, find_targets
+from sgl_diffusion_accel.validate import names_checked
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _NOISY = 1.0  # spread of the magnitude ratios, relative to their distance from 
 _GUIDANCE = ("true_cfg_scale", "guidance_scale")
 
 
+@names_checked
 def calibrate(
     pipe: Any,
     calls: Iterable[Mapping[str, Any]],

@@ -18,7 +18,7 @@ from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import Check
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.targets import find_targets
-from sgl_diffusion_accel.validate import of_type, real
+from sgl_diffusion_accel.validate import names_checked, of_type, real
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ SPEEDUPS = (2.0, 3.0, 5.0)
 """Where a plan is checked unless told otherwise."""
 
 
+@names_checked
 def check_plan(
     pipe: Any, plan: CachePlan, calls: Iterable[Mapping[str, Any]], speedups: Iterable[float] = SPEEDUPS
 ) -> CachePlan:

@@ -19,6 +19,7 @@ from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
 from sgl_diffusion_accel.calibration.block_record import BlockRecording, Trace, check_calls
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.targets import Target, find_targets
+from sgl_diffusion_accel.validate import names_checked
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _GRID = 160
 _POOR = 0.5  # R² below which the user is warned
 
 
+@names_checked
 def fit_teacache(
     pipe: Any, calls: Iterable[Mapping[str, Any]], use_ret_steps: bool | None = None
 ) -> TeaCacheCoefficients:
