@@ -22,11 +22,13 @@ class CacheConfig:
     Attributes:
         main: The setting that may be given alone in the place of a config; empty for none.
         function: The function that takes the config, with an example of its use, for errors.
+        aliases: Names of the peers, and short ones, to the names here: they do as well where a setting is given by name.
         only_first: Settings that `secondary` cannot have, to why.
     """
 
     main: ClassVar[str] = ""
     function: ClassVar[tuple[str, str]]
+    aliases: ClassVar[Mapping[str, str]] = {}
     only_first: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
@@ -47,7 +49,7 @@ class CacheConfig:
             ConfigTypeError: `given` is something else.
         """
         name, example = cls.function
-        check_names("setting", list(named), cls.names(), name)
+        named = cls._by_own_names(named, name)
         if isinstance(given, cls):
             return given.changed(**named)
         if given is None:
@@ -59,6 +61,17 @@ class CacheConfig:
         allowed = f"a {cls.__name__}. Single settings go by name: {example}"
         return of_type("the second argument", given, cls, allowed)  # type: ignore[no-any-return]
 
+    @classmethod
+    def _by_own_names(cls, named: Mapping[str, Any], where: str) -> dict[str, Any]:
+        check_names("setting", list(named), [*cls.names(), *cls.aliases], where)
+        found: dict[str, Any] = {}
+        for name, value in named.items():
+            own = cls.aliases.get(name, name)
+            if own in found:
+                raise ConfigError(f"{own} is given twice, by two of its names ({name} is one). Give it once.")
+            found[own] = value
+        return found
+
     def changed(self: _Self, **settings: Any) -> _Self:
         """The same with other values of some settings."""
         return dataclasses.replace(self, **settings)  # type: ignore[type-var]
@@ -69,11 +82,13 @@ class CacheConfig:
             return None
         of_type("secondary", secondary, Mapping, "a dict of settings, or None")
         for name in secondary:
-            if self.only_first.get(name):
-                raise ConfigError(f"secondary cannot have {name}: {self.only_first[name]}")
+            why = self.only_first.get(self.aliases.get(name, name))
+            if why:
+                raise ConfigError(f"secondary cannot have {name}: {why}")
         allowed = [name for name in self.names() if name != "secondary" and name not in self.only_first]
-        check_names("setting", list(secondary), allowed, "secondary")
-        return FrozenSettings(secondary)
+        known = [*allowed, *(alias for alias, name in self.aliases.items() if name in allowed)]
+        check_names("setting", list(secondary), known, "secondary")
+        return FrozenSettings(self._by_own_names(secondary, "secondary"))
 
     def for_component(self: _Self, name: str) -> _Self:
         """Returns the settings for one transformer of a pipeline: `secondary` applies to `"transformer_2"`."""

@@ -30,7 +30,7 @@ from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 from sgl_diffusion_accel.frames import Locals, Place, asking, entering, frames_from
 from sgl_diffusion_accel.loop.code_loops import loops_around
 from sgl_diffusion_accel.loop.step_proof import Schedule
-from sgl_diffusion_accel.validate import real
+from sgl_diffusion_accel.validate import names_checked, real
 
 _TYPE = "for t in denoising_steps(scheduler.timesteps, scheduler=scheduler):"
 _ALLOWED = "a tensor of one dimension, such as scheduler.timesteps, or a list of numbers, one a step"
@@ -155,6 +155,7 @@ def loops_entered() -> list[StepIterator]:
     return [loop for each in _entered.get() if (loop := each()) is not None]
 
 
+@names_checked
 def denoising_steps(
     timesteps: Tensor | Sequence[float],
     scheduler: Any = None,

@@ -71,6 +71,14 @@ class CacheDiTConfig(CacheConfig):
         "apply_cache_dit",
         "apply_cache_dit(pipe, residual_diff_threshold=0.12)",
     )
+    aliases: ClassVar[Mapping[str, str]] = {
+        "Fn_compute_blocks": "fn_compute_blocks",
+        "Bn_compute_blocks": "bn_compute_blocks",
+        "max_accumulated_residual_diff_threshold": "max_accumulated_residual_diff",
+        "steps_computation_mask": "steps_mask",
+        "steps_computation_policy": "steps_policy",
+        "threshold": "residual_diff_threshold",
+    }
     only_first: ClassVar[Mapping[str, str]] = {
         "enabled": "",
         "steps_mask": _ACROSS.format("steps_mask"),
@@ -163,7 +171,7 @@ class CacheDiTConfig(CacheConfig):
 
 
 class CacheDiTSettings(TypedDict, total=False):
-    """The settings of `CacheDiTConfig`, as they are given by name."""
+    """The settings of `CacheDiTConfig`, as they are given by name: its own or those of cache-dit."""
 
     fn_compute_blocks: int
     bn_compute_blocks: int
@@ -180,6 +188,12 @@ class CacheDiTSettings(TypedDict, total=False):
     secondary: Mapping[str, Any] | None
     enabled: bool
     tolerance: float | None
+    Fn_compute_blocks: int
+    Bn_compute_blocks: int
+    max_accumulated_residual_diff_threshold: float | None
+    steps_computation_mask: str | Sequence[int] | StepsMask | None
+    steps_computation_policy: Literal["dynamic", "static"]
+    threshold: float
 
 
 _COUNTS = {

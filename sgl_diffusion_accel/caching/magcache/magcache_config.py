@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
 
@@ -39,6 +39,7 @@ class MagCacheConfig(CacheConfig):
     retention_ratio: float = 0.2
     taylorseer_order: int = 0
 
+    aliases: ClassVar[Mapping[str, str]] = {"mag_ratios": "magnitude_ratios"}
     main: ClassVar[str] = "magnitude_ratios"
     function: ClassVar[tuple[str, str]] = ("apply_magcache", "apply_magcache(pipe, plan.magnitude_ratios)")
 
@@ -58,13 +59,14 @@ class MagCacheConfig(CacheConfig):
 
 
 class MagCacheSettings(TypedDict, total=False):
-    """The settings of `MagCacheConfig`, as they are given by name."""
+    """The settings of `MagCacheConfig`, as they are given by name: its own or those of diffusers."""
 
     magnitude_ratios: MagnitudeRatios | Sequence[float] | None
     threshold: float
     max_skip_steps: int
     retention_ratio: float
     taylorseer_order: int
+    mag_ratios: MagnitudeRatios | Sequence[float] | None
 
 
 _THRESHOLDS = "a finite number from 0 (0 never skips)"

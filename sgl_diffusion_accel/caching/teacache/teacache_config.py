@@ -51,6 +51,7 @@ class TeaCacheConfig(CacheConfig):
     taylorseer_order: int | None = 0
     secondary: Mapping[str, Any] | None = None
 
+    aliases: ClassVar[Mapping[str, str]] = {"rel_l1_thresh": "teacache_thresh", "threshold": "teacache_thresh"}
     main: ClassVar[str] = "teacache_thresh"
     function: ClassVar[tuple[str, str]] = ("apply_teacache", "apply_teacache(pipe, teacache_thresh=0.1)")
 
@@ -107,7 +108,7 @@ class TeaCacheConfig(CacheConfig):
 
 
 class TeaCacheSettings(TypedDict, total=False):
-    """The settings of `TeaCacheConfig`, as they are given by name."""
+    """The settings of `TeaCacheConfig`, as they are given by name: its own or those of TeaCache."""
 
     teacache_thresh: float | str | None
     coefficients: Sequence[float] | TeaCacheCoefficients | None
@@ -117,6 +118,8 @@ class TeaCacheSettings(TypedDict, total=False):
     variant: str | None
     taylorseer_order: int | None
     secondary: Mapping[str, Any] | None
+    rel_l1_thresh: float | str | None
+    threshold: float | str | None
 
 
 def _coefficients(given: Any) -> TeaCacheCoefficients | None:
