@@ -107,8 +107,8 @@ def check_names(kind: str, given: Sequence[str], known: Sequence[str], where: st
 
 
 def names_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function that tells the nearest known name where one of its arguments is misspelt."""
-    known = [name for name, each in inspect.signature(function).parameters.items() if each.kind is not each.VAR_KEYWORD]
+    """A function, without `**`, that tells the nearest known name where one of its arguments is misspelt."""
+    known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -131,7 +131,6 @@ def test_alias_holds_for_the_second_transformer_as_well() -> None:
         "fit_teacache",
         "nsys_command",
         "profile",
-        "register_attention_backend",
         "set_attention_backend",
     ],
 )

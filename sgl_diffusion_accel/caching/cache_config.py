@@ -22,7 +22,7 @@ class CacheConfig:
     Attributes:
         main: The setting that may be given alone in the place of a config; empty for none.
         function: The function that takes the config, with an example of its use, for errors.
-        aliases: Names of the peers, and short ones, to the names here: they do as well where a setting is given by name.
+        aliases: Names of the peers, and short ones, to the names here: they do as well in a call and in `secondary`.
         only_first: Settings that `secondary` cannot have, to why.
     """
 
