@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from invariants import CACHES, Apply, skips_some
+from invariants import CACHES, Apply, cross, skips_some
 from invariants.by_hand import LOOPS
 from invariants.caches import STEPS, plan_for
 from invariants.families import present
@@ -46,8 +46,7 @@ def decisions(patch: Any) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("name", LOOPS)
-@EVERY_CACHE
+@cross("name, apply", LOOPS.keys(), CACHES)
 def test_loop_by_hand_equals_the_pipeline_s_own(name: str, apply: Apply) -> None:
     family = present(name)
     pipe = family.make()

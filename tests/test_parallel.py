@@ -148,7 +148,6 @@ def ratios_on_every_rank(rank: int, shared: bool = True) -> Any:
     return calibrate(pipe, [call], teacache=False).magnitude_ratios.of("transformer", "cond")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no context parallelism")
 def test_ranks_record_the_same_magnitudes_as_one_process() -> None:
     one, other = on_ranks(ratios_on_every_rank)
@@ -158,7 +157,6 @@ def test_ranks_record_the_same_magnitudes_as_one_process() -> None:
     assert one[1:-1] == pytest.approx(ratios_on_every_rank(0, shared=False)[1:-1], rel=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no context parallelism")
 def test_ranks_take_the_same_decision() -> None:
     ranks = on_ranks(on_every_rank)

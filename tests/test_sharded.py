@@ -68,8 +68,18 @@ def is_free(cls: type) -> bool:
     return not any("_sgl_diffusion_accel" in name for each in cls.__mro__ for name in vars(each))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("family", "name"), CASES, indirect=["family"])
+BOTH_ORDERS = [("flux", "reuse"), ("flux", "adaptive"), ("flux", "attention")]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "order"),
+    [
+        pytest.param(*case, order, marks=[] if order == ORDERS[0] or case in BOTH_ORDERS else [pytest.mark.matrix])
+        for case in CASES
+        for order in ORDERS
+    ],
+    indirect=["family"],
+)
 def test_patched_and_sharded_model_gives_what_the_patched_one_gives(
     family: Family, table: dict[type, type], name: str, order: str
 ) -> None:
