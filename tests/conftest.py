@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_old_is_searched_for_garbage() -> Iterator[None]:
+def nothing_old_is_searched_for_garbage() -> None:
     """Takes what was imported out of the garbage collector's sight.
 
     Many tests collect to see that nothing is held. Each would walk through the million objects of PyTorch and of its
@@ -17,4 +16,3 @@ def nothing_old_is_searched_for_garbage() -> Iterator[None]:
     """
     gc.collect()
     gc.freeze()
-    yield

@@ -58,7 +58,7 @@ def cached_params(cache: str, *names: str, teacache: tuple[str, ...] = ("wan", "
     "family, place, error",
     family_params("wan", "flux"),
     ["block", "scheduler", "callback"],
-    {error.__name__: error for error in (Interrupted, KeyboardInterrupt)},
+    [Interrupted, KeyboardInterrupt],
 )
 def test_run_after_an_error(family: Family, place: str, error: type[BaseException]) -> None:
     check_unaffected(family, TAYLOR, lambda pipe: failing_at(family, pipe, place, error))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from invariants import families
+from invariants import cross, families
 from invariants.families import present
 from sgl_diffusion_accel import (
     CachePatch,
@@ -110,8 +110,7 @@ WINDOWS: list[tuple[dict[str, float], int | None]] = [  # and the step at which 
 ]
 
 
-@pytest.mark.parametrize(("window", "turn"), WINDOWS)
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+@cross("window, turn, name", [pytest.param(*case, id=str(case)) for case in reversed(WINDOWS)], ["flux", "sd3"])
 def test_control_that_begins_or_ends_costs_no_more_than_fewer_steps(
     name: str, window: dict[str, float], turn: int | None
 ) -> None:
