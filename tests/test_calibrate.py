@@ -156,7 +156,7 @@ def test_pipeline_is_put_back_after_an_error(error: type[BaseException]) -> None
     assert set(vars(pipe.scheduler)) == scheduler
 
 
-@families("wan", "flux", "wan22")
+@families("wan22", matrix=["wan", "flux"])
 def test_coefficients_are_those_of_fit_teacache(family: Family) -> None:
     pipe = family.make()
     given = calls(family, 2, pipe, steps=12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from invariants import cross, families
 from invariants.families import present
 from sgl_diffusion_accel import (
     CachePatch,
+    CachePlan,
     apply_adaptive_cache,
     apply_cache_dit,
     apply_cache_plan,
@@ -159,12 +161,18 @@ def test_block_caches_compute_the_step_at_which_control_begins(cache: str) -> No
     assert not all(found.computed[gone:])
 
 
+@functools.cache
+def plan_from(window: tuple[tuple[str, float], ...]) -> CachePlan:
+    """A plan that was learned from a run with this window of control."""
+    run = controlled("flux")
+    return calibrate(run.pipe, [run.call(**dict(window))], teacache=False, magnitudes=False)  # type: ignore[attr-defined]
+
+
 def planned(guard: float | None, learned: dict[str, float], window: dict[str, float]) -> tuple[list[str], float, float]:
     """Reasons and error of a run by a plan, and the error of as many uncached steps."""
     run = controlled("flux")
     pipe: Any = run.pipe  # type: ignore[attr-defined]
-    call: Any = run.call  # type: ignore[attr-defined]
-    plan = calibrate(pipe, [call(**learned)], teacache=False, magnitudes=False)
+    plan = plan_from(tuple(learned.items()))
     expected = run(**window)
     with apply_cache_plan(pipe, plan, speedup=2.5, guard=guard) as patch:
         cached = run(**window)
@@ -175,9 +183,7 @@ def planned(guard: float | None, learned: dict[str, float], window: dict[str, fl
 
 @pytest.mark.parametrize("guard", [6.0, None])
 def test_plan_that_knows_of_no_window_is_left_where_control_begins_at_a_skipped_step(guard: float | None) -> None:
-    run = controlled("flux")
-    plan = calibrate(run.pipe, [run.call()], teacache=False, magnitudes=False)  # type: ignore[attr-defined]
-    mask = plan.design(12).mask
+    mask = plan_from(()).design(12).mask
     gone = next(step for step in range(8, STEPS) if not mask[step])
     reasons, error, fewer = planned(guard, {}, {"control_guidance_start": gone / STEPS - 1e-6})
     assert reasons[gone] == "inputs changed"

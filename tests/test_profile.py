@@ -491,8 +491,7 @@ def wrap(pipe: Any, backend: Any) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("compiled", [compile_blocks, compile_whole, wrap])
-@pytest.mark.parametrize("trace", [False, True])
+@cross("compiled, trace", [compile_blocks, compile_whole, wrap], [True, False])
 def test_nothing_is_compiled_once_more(compiled: Any, trace: bool, folder: Path) -> None:
     family, pipe = ready("wan")
     backend = Counting()

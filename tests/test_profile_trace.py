@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from invariants import CACHES, families
+from invariants import CACHES, cross, family_params
 from invariants.families import present
 from sgl_diffusion_accel import ConfigError, profile
 from sgl_diffusion_accel.profiling.trace import TorchEmitter, new_file
@@ -61,8 +61,7 @@ def assert_nested(found: list[Range]) -> None:
             assert each.end <= other.begin or each.holds(other), (each, other)
 
 
-@families("wan", "qwen", "flux", "hunyuan")
-@pytest.mark.parametrize("cached", [False, True])
+@cross("family, cached", family_params("wan", "flux", matrix=["qwen", "hunyuan"]), [True, False])
 def test_steps_branches_and_blocks_are_nested_and_complete(family: Family, cached: bool, tmp_path: Path) -> None:
     pipe = family.make()
     if cached:
