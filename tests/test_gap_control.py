@@ -188,7 +188,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float((-10 * np.log10(np.maximum(errors, 1e-12))).mean())
 
 
-@pytest.mark.parametrize(("name", "margin"), [("flux", 5), ("wan", 5)])
+@pytest.mark.parametrize(("name", "margin"), [("flux", 5), pytest.param("wan", 5, marks=pytest.mark.matrix)])
 def test_tolerance_of_the_documentation_beats_fewer_steps_at_the_same_cost(name: str, margin: float) -> None:
     pipe = miniatures.load_miniature(name)
     shown = miniatures.captions(name, 1, 5)

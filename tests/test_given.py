@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from invariants import cross, families
+from invariants import chosen, cross, families
 from invariants.families import present
 from sgl_diffusion_accel import (
     CachePatch,
@@ -112,7 +112,14 @@ WINDOWS: list[tuple[dict[str, float], int | None]] = [  # and the step at which 
 ]
 
 
-@cross("window, turn, name", [pytest.param(*case, id=str(case)) for case in reversed(WINDOWS)], ["flux", "sd3"])
+WINDOW_PARAMS = chosen(
+    [pytest.param(*case, id=", ".join(case[0]) or "always") for case in reversed(WINDOWS)],
+    "control_guidance_start, control_guidance_end", "control_guidance_end", "always",
+)  # fmt: skip
+"""The window that begins and ends is first; one that only begins says nothing more."""
+
+
+@cross("window, turn, name", WINDOW_PARAMS, ["flux", "sd3"])
 def test_control_that_begins_or_ends_costs_no_more_than_fewer_steps(
     name: str, window: dict[str, float], turn: int | None
 ) -> None:

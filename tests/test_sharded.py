@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from invariants import CACHES, Snapshot, assert_same
+from invariants import CACHES, Snapshot, assert_same, cross
 from invariants.families import present
 from sgl_diffusion_accel import Patch, apply_cache_dit, remove, set_attention_backend
 from sgl_diffusion_accel.intercept import original_class
@@ -102,8 +102,7 @@ def test_patched_and_sharded_model_gives_what_the_patched_one_gives(
     assert torch.equal(family.run(pipe), unpatched)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("before", [False, True], ids=["sharded after", "sharded before"])
+@cross("order, before", ORDERS, {"sharded after": False, "sharded before": True})
 def test_unpatched_model_of_the_class_gets_no_intercepted_class(
     family: Family, table: dict[type, type], order: str, before: bool
 ) -> None:

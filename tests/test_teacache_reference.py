@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from invariants import FixedPath, chosen, families
+from invariants import FixedPath, chosen, cross, families, family_params
 from invariants.families import present
 from sgl_diffusion_accel import CachePatch, apply_teacache
 from sgl_diffusion_accel.caching.teacache.teacache_models import VARIANTS
@@ -613,8 +613,7 @@ STREAMS = {
 }
 
 
-@families(*STREAMS)
-@pytest.mark.parametrize("order", [0, 1])
+@cross("family, order", family_params("wan", "cogvideox", "flux", "zimage", matrix=STREAMS), [1, 0])
 def test_skipped_step_adds_what_the_blocks_added_last(family: Family, order: int) -> None:
     plain = family.make()
     unpatched = family.run(plain, steps=len(PATTERN))
