@@ -13,7 +13,18 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 
-from invariants import CACHES, FixedPath, Interrupted, Snapshot, assert_same, families, skips_some, transformer_outputs
+from invariants import (
+    CACHES,
+    FixedPath,
+    Interrupted,
+    Snapshot,
+    assert_same,
+    cross,
+    families,
+    family_params,
+    skips_some,
+    transformer_outputs,
+)
 from invariants.families import present
 from sgl_diffusion_accel import remove
 from sgl_diffusion_accel.attention.attention_handlers import Steps
@@ -269,8 +280,7 @@ def attention(pipe: Any) -> Any:
     return set_attention_backend(pipe, "math")
 
 
-@pytest.mark.parametrize("cache", ["reuse", "teacache"])
-@families("wan", "cogvideox")
+@cross("family, cache", family_params("wan", "cogvideox"), ["teacache", "reuse"])
 def test_cache_and_attention_in_both_orders(family: Family, cache: str) -> None:
     """The output is the same, and removing them in any order restores exactly."""
     with attention(pipe := family.make()):
