@@ -77,7 +77,7 @@ def test_compiled_blocks(name: str, first: str, apply: Apply) -> None:
 def test_one_code_for_all_blocks_over_many_patches(first: str) -> None:
     family = present("wan")
     graphs = []
-    for layers in (2, 6):
+    for layers in (4, 8):
         torch._dynamo.reset()
         pipe = family.make(num_layers=layers)
         patch = NEVER(pipe) if first == "patch first" else None
