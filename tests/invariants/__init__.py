@@ -2,6 +2,7 @@
 
 An `Apply` takes a pipeline and returns a `Patch`. `CACHES` lists the ones that skip steps, `NEVER_SKIPPING` those that
 must change nothing; a new kind of cache joins by one entry in `caches.py`.
+`families`, `chosen` and `cross` say which cells run by default, and which in the long matrix (`matrix.py`).
 """
 
 from __future__ import annotations
