@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment, the pinned packages, this package in editable form.
-#   make demo    make test    make lint    make test-oldest    make test-pythons    make bench    make clean
+#   make demo    make test    make test-all    make lint    make test-oldest    make test-pythons    make bench    make clean
 # Another Python: make PYTHON=python3.12 test.  More arguments for pytest: make test ARGS="-k warmup -x"
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ READY_OLDEST := $(VENV_OLDEST)/.ready
 READY_BENCH := $(VENV_BENCH)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-pythons test-floors lint format bench table clean
+.PHONY: help demo test test-all test-oldest test-pythons test-floors lint format bench table clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -31,8 +31,20 @@ demo: $(READY)
 test: $(READY)
 	@$(ONE_THREAD) $(VENV)/bin/python -m pytest -q -n $(JOBS) $(ARGS)
 
+# With the long matrix: the same on every family with every cache, which pyproject.toml leaves out of the default run.
+test-all: $(READY)
+	@$(ONE_THREAD) $(VENV)/bin/python -m pytest -q -n $(JOBS) -m "matrix or not matrix" $(ARGS)
+
+# What touches diffusers: its pipelines, loops, blocks, attention, schedulers and offloading. The rest is the same code on
+# plain tensors, and `make test` runs it.
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
+	zoo exact order branches blocks skipped_blocks wiring wiring_oracle odd_models targets loop context_loop own_loops \
+	step_proof given second_denoiser modulated teacache_models teacache_fit apply_plan calibrate magnitude_record \
+	response few_steps export attention_sites attention_parity attention_patch attention_select attention_unseen \
+	compare public))
+
 test-oldest: $(READY_OLDEST)
-	@$(ONE_THREAD) $(VENV_OLDEST)/bin/python -m pytest -q -n $(JOBS) -m "not slow" $(ARGS)
+	@$(ONE_THREAD) $(VENV_OLDEST)/bin/python -m pytest -q -n $(JOBS) $(OLDEST_TESTS) $(ARGS)
 
 # The Pythons of setup.cfg beside the usual one; the oldest runs the lowest versions that setup.cfg allows.
 OLDEST_PYTHON := 3.10
@@ -51,10 +63,10 @@ test-pythons:
 	@for version in $(OTHER_PYTHONS); do $(MAKE) --no-print-directory smoke-$$version || exit 1; done
 
 smoke-%:
-	$(call in_python,$*,-m "not slow" -k "$(SMOKE_OF)" $(SMOKE))
+	$(call in_python,$*,-k "$(SMOKE_OF)" $(SMOKE))
 
 test-floors:
-	$(call in_python,$(OLDEST_PYTHON),-m "not slow")
+	$(call in_python,$(OLDEST_PYTHON))
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check --quiet .

@@ -18,7 +18,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor
 
-from invariants import CACHES, Snapshot, assert_same, families, skips_some
+from invariants import CACHES, Snapshot, assert_same, chosen, cross, families, skips_some
 from invariants.families import present
 from sgl_diffusion_accel import remove
 from sgl_diffusion_accel.attention.backends import registry as backends
@@ -88,9 +88,17 @@ def blocks_compiled(pipe: Any) -> Counting:
     return backend
 
 
+FEW_BLOCKS: dict[str, dict[str, int]] = {
+    "wan": {"num_layers": 2},
+    "flux": {"num_layers": 2, "num_single_layers": 2},
+    "ltx": {"num_layers": 2},
+}
+"""Compiled code is that of a class of blocks, however many there are."""
+
+
 @functools.cache
 def graphs_unpatched(name: str) -> int:
-    backend = blocks_compiled(pipe := present(name).make())
+    backend = blocks_compiled(pipe := present(name).make(**FEW_BLOCKS[name]))
     present(name).run(pipe, steps=1)
     torch._dynamo.reset()
     return backend.graphs
@@ -100,19 +108,24 @@ def graphs_unpatched(name: str) -> int:
 @pytest.mark.parametrize(
     ("name", "backend", "first"),
     [
-        ("wan", "math", "patch first"),
         ("wan", "math", "compile first"),
-        ("wan", "efficient", "compile first"),
-        ("wan", "flex", "patch first"),
-        ("wan", "no mask", "patch first"),
         ("flux", "math", "patch first"),
+        *(
+            pytest.param(*case, marks=pytest.mark.matrix)
+            for case in (
+                ("wan", "math", "patch first"),
+                ("wan", "no mask", "patch first"),
+                ("wan", "efficient", "compile first"),
+                ("wan", "flex", "patch first"),
+            )
+        ),
     ],
 )
 def test_compiled_blocks_have_no_break_and_no_graph_more(name: str, backend: str, first: str) -> None:
     """As many graphs as unpatched, once for each that has run: for each class of block, however many there are."""
-    family = present(name)
-    expected, once = family.run(family.make(), steps=2), graphs_unpatched(name)
-    pipe = family.make()
+    family, few = present(name), FEW_BLOCKS[name]
+    expected, once = family.run(family.make(**few), steps=2), graphs_unpatched(name)
+    pipe = family.make(**few)
     if first == "patch first":
         set_attention_backend(pipe, backend)
     compiled = blocks_compiled(pipe)
@@ -132,8 +145,8 @@ def test_compiled_blocks_have_no_break_and_no_graph_more(name: str, backend: str
 @pytest.mark.usefixtures("fresh_compiler")
 def test_backend_is_in_the_compiled_code() -> None:
     family = present("wan")
-    set_attention_backend(eager := family.make(), "half")
-    pipe = family.make()
+    set_attention_backend(eager := family.make(num_layers=2), "half")
+    pipe = family.make(num_layers=2)
     blocks_compiled(pipe)
     unpatched = family.run(pipe, steps=2)
     patch = set_attention_backend(pipe, "half")
@@ -161,9 +174,9 @@ def test_one_code_for_all_blocks() -> None:
 def test_compiled_blocks_with_steps_left_out(first: str) -> None:
     """One graph more: the steps with the backend, and those without."""
     family = present("wan")
-    set_attention_backend(eager := family.make(), "half", skip_first_steps=1, skip_last_steps=1)
+    set_attention_backend(eager := family.make(num_layers=2), "half", skip_first_steps=1, skip_last_steps=1)
     expected = family.run(eager, steps=4)
-    pipe = family.make()
+    pipe = family.make(num_layers=2)
     if first == "patch first":
         set_attention_backend(pipe, "half", skip_first_steps=1, skip_last_steps=1)
     compiled = blocks_compiled(pipe)
@@ -177,9 +190,9 @@ def test_compiled_blocks_with_steps_left_out(first: str) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_call_that_cannot_be_taken_goes_to_pytorch() -> None:
-    family = present("ltx")
-    expected, once = family.run(family.make(), steps=1), graphs_unpatched("ltx")
-    pipe = family.make()
+    family, few = present("ltx"), FEW_BLOCKS["ltx"]
+    expected, once = family.run(family.make(**few), steps=1), graphs_unpatched("ltx")
+    pipe = family.make(**few)
     set_attention_backend(pipe, "no mask", on_unsupported="native")
     compiled = blocks_compiled(pipe)
     near(family.run(pipe, steps=1), expected)
@@ -190,7 +203,7 @@ def test_compiled_call_that_cannot_be_taken_goes_to_pytorch() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_call_that_cannot_be_taken_is_refused_with_the_reason() -> None:
     family = present("ltx")
-    pipe = family.make()
+    pipe = family.make(**FEW_BLOCKS["ltx"])
     set_attention_backend(pipe, "no mask")
     blocks_compiled(pipe)
     with pytest.raises(Exception, match=r"it takes no mask|UnsupportedModelError"):  # torch 2.8 names the class alone
@@ -199,7 +212,8 @@ def test_compiled_call_that_cannot_be_taken_is_refused_with_the_reason() -> None
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    ("first", "steps_left_out"), [("compile first", 1), ("wrapper first", 0), ("wrapper after", 1)]
+    ("first", "steps_left_out"),
+    [("compile first", 1), ("wrapper first", 0), pytest.param("wrapper after", 1, marks=pytest.mark.matrix)],
 )
 def test_compiled_transformer(first: str, steps_left_out: int) -> None:
     family = present("wan")
@@ -281,9 +295,8 @@ def test_cache_attention_and_compiled_blocks_in_any_order(order: tuple[str, ...]
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["math", "flex"])
+@pytest.mark.parametrize("backend", chosen(["math", "flex"], "flex"))
 def test_blocks_compiled_to_machine_code(backend: str) -> None:
     family = present("wan")
     expected = family.run(family.make(num_layers=2), steps=2)
@@ -339,9 +352,18 @@ def fused(pipe: Any) -> None:
 DONE = [sequential_offload, model_offload, group_offload, adapter, bfloat16, layerwise_casting, fused]
 
 
-@pytest.mark.parametrize("patch_first", [True, False], ids=["patch first", "patch after"])
-@pytest.mark.parametrize(
-    ("name", "do"), [*(("wan", do) for do in DONE), ("flux", adapter), ("flux", fused), ("cogvideox", group_offload)]
+@cross(
+    "name, do, patch_first",
+    [
+        pytest.param(name, do, id=f"{name}-{do.__name__}")
+        for name, do in [
+            *(("wan", do) for do in DONE),
+            ("flux", adapter),
+            ("flux", fused),
+            ("cogvideox", group_offload),
+        ]
+    ],
+    {"patch first": True, "patch after": False},
 )
 def test_before_and_after(name: str, do: Callable[[Any], None], patch_first: bool) -> None:
     family = present(name)

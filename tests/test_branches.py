@@ -8,7 +8,18 @@ import diffusers
 import pytest
 import torch
 
-from invariants import CACHES, Apply, FixedPath, count_blocks, families, skips_some, transformer_outputs, two_branch
+from invariants import (
+    CACHES,
+    TWO_BRANCH,
+    Apply,
+    FixedPath,
+    count_blocks,
+    cross,
+    families,
+    family_params,
+    skips_some,
+    transformer_outputs,
+)
 from invariants.families import present
 from sgl_diffusion_accel import CachePatch, apply_cache_dit
 from zoo import Family
@@ -21,11 +32,10 @@ def dynamic(pipe: Any) -> CachePatch:
     return apply_cache_dit(pipe, residual_diff_threshold=0.5, max_warmup_steps=1, max_continuous_cached_steps=3)
 
 
-@two_branch()
-@pytest.mark.parametrize(
-    "apply",
-    [dynamic, CACHES["taylor"], CACHES["teacache"], CACHES["magcache, Taylor"]],
-    ids=["dynamic", "taylor", "teacache", "magcache"],
+@cross(
+    "family, apply",
+    family_params(*TWO_BRANCH),
+    {"dynamic": dynamic, **{name: CACHES[name] for name in ("taylor", "teacache", "magcache, Taylor")}},
 )
 def test_branches_that_change_places_give_the_same(family: Family, apply: Apply) -> None:
     """On a fixed path through the latents the prompt's calls return the same, whichever branch the prompt is on."""
@@ -47,11 +57,14 @@ def test_branches_that_change_places_give_the_same(family: Family, apply: Apply)
     assert skips_some(patch)
 
 
-EITHER = pytest.mark.parametrize("apply", [dynamic, CACHES["teacache"]], ids=["dynamic", "teacache"])
+EITHER = {"dynamic": dynamic, "teacache": CACHES["teacache"]}
 
 
-@families("wan", "qwen", "lumina2", "chroma", "kandinsky5", "ovis", "wan22")
-@EITHER
+@cross(
+    "family, apply",
+    family_params("wan", "wan22", "qwen", "lumina2", matrix=["chroma", "kandinsky5", "ovis"]),
+    EITHER,
+)
 def test_cond_is_what_it_is_without_guidance(family: Family, apply: Apply) -> None:
     assert family.other_guidance is not None
     alone = family.make(scheduler=FixedPath())
@@ -65,8 +78,7 @@ def test_cond_is_what_it_is_without_guidance(family: Family, apply: Apply) -> No
     assert skips_some(patch)
 
 
-@families()
-@EITHER
+@cross("family, apply", family_params(), EITHER)
 def test_stats_tell_what_ran(family: Family, apply: Apply) -> None:
     pipe = family.make()
     patch = apply(pipe)

@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import sgl_diffusion_accel
-from invariants import CACHES, NEVER_SKIPPING, Interrupted, failing_at, families, skips_some
+from invariants import CACHES, NEVER_SKIPPING, Interrupted, cross, failing_at, families, family_params, skips_some
 from invariants.caches import BY_TIME, NEEDS_NO_VALUE
 from invariants.families import present
 from sgl_diffusion_accel import CachePatch, apply_cache_dit, apply_teacache
@@ -62,8 +62,7 @@ def measured(patch: CachePatch) -> list[float]:
     return [c for branch in patch.stats.runs[-1].branches.values() for c in branch.changes if c is not None]
 
 
-@families()
-@pytest.mark.parametrize("cache", ["reuse", "teacache"])
+@cross("family, cache", family_params(), ["teacache", "reuse"])
 def test_one_wait_for_each_measured_change(family: Family, cache: str) -> None:
     """None for the time embedding, whose changes are on their way before the first step."""
     places, patch = waits(family, CACHES[cache])
@@ -72,8 +71,9 @@ def test_one_wait_for_each_measured_change(family: Family, cache: str) -> None:
     assert len(places) == expected, set(places)
 
 
-@families("wan", "flux", "cogvideox")
-@pytest.mark.parametrize("cache", ["gap control", "adaptive", "plan", "plan, all steps"])
+@cross(
+    "family, cache", family_params("wan", "flux", "cogvideox"), ["gap control", "adaptive", "plan", "plan, all steps"]
+)
 def test_error_is_asked_for_at_most_once_a_computed_step(family: Family, cache: str) -> None:
     """Of all branches together. What stands as a step's change is an estimate, which is made on the host."""
     places, patch = waits(family, {**CACHES, **NEVER_SKIPPING}[cache])
@@ -84,8 +84,7 @@ def test_error_is_asked_for_at_most_once_a_computed_step(family: Family, cache: 
     assert len(places) < len(measured(patch)) or not places
 
 
-@families("wan", "wan22", "flux", "zimage", "lumina2", "sd3")
-@pytest.mark.parametrize("cache", NEEDS_NO_VALUE)
+@cross("family, cache", family_params("wan", "wan22", "flux", "zimage", "lumina2", "sd3"), NEEDS_NO_VALUE)
 def test_no_wait_where_no_value_is_needed(family: Family, cache: str) -> None:
     places, patch = waits(family, {**CACHES, **NEVER_SKIPPING}[cache])
     assert not places
@@ -229,8 +228,7 @@ def returned_bytes(family: Family, pipe: Any) -> list[tuple[int, int]]:
     return [(hidden, every) for hidden, every in seen]
 
 
-@families("wan", "qwen", "flux", "hunyuan", "zimage", "flux2")
-@pytest.mark.parametrize("order", [0, 1, 2])
+@cross("family, order", family_params("wan", "qwen", "flux", "hunyuan", "zimage", "flux2"), [1, 0, 2])
 def test_signal_and_residuals_are_all_that_is_kept(family: Family, order: int) -> None:
     pipe = family.make()
     sizes = returned_bytes(family, pipe)
@@ -249,8 +247,11 @@ def test_signal_and_residuals_are_all_that_is_kept(family: Family, order: int) -
     assert patch.held_bytes() == 0
 
 
-@families("wan", "wan22", "cogvideox", "qwen", "flux", "hunyuan", "zimage", "flux2")
-@pytest.mark.parametrize("order", [0, 1])
+@cross(
+    "family, order",
+    family_params("wan", "wan22", "cogvideox", "qwen", "flux", "hunyuan", matrix=["zimage", "flux2"]),
+    [1, 0],
+)
 def test_teacache_keeps_no_time_embedding_and_one_modulated_input(family: Family, order: int) -> None:
     """Until the step after which nothing may be skipped, where everything goes."""
     pipe = family.make()
@@ -304,16 +305,16 @@ def test_nothing_else_is_alive(name: str, cache: str) -> None:
     assert skips_some(patch)
 
 
-@families("wan", "zimage")
-@pytest.mark.parametrize("place", ["block", "scheduler", "callback"])
-@pytest.mark.parametrize(
-    ("cache", "error"),
+@cross(
+    "family, place, cache, error",
+    family_params("wan", "zimage"),
+    ["block", "scheduler", "callback"],
     [
-        ("taylor", Interrupted),
-        ("taylor", KeyboardInterrupt),
-        ("teacache, Taylor", KeyboardInterrupt),
-        ("magcache, Taylor", Interrupted),
-        ("gap control", KeyboardInterrupt),
+        pytest.param("taylor", Interrupted, id="taylor"),
+        pytest.param("taylor", KeyboardInterrupt, id="taylor, Ctrl-C"),
+        pytest.param("teacache, Taylor", KeyboardInterrupt, id="teacache, Taylor"),
+        pytest.param("magcache, Taylor", Interrupted, id="magcache, Taylor"),
+        pytest.param("gap control", KeyboardInterrupt, id="gap control"),
     ],
 )
 def test_nothing_is_held_after_an_error(family: Family, place: str, cache: str, error: type[BaseException]) -> None:

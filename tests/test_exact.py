@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 
 from invariants import CACHES, NEVER_SKIPPING, Interrupted, Snapshot, assert_same, families, skips_some
+from invariants.caches import KINDS, KINDS_NEVER_SKIPPING
 from invariants.families import present
 from sgl_diffusion_accel import ConfigError, apply_cache_dit, remove
-from zoo import Family
+from zoo import FAMILIES, Family
 
 
 @families()
 def test_never_skipping_changes_no_bit(family: Family) -> None:
+    check_never_skipping(family, KINDS_NEVER_SKIPPING)
+
+
+@families("wan", "wan22", "flux", matrix=FAMILIES)
+def test_never_skipping_changes_no_bit_in_any_cache(family: Family) -> None:
+    check_never_skipping(family, NEVER_SKIPPING)
+
+
+def check_never_skipping(family: Family, names: Iterable[str]) -> None:
     pipe = family.make()
     expected = family.run(pipe)
-    for name, apply in NEVER_SKIPPING.items():
-        patch = apply(pipe)
+    for name in names:
+        patch = NEVER_SKIPPING[name](pipe)
         assert torch.equal(family.run(pipe), expected), name
         assert patch.stats.runs[-1].compute_share == 1.0
         assert patch.stats.outside == 0
@@ -30,13 +41,22 @@ TOO_SHORT = {("wan22", "adaptive")}
 
 @families()
 def test_remove_leaves_nothing_behind(family: Family) -> None:
+    check_removal(family, KINDS)
+
+
+@families("wan", "wan22", "flux", matrix=FAMILIES)
+def test_remove_of_any_cache_leaves_nothing_behind(family: Family) -> None:
+    check_removal(family, CACHES)
+
+
+def check_removal(family: Family, names: Iterable[str]) -> None:
     pipe = family.make()
     expected = family.run(pipe)
     before = Snapshot(pipe)
-    for name, apply in CACHES.items():
+    for name in names:
         if (family.name, name) in TOO_SHORT:
             continue
-        patch = apply(pipe)
+        patch = CACHES[name](pipe)
         assert before.differences(Snapshot(pipe))
         assert not torch.equal(family.run(pipe), expected), f"{name} skips nothing"
         assert skips_some(patch)

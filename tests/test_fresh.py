@@ -15,10 +15,13 @@ from invariants import (
     Apply,
     Interrupted,
     check_unaffected,
+    cross,
     failing_at,
     families,
     family,
+    family_params,
     fresh_output,
+    in_matrix,
     skips_some,
 )
 from invariants.caches import WHOLE_CALLS
@@ -36,18 +39,27 @@ def cached(cache: str, *names: str, teacache: tuple[str, ...] = ("wan", "flux"))
 
     The caches of whole calls, MagCache and gap control join on the first family.
     """
+    return pytest.mark.parametrize(("family", "apply"), cached_params(cache, *names, teacache=teacache))
+
+
+def cached_params(cache: str, *names: str, teacache: tuple[str, ...] = ("wan", "flux")) -> list[Any]:
+    """The same as a list of parameters: two families, both signals and every cache by default."""
     cases = [*((name, cache) for name in names), *((name, "teacache") for name in teacache)]
     cases += [(names[0], kind) for kind in ("magcache", "gap control", *WHOLE_CALLS)]
-    params = [
-        pytest.param(*family(name).values, CACHES[kind], id=f"{name}-{kind}", marks=family(name).marks)
-        for name, kind in cases
-    ]
-    return pytest.mark.parametrize(("family", "apply"), params)
+    default = {(name, cache) for name in names[:2]} | {(name, "teacache") for name in teacache[:2]}
+    params = []
+    for name, kind in cases:
+        param = pytest.param(*family(name).values, CACHES[kind], id=f"{name}-{kind}", marks=family(name).marks)
+        params.append(param if kind not in (cache, "teacache") or (name, kind) in default else in_matrix(param))
+    return params
 
 
-@families("wan", "flux")
-@pytest.mark.parametrize("place", ["block", "scheduler", "callback"])
-@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
+@cross(
+    "family, place, error",
+    family_params("wan", "flux"),
+    ["block", "scheduler", "callback"],
+    [Interrupted, KeyboardInterrupt],
+)
 def test_run_after_an_error(family: Family, place: str, error: type[BaseException]) -> None:
     check_unaffected(family, TAYLOR, lambda pipe: failing_at(family, pipe, place, error))
 
@@ -69,8 +81,11 @@ def test_run_after_an_interrupt(family: Family, apply: Apply) -> None:
     check_unaffected(family, apply, interrupt)
 
 
-@cached("reuse", "wan", "flux", "zimage")
-@pytest.mark.parametrize("between", ["seed", "batch", "size", "fewer steps", "more steps"])
+@cross(
+    "family, apply, between",
+    cached_params("reuse", "wan", "flux", "zimage"),
+    ["more steps", "seed", "batch", "size", "fewer steps"],
+)
 def test_run_after_another_call(family: Family, apply: Apply, between: str) -> None:
     other: dict[str, dict[str, Any]] = {
         "seed": {"seed": 5},
@@ -195,7 +210,14 @@ TEACACHE_PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second", "apply"), [*((*pair, REUSE) for pair in PAIRS), *TEACACHE_PAIRS])
+EVERY_PAIR = [
+    *((*PAIRS[index], REUSE) for index in (1, 3)),
+    *(pytest.param(*PAIRS[index], REUSE, marks=pytest.mark.matrix) for index in (0, 2, 4)),
+    *TEACACHE_PAIRS,
+]
+
+
+@pytest.mark.parametrize(("first", "second", "apply"), EVERY_PAIR)
 def test_shared_transformer_in_turn(first: str, second: str, apply: Apply) -> None:
     family, pipe, other, sharing = shared(first, second)
     expected, sharing_expected = fresh_output(family, apply), fresh_output(other, apply, seed=1)
@@ -207,7 +229,7 @@ def test_shared_transformer_in_turn(first: str, second: str, apply: Apply) -> No
     assert skips_some(patch)
 
 
-@pytest.mark.parametrize(("first", "second", "apply"), [*((*pair, REUSE) for pair in PAIRS), *TEACACHE_PAIRS])
+@pytest.mark.parametrize(("first", "second", "apply"), EVERY_PAIR)
 def test_shared_transformer_nested(first: str, second: str, apply: Apply) -> None:
     family, pipe, other, sharing = shared(first, second)
     expected, sharing_expected = fresh_output(family, apply), fresh_output(other, apply, seed=1)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import miniatures
-from invariants import families
+from invariants import cross, families, family_params
 from invariants.families import present
 from sgl_diffusion_accel import CachePatch, apply_cache_dit
-from zoo import Family
+from zoo import FAMILIES, Family
 from zoo.base import flow_euler, unipc_flow
 
 STEPS = 20
@@ -31,7 +31,7 @@ def masks(patch: CachePatch) -> dict[str, tuple[bool, ...]]:
     return {name: branch.computed for name, branch in patch.stats.runs[-1].branches.items()}
 
 
-@families()
+@families("wan", "flux", matrix=FAMILIES)
 def test_tolerance_0_changes_no_bit_in_a_long_run(family: Family) -> None:
     pipe = family.make()
     expected = family.run(pipe, steps=12)
@@ -40,8 +40,7 @@ def test_tolerance_0_changes_no_bit_in_a_long_run(family: Family) -> None:
     assert patch.stats.runs[-1].compute_share == 1.0
 
 
-@families()
-@pytest.mark.parametrize("fn", [0, 1])
+@cross("family, fn", family_params("wan", "wan22", "flux", "zimage", matrix=FAMILIES), [1, 0])
 def test_skips_at_every_family_and_stays_close(family: Family, fn: int) -> None:
     pipe = family.make()
     expected = family.run(pipe, steps=STEPS)
@@ -53,8 +52,7 @@ def test_skips_at_every_family_and_stays_close(family: Family, fn: int) -> None:
     assert patch.held_bytes() == 0
 
 
-@families("wan", "flux", "cogvideox")
-@pytest.mark.parametrize("order", [0, 1, 2])
+@cross("family, order", family_params("wan", "flux", matrix=["cogvideox"]), [1, 0, 2])
 def test_larger_tolerance_computes_fewer_steps(family: Family, order: int) -> None:
     pipe = family.make()
     shares = []
@@ -190,7 +188,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float((-10 * np.log10(np.maximum(errors, 1e-12))).mean())
 
 
-@pytest.mark.parametrize(("name", "margin"), [("flux", 5), ("wan", 5)])
+@pytest.mark.parametrize(("name", "margin"), [("flux", 5), pytest.param("wan", 5, marks=pytest.mark.matrix)])
 def test_tolerance_of_the_documentation_beats_fewer_steps_at_the_same_cost(name: str, margin: float) -> None:
     pipe = miniatures.load_miniature(name)
     shown = miniatures.captions(name, 1, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from invariants import families
+from invariants import chosen, cross, families
 from invariants.families import present
 from sgl_diffusion_accel import (
     CachePatch,
+    CachePlan,
     apply_adaptive_cache,
     apply_cache_dit,
     apply_cache_plan,
@@ -110,8 +112,14 @@ WINDOWS: list[tuple[dict[str, float], int | None]] = [  # and the step at which 
 ]
 
 
-@pytest.mark.parametrize(("window", "turn"), WINDOWS)
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+WINDOW_PARAMS = chosen(
+    [pytest.param(*case, id=", ".join(case[0]) or "always") for case in reversed(WINDOWS)],
+    "control_guidance_start, control_guidance_end", "control_guidance_end", "always",
+)  # fmt: skip
+"""The window that begins and ends is first; one that only begins says nothing more."""
+
+
+@cross("window, turn, name", WINDOW_PARAMS, ["flux", "sd3"])
 def test_control_that_begins_or_ends_costs_no_more_than_fewer_steps(
     name: str, window: dict[str, float], turn: int | None
 ) -> None:
@@ -160,12 +168,18 @@ def test_block_caches_compute_the_step_at_which_control_begins(cache: str) -> No
     assert not all(found.computed[gone:])
 
 
+@functools.cache
+def plan_from(window: tuple[tuple[str, float], ...]) -> CachePlan:
+    """A plan that was learned from a run with this window of control."""
+    run = controlled("flux")
+    return calibrate(run.pipe, [run.call(**dict(window))], teacache=False, magnitudes=False)  # type: ignore[attr-defined]
+
+
 def planned(guard: float | None, learned: dict[str, float], window: dict[str, float]) -> tuple[list[str], float, float]:
     """Reasons and error of a run by a plan, and the error of as many uncached steps."""
     run = controlled("flux")
     pipe: Any = run.pipe  # type: ignore[attr-defined]
-    call: Any = run.call  # type: ignore[attr-defined]
-    plan = calibrate(pipe, [call(**learned)], teacache=False, magnitudes=False)
+    plan = plan_from(tuple(learned.items()))
     expected = run(**window)
     with apply_cache_plan(pipe, plan, speedup=2.5, guard=guard) as patch:
         cached = run(**window)
@@ -176,9 +190,7 @@ def planned(guard: float | None, learned: dict[str, float], window: dict[str, fl
 
 @pytest.mark.parametrize("guard", [6.0, None])
 def test_plan_that_knows_of_no_window_is_left_where_control_begins_at_a_skipped_step(guard: float | None) -> None:
-    run = controlled("flux")
-    plan = calibrate(run.pipe, [run.call()], teacache=False, magnitudes=False)  # type: ignore[attr-defined]
-    mask = plan.design(12).mask
+    mask = plan_from(()).design(12).mask
     gone = next(step for step in range(8, STEPS) if not mask[step])
     reasons, error, fewer = planned(guard, {}, {"control_guidance_start": gone / STEPS - 1e-6})
     assert reasons[gone] == "inputs changed"

@@ -27,7 +27,7 @@ def parts_of(path: Path) -> dict[str, Any]:
     return parts
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_whole_measurement_runs_on_tiny_models_and_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

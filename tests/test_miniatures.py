@@ -159,7 +159,12 @@ def test_unknown_name_and_scheduler_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "scheduler"), [("wan", "euler"), ("wan", "unipc"), ("qwen", "euler"), ("flux", "euler")]
+    ("name", "scheduler"),
+    [
+        ("wan", "unipc"),
+        ("flux", "euler"),
+        *(pytest.param(name, "euler", marks=pytest.mark.matrix) for name in ("wan", "qwen")),
+    ],
 )
 def test_samples_show_what_their_captions_ask(name, scheduler):
     wanted = miniatures.captions(name, 12, 11)

@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 
-from invariants import CACHES, NEVER_SKIPPING, Apply, Snapshot, assert_same, families
+from invariants import CACHES, NEVER_SKIPPING, Apply, Snapshot, assert_same, cross, families, family_params
 from invariants.families import present
 from sgl_diffusion_accel import AccelError, UnsupportedModelError
 from sgl_diffusion_accel.targets import unwrap
@@ -104,7 +104,22 @@ CASES = [
 """LTX has blocks with parameters of their own, which its modulated input depends on."""
 
 
-@pytest.mark.parametrize(("name", "step", "cache"), CASES)
+BY_DEFAULT = {
+    *(("wan", step, "taylor") for step in STEPS),
+    ("wan", "leaf_offload", "gap control"),
+    ("flux", "adapter", "taylor"),
+    ("wan", "sequential_offload", "teacache"),
+    *(("flux", step, "teacache") for step in ("leaf_offload", "fused", "bfloat16")),
+    ("wan", "sequential_offload", "magcache, Taylor"),
+    ("ltx", "leaf_offload", "teacache, Taylor"),
+}
+"""Each step with one cache, each cache with one step, and what TeaCache's signal reads of a model."""
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "cache"),
+    [pytest.param(*case, marks=[] if case in BY_DEFAULT else [pytest.mark.matrix]) for case in CASES],
+)
 def test_before_and_after(name: str, step: str, cache: str) -> None:
     family, do = present(name), STEPS[step]
     unpatched = family.make()
@@ -181,8 +196,9 @@ def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
-@families("wan", "flux", "wan22")
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@cross(
+    "family, copied", family_params("wan", "wan22", matrix=["flux"]), {"deepcopy": copy.deepcopy, "pickled": pickled}
+)
 def test_copy_is_unpatched_and_original_stays(family: Family, copied: Callable[[Any], Any]) -> None:
     unpatched = family.make()
     expected = family.run(unpatched)

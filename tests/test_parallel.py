@@ -62,12 +62,13 @@ def apply(pipe: Any, cache: str, threshold: float) -> CachePatch:
 Key = tuple[str, str, str]
 
 
-def on_every_rank(rank: int) -> dict[Key, dict[str, Any]]:
-    """All that the tests below look at, in one set of processes; an error is kept as text."""
+def on_every_rank(rank: int, cases: list[tuple[str, str]]) -> dict[Key, dict[str, Any]]:
+    """The cases in one set of processes; an error is kept as text."""
     results: dict[Key, dict[str, Any]] = {}
-    for name, cache in CASES:
+    for name, cache in cases:
         for order in ("unpatched", *ORDERS):
             results[name, cache, order] = answer_or_error(name, cache, order)
+    results["wan", "ratios", "unpatched"] = {"ratios": recorded_ratios()}
     return results
 
 
@@ -135,7 +136,7 @@ def patched_run(name: str, cache: str, order: str, threshold: float) -> dict[str
     }
 
 
-def ratios_on_every_rank(rank: int, shared: bool = True) -> Any:
+def recorded_ratios(shared: bool = True) -> Any:
     """Magnitude ratios that a rank records, of a model whose tokens are divided; None where that does not run here."""
     pipe = present("wan").make()
     try:
@@ -148,23 +149,22 @@ def ratios_on_every_rank(rank: int, shared: bool = True) -> Any:
     return calibrate(pipe, [call], teacache=False).magnitude_ratios.of("transformer", "cond")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no context parallelism")
-def test_ranks_record_the_same_magnitudes_as_one_process() -> None:
-    one, other = on_ranks(ratios_on_every_rank)
-    if one is None:
-        pytest.skip("diffusers' context parallelism does not run here")
-    assert one == other
-    assert one[1:-1] == pytest.approx(ratios_on_every_rank(0, shared=False)[1:-1], rel=1e-3)
+BY_DEFAULT = [("wan", "dbcache"), ("wan", "teacache"), ("flux", "teacache"), ("flux", "gap control")]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no context parallelism")
-def test_ranks_take_the_same_decision() -> None:
-    ranks = on_ranks(on_every_rank)
-    for name, cache in CASES:
+@pytest.mark.parametrize(
+    "cases", [BY_DEFAULT, pytest.param([*CASES], marks=pytest.mark.matrix)], ids=["one of each", "all"]
+)
+def test_ranks_take_the_same_decision_and_record_the_same_magnitudes(cases: list[tuple[str, str]]) -> None:
+    """One test, since the processes take longer to start than to run a case."""
+    ranks = on_ranks(on_every_rank, cases)
+    for name, cache in cases:
         for order in ORDERS:
             check(ranks, name, cache, order)
+    one, other = (rank["wan", "ratios", "unpatched"]["ratios"] for rank in ranks)
+    assert one == other
+    assert one[1:-1] == pytest.approx(recorded_ratios(shared=False)[1:-1], rel=1e-3)
 
 
 def check(ranks: Any, name: str, cache: str, order: str) -> None:

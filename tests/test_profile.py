@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sgl_diffusion_accel
-from invariants import CACHES, Interrupted, Snapshot, assert_same, failing_at, families
+from invariants import CACHES, Interrupted, Snapshot, assert_same, cross, failing_at, families, family_params
 from invariants.families import present
 from sgl_diffusion_accel import (
     ConfigError,
@@ -78,8 +78,7 @@ def test_output_is_bitwise_the_same_and_nothing_stays(family: Family) -> None:
     assert all(len(step.branches) == len(family.branches) for step in prof.report.steps)
 
 
-@families(*TRACED)
-@pytest.mark.parametrize("all_stages", [False, True])
+@cross("family, all_stages", family_params("wan", "wan22", matrix=TRACED), [False, True])
 def test_trace_changes_no_bit_and_leaves_nothing(family: Family, all_stages: bool, folder: Path) -> None:
     family, pipe = ready(family)
     expected, before = family.run(pipe), Snapshot(pipe)
@@ -92,9 +91,7 @@ def test_trace_changes_no_bit_and_leaves_nothing(family: Family, all_stages: boo
     assert prof.trace_path.exists()
 
 
-@families("wan", "flux")
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("order", ["cache first", "profile first"])
+@cross("family, cache, order", family_params("wan", "flux"), CACHES.keys(), ["cache first", "profile first"])
 def test_goes_with_a_cache_and_tells_what_it_did(family: Family, cache: str, order: str, folder: Path) -> None:
     family, pipe = ready(family)
     with CACHES[cache](pipe):
@@ -173,9 +170,7 @@ def test_goes_with_an_attention_backend() -> None:
     assert_free(pipe)
 
 
-@pytest.mark.parametrize("place", ["block", "scheduler", "callback"])
-@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
-@pytest.mark.parametrize("all_stages", [False, True])
+@cross("place, error, all_stages", ["block", "scheduler", "callback"], [Interrupted, KeyboardInterrupt], [False, True])
 def test_error_in_mid_run_leaves_nothing_and_keeps_what_was_measured(
     place: str, error: type[BaseException], all_stages: bool, folder: Path
 ) -> None:
@@ -496,8 +491,7 @@ def wrap(pipe: Any, backend: Any) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("compiled", [compile_blocks, compile_whole, wrap])
-@pytest.mark.parametrize("trace", [False, True])
+@cross("compiled, trace", [compile_blocks, compile_whole, wrap], [True, False])
 def test_nothing_is_compiled_once_more(compiled: Any, trace: bool, folder: Path) -> None:
     family, pipe = ready("wan")
     backend = Counting()

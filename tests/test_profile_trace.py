@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from invariants import CACHES, families
+from invariants import CACHES, cross, family_params
 from invariants.families import present
 from sgl_diffusion_accel import ConfigError, profile
 from sgl_diffusion_accel.profiling.trace import TorchEmitter, new_file
@@ -61,8 +61,7 @@ def assert_nested(found: list[Range]) -> None:
             assert each.end <= other.begin or each.holds(other), (each, other)
 
 
-@families("wan", "qwen", "flux", "hunyuan")
-@pytest.mark.parametrize("cached", [False, True])
+@cross("family, cached", family_params("wan", "flux", matrix=["qwen", "hunyuan"]), [True, False])
 def test_steps_branches_and_blocks_are_nested_and_complete(family: Family, cached: bool, tmp_path: Path) -> None:
     pipe = family.make()
     if cached:
@@ -104,7 +103,13 @@ def test_decisions_in_the_trace_are_those_of_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("steps", "run", "traced"),
-    [(1, 6, (1,)), (5, 6, (1, 2, 3, 4, 5)), (50, 4, (1, 2, 3)), (3, 1, (0,)), (-1, 3, (0, 1, 2))],
+    [
+        (1, 6, (1,)),
+        (50, 4, (1, 2, 3)),
+        (3, 1, (0,)),
+        (-1, 3, (0, 1, 2)),
+        pytest.param(5, 6, (1, 2, 3, 4, 5), marks=pytest.mark.matrix),
+    ],
 )
 def test_which_steps_are_traced(steps: int, run: int, traced: tuple[int, ...], tmp_path: Path) -> None:
     family = present("wan")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from invariants import CACHES, Snapshot, assert_same
+from invariants import CACHES, Snapshot, assert_same, cross
 from invariants.families import present
 from sgl_diffusion_accel import Patch, apply_cache_dit, remove, set_attention_backend
 from sgl_diffusion_accel.intercept import original_class
@@ -68,8 +68,18 @@ def is_free(cls: type) -> bool:
     return not any("_sgl_diffusion_accel" in name for each in cls.__mro__ for name in vars(each))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("family", "name"), CASES, indirect=["family"])
+BOTH_ORDERS = [("flux", "reuse"), ("flux", "adaptive"), ("flux", "attention")]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "order"),
+    [
+        pytest.param(*case, order, marks=[] if order == ORDERS[0] or case in BOTH_ORDERS else [pytest.mark.matrix])
+        for case in CASES
+        for order in ORDERS
+    ],
+    indirect=["family"],
+)
 def test_patched_and_sharded_model_gives_what_the_patched_one_gives(
     family: Family, table: dict[type, type], name: str, order: str
 ) -> None:
@@ -92,8 +102,7 @@ def test_patched_and_sharded_model_gives_what_the_patched_one_gives(
     assert torch.equal(family.run(pipe), unpatched)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("before", [False, True], ids=["sharded after", "sharded before"])
+@cross("order, before", ORDERS, {"sharded after": False, "sharded before": True})
 def test_unpatched_model_of_the_class_gets_no_intercepted_class(
     family: Family, table: dict[type, type], order: str, before: bool
 ) -> None:

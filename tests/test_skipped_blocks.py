@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from invariants import CACHES, families, skips_some
+from invariants import CACHES, cross, family_params, skips_some
 from sgl_diffusion_accel import UnsupportedModelError, apply_cache_dit
 from sgl_diffusion_accel.caching.blocks.block_handlers import BlockHandler
 from sgl_diffusion_accel.caching.blocks.wiring import Form, Wiring, passing
@@ -28,8 +28,11 @@ def blocks_of(family: Family, pipe: Any) -> list[torch.nn.Module]:
     ]  # fmt: skip
 
 
-@families("wan", "flux", "qwen", "hunyuan", "chroma", "zimage", "sd3", "cogvideox")
-@pytest.mark.parametrize("name", ["reuse", "taylor", "static"])
+@cross(
+    "family, name",
+    family_params("wan", "flux", "hunyuan", "cogvideox", matrix=["qwen", "chroma", "zimage", "sd3"]),
+    ["taylor", "reuse", "static"],
+)
 def test_the_short_way_gives_what_the_long_one_gives(family: Family, name: str, monkeypatch: Any) -> None:
     pipe = family.make()
     entered: Counter[int] = Counter()

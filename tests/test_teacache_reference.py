@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from invariants import FixedPath, families
+from invariants import FixedPath, chosen, cross, families, family_params
 from invariants.families import present
 from sgl_diffusion_accel import CachePatch, apply_teacache
 from sgl_diffusion_accel.caching.teacache.teacache_models import VARIANTS
@@ -454,7 +454,7 @@ def test_time_embedding_of_models_outside_the_zoo(
 # The modulated input, on a path that does not depend on what is skipped
 
 
-@families("flux", "qwen", "hunyuan", "zimage", "ltx", "mochi")
+@families("flux", "hunyuan", "zimage", "ltx", matrix=["qwen", "mochi"])
 def test_modulated_input_is_followed_on_a_fixed_path(family: Family) -> None:
     pipe = small(family, scheduler=FixedPath())
     signals = unpatched_signals(family, pipe, MODULATED[family.name], steps=TOTAL)
@@ -488,7 +488,19 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "kw", "branches"), CASES.values(), ids=CASES)
+BY_DEFAULT = (
+    "one branch",
+    "true guidance, qwen",
+    "batched guidance, ltx",
+    "guidance by two calls",
+    "guidance that ends, by two calls",
+    "guidance that ends, batched",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "kw", "branches"), chosen([pytest.param(*case, id=name) for name, case in CASES.items()], *BY_DEFAULT)
+)
 def test_modulated_input_is_followed_where_the_cached_run_goes(name: str, kw: dict[str, Any], branches: int) -> None:
     family = present(name)
     if name == "flux" and "guidance" in kw and family.other_guidance is None:
@@ -601,8 +613,7 @@ STREAMS = {
 }
 
 
-@families(*STREAMS)
-@pytest.mark.parametrize("order", [0, 1])
+@cross("family, order", family_params("wan", "cogvideox", "flux", "zimage", matrix=STREAMS), [1, 0])
 def test_skipped_step_adds_what_the_blocks_added_last(family: Family, order: int) -> None:
     plain = family.make()
     unpatched = family.run(plain, steps=len(PATTERN))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from invariants import count_blocks, families
+from invariants import count_blocks, cross, family_params
 from sgl_diffusion_accel import apply_cache_dit
 from sgl_diffusion_accel.caching.blocks.transformer_call import TransformerCall
 from zoo import Family
@@ -116,8 +116,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
     return tell
 
 
-@families()
-@pytest.mark.parametrize(("fn", "bn"), [(1, 0), (2, 1)], ids=["F1B0", "F2B1"])
+@cross("family, fn, bn", family_params(), [pytest.param(2, 1, id="F2B1"), pytest.param(1, 0, id="F1B0")])
 def test_true_residuals_give_the_unpatched_output(family: Family, fn: int, bn: int, told: Any) -> None:
     pipe = family.make()
     truth = Truth(family, pipe, fn, bn)

@@ -107,8 +107,25 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("first", ["patch", "wrap"])
-@pytest.mark.parametrize(("wrapper", "name"), CASES)
+BY_DEFAULT = {
+    *(("FSDP, by block", name, "patch") for name in PATCHES),
+    *((wrapper, "adaptive", first) for wrapper in ("DDP", "FSDP", "checkpointing") for first in ("patch", "wrap")),
+    *((wrapper, "reuse", "wrap") for wrapper in ("FSDP, by block", "checkpointing")),
+    *(("DDP", name, "wrap") for name in ("reuse", "attention")),
+    ("compiled DDP", "adaptive", "patch"),
+    ("DDP, compiled", "adaptive", "wrap"),
+}
+"""Each wrapper in both orders, and each patch."""
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "name", "first"),
+    [
+        pytest.param(*case, first, marks=[] if (*case, first) in BY_DEFAULT else [pytest.mark.matrix])
+        for case in CASES
+        for first in ("patch", "wrap")
+    ],
+)
 def test_wrapped_model_gives_what_the_model_gives(
     family: Family, pipe: Any, wrapper: str, name: str, first: str
 ) -> None:

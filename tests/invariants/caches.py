@@ -173,6 +173,13 @@ NEVER_SKIPPING: dict[str, Apply] = {
 }
 """Caches that must leave every bit of the output as it is."""
 
+KINDS = ("taylor", "teacache", "adaptive")
+"""Names of the caches that stand for the others: by residuals, with blocks at both ends; by TeaCache's signal, which is
+another one for each family; by whole calls."""
+
+KINDS_NEVER_SKIPPING = ("threshold 0, Taylor", "teacache, always over", "adaptive, tolerance 0")
+"""The same of those that never skip."""
+
 WHOLE_CALLS = ("adaptive", "plan")
 """Names of the caches that skip whole calls of a transformer, its first blocks, norms and projections included."""
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from zoo import FAMILIES, Family
 
+from .matrix import in_matrix
 
-def families(*names: str) -> Any:
-    """Parametrises a test over the families of these names, over all of them where none is given."""
-    return pytest.mark.parametrize("family", [family(name) for name in names or FAMILIES])
+
+def families(*names: str, matrix: Iterable[str] = ()) -> Any:
+    """Parametrises a test over the families of these names, over all of them where none is given.
+
+    Args:
+        *names: Families of the default run.
+        matrix: Families of the long matrix; those of `names` may be among them.
+    """
+    return pytest.mark.parametrize("family", family_params(*names, matrix=matrix))
+
+
+def family_params(*names: str, matrix: Iterable[str] = ()) -> list[Any]:
+    """The same as a list of parameters."""
+    params = [family(name) for name in names or FAMILIES]
+    return params + [in_matrix(family(name)) for name in matrix if name not in names]
 
 
 def family(name: str) -> Any:
@@ -21,9 +35,8 @@ def family(name: str) -> Any:
     return pytest.param(found, id=name, marks=marks)
 
 
-def two_branch() -> Any:
-    """Parametrises over the families that call one transformer twice a step."""
-    return families(*(name for name, f in FAMILIES.items() if len(f.branches) == 2 and not f.model_per_branch))
+TWO_BRANCH = tuple(name for name, f in FAMILIES.items() if len(f.branches) == 2 and not f.model_per_branch)
+"""Names of the families that call one transformer twice a step."""
 
 
 def present(name: str) -> Family:

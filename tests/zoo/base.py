@@ -125,6 +125,12 @@ def randomise(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
     Each value depends on the seed and the parameter's name, not on the order of construction. Time embeddings get more
     bias and less weight, so that neighbouring steps resemble each other, as they do in trained models.
     """
+    for parameter, value in zip(module.parameters(), _values(module, seed, gain), strict=True):
+        parameter.copy_(value)
+    return module.eval().requires_grad_(False)
+
+
+def _values(module: nn.Module, seed: int, gain: float) -> Iterator[torch.Tensor]:
     norms = {id(p) for m in module.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
     for name, parameter in module.named_parameters():
         noise = normal(*parameter.shape, seed=seed, key=name)
@@ -138,15 +144,27 @@ def randomise(module: nn.Module, seed: int, gain: float = 1.0) -> nn.Module:
             value = (1.0 if slow else 0.1) * noise
         else:  # scale-shift tables, pad tokens, registers
             value = 0.3 * noise
-        parameter.copy_(value.to(parameter.dtype))
-    return module.eval().requires_grad_(False)
+        yield value.to(parameter.dtype)
 
 
 def build(name: str, seed: int, gain: float = 1.0, **config: Any) -> Any:
-    """A model of diffusers with seeded weights."""
+    """A model of diffusers with seeded weights, which are made once and copied into each model of the same config."""
+    key = (name, seed, gain, repr(config))
     with quiet_rng(seed):
         model = getattr(diffusers, name)(**config)
-    return randomise(model, seed, gain)
+    if key not in _made:
+        if len(_made) >= _MOST_MADE:
+            _made.clear()
+        _made[key] = [parameter.clone() for parameter in randomise(model, seed, gain).parameters()]
+        return model
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), _made[key], strict=True):
+            parameter.copy_(value)
+    return model.eval().requires_grad_(False)
+
+
+_made: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+_MOST_MADE = 60
 
 
 def assemble(name: str, **components: Any) -> Any:
