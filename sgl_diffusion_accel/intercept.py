@@ -11,121 +11,19 @@ and a copy with such an attribute would go on to call the original.
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import functools
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import decorators
 
+from sgl_diffusion_accel.cache_contexts import listening_cache_context
 from sgl_diffusion_accel.errors import UnsupportedModelError
-from sgl_diffusion_accel.frames import Place, entering, frames_from, key_of
-
-SLOT = "_sgl_diffusion_accel"
-"""Key in the instance's `__dict__` under which the handlers of an intercepted module live."""
-
-CALL = "__call__"
-"""The method that is intercepted unless another one is named."""
-
-
-class Instead:
-    """Returned by `Handler.enter` when the module must not run: the caller gets `output` as it is."""
-
-    __slots__ = ("output",)
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-
-class Handler(Protocol):
-    """Stands between the caller of a module and the module.
-
-    The parts are separate, and not one function around the module, so that `torch.compile` of a whole transformer can
-    leave them out and still compile the module between them.
-    """
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
-        """Runs before the module. Returns `Instead(output)` to answer in its place, else a token for the other two."""
-
-    def leave(self, module: nn.Module, token: Any, output: Any, /) -> Any:
-        """Runs after the module and returns what its caller gets."""
-
-    def fail(self, module: nn.Module, token: Any, /) -> None:
-        """Runs when the module raised, before the error goes on to its caller."""
-
-
-class Detour(threading.local):
-    """The short way past a module, while a handler has decided that it will not run.
-
-    A block cache decides once for tens of blocks. Sending each of them through its handlers to hear the same answer
-    costs more host time than a skipped step may take, so while `answer` is set its modules give that at once.
-
-    Attributes:
-        answer: Makes what the caller gets from the positional and the keyword arguments; None while there is no detour.
-            It runs inside of `torch.compile`'s regions: it calls no Python function that is not `eager`.
-        taken: How many calls have taken it since it was opened.
-    """
-
-    answer: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
-    taken: int = 0
-
-    def open(self, answer: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        """From now on calls in this thread take it."""
-        self.answer, self.taken = answer, 0
-
-    def close(self) -> None:
-        """From now on they go through the handlers again."""
-        self.answer, self.taken = None, 0
-
-
-class Slot:
-    """The handlers of one module, by kind; the one applied last is outermost.
-
-    Attributes:
-        kinds: Those of its `__call__`, the one applied last at the end.
-        handlers: The same, outermost first. Those that only watch (`is_watching`) are in front of all others, whenever
-            they came: an answer that another one gives in the module's place is seen by them as well.
-        detour: Of the only handler; None where there are others, which have to see each call.
-        methods: The slots of its other methods, by name.
-    """
-
-    __slots__ = ("detour", "handlers", "kinds", "methods")
-
-    def __init__(self) -> None:
-        self.kinds: dict[str, Handler] = {}
-        self.handlers: tuple[Handler, ...] = ()
-        self.detour: Detour | None = None
-        self.methods: dict[str, Slot] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.handlers or self.methods)
-
-    def put(self, kind: str, handler: Handler | None, method: str = CALL) -> None:
-        """Sets the handler of a kind, or takes it out with None."""
-        if method != CALL:
-            slot = self.methods.setdefault(method, Slot())
-            slot.put(kind, handler)
-            if not slot:
-                del self.methods[method]
-            return
-        self.kinds.pop(kind, None)
-        if handler is not None:
-            self.kinds[kind] = handler
-        applied = sorted(self.kinds.values(), key=lambda each: bool(getattr(each, "is_watching", False)))
-        self.handlers = tuple(reversed(applied))
-        self.detour = getattr(applied[0], "detour", None) if len(applied) == 1 else None
-
-    def of(self, method: str) -> tuple[Handler, ...]:
-        """The handlers of a method, outermost first."""
-        slot = self if method == CALL else self.methods.get(method)
-        return slot.handlers if slot is not None else ()
-
+from sgl_diffusion_accel.slots import BASE, CALL, SLOT, Handler, Instead, Slot, base_of, original_class, slot_of
 
 _REASON = (
     "sgl_diffusion_accel decides at each step whether this block runs, which one graph of the whole transformer cannot "
@@ -207,33 +105,6 @@ def _run(
 _run = eager(_run)
 
 
-class _CacheContext:
-    """A cache context that a pipeline, or a loop of one's own, has entered."""
-
-    def __init__(self, module: nn.Module, name: str, details: dict[str, Any], place: Place) -> None:
-        self.module, self.name, self.details, self.place = module, name, details, place
-
-    def is_around_here(self) -> bool:
-        """Whether it is around the present call: a generator may have stopped inside of it."""
-        return not self.place.may_stop or any(key_of(each) == self.place.key for each in frames_from(sys._getframe(2)))
-
-
-# By context and not by thread: tasks take turns in one.
-_contexts: ContextVar[tuple[_CacheContext, ...]] = ContextVar("cache_contexts", default=())
-
-
-def cache_context_of(module: nn.Module) -> tuple[str, dict[str, Any]] | None:
-    """Tells the cache context that the running pipeline has set on an intercepted module.
-
-    Returns:
-        The context's name, such as `"cond"`, and its details (`step_index`, …), or None outside of any.
-    """
-    for each in reversed(_contexts.get()):
-        if each.module is module and each.is_around_here():
-            return each.name, each.details
-    return None
-
-
 def intercept(module: object, kind: str, handler: Handler, method: str = CALL) -> None:
     """Puts a handler in front of a module instance.
 
@@ -263,22 +134,11 @@ def release(module: object, kind: str, method: str = CALL) -> None:
         module.__dict__.pop(SLOT, None)
 
 
-def original_class(module: object) -> type:
-    """The class of an object as it is without interception."""
-    return _base_of(type(module)) or type(module)
-
-
-def slot_of(module: object) -> Slot | None:
-    """Returns the handlers of a module, None if it is not intercepted."""
-    slot = module.__dict__.get(SLOT)
-    return slot if isinstance(slot, Slot) else None
-
-
 def _settle(module: Any, slot: Slot) -> None:
     """Gives a module the class that its handlers need, without any its own."""
     present = type(module)
     base = original_class(module)
-    if base is present and any(map(_base_of, present.__mro__)):
+    if base is present and any(map(base_of, present.__mro__)):
         return  # something else has put a class of its own on top, which calls the handlers: leave it
     wanted = _intercepted_class(base, frozenset(slot.methods)) if slot else base
     if wanted is not present:
@@ -304,7 +164,6 @@ _PUBLIC_CLASS = property(original_class, _assign_class)
 
 # Not by the classes themselves: a class that is made compares equal to its original.
 _classes: dict[tuple[int, frozenset[str]], Any] = {}
-_BASE = "_sgl_diffusion_accel_original"
 _lock = threading.Lock()
 
 
@@ -314,12 +173,6 @@ def _intercepted_class(base: type, methods: frozenset[str]) -> Any:
         if made is None:
             made = _classes[id(base), methods] = _make_class(base, methods)
         return made
-
-
-def _base_of(cls: type) -> type | None:
-    """What an intercepted class was made of, None for any other class."""
-    base: type | None = vars(cls).get(_BASE)
-    return base
 
 
 def _make_class(base: Any, methods: frozenset[str]) -> Any:
@@ -336,7 +189,7 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         return (base if function is own else function, tuple(base if a is own else a for a in arguments), *rest)
 
     namespace: dict[str, Any] = {
-        _BASE: base,
+        BASE: base,
         "__class__": _PUBLIC_CLASS,
         "__getstate__": __getstate__,
         "__reduce_ex__": __reduce_ex__,
@@ -351,14 +204,14 @@ def _make_class(base: Any, methods: frozenset[str]) -> Any:
         namespace[CALL] = _intercepted_method(base, CALL)
     namespace |= {name: _intercepted_method(base, name) for name in methods}
     if hasattr(base, "cache_context"):
-        namespace["cache_context"] = _listening_cache_context(base)
+        namespace["cache_context"] = listening_cache_context(base)
     if hasattr(base, "enable_cache"):
         namespace["enable_cache"] = _forbidden_enable_cache(base)
     # diffusers looks classes up in lists and dicts, in `from_pipe` for example: there it must find the original. What
     # others derive from this class is no such stand-in.
     equality = {
-        "__eq__": lambda cls, other: cls is other or (other is base and _base_of(cls) is base),
-        "__hash__": lambda cls: hash(base) if _base_of(cls) is base else type.__hash__(cls),
+        "__eq__": lambda cls, other: cls is other or (other is base and base_of(cls) is base),
+        "__hash__": lambda cls: hash(base) if base_of(cls) is base else type.__hash__(cls),
     }
     return type(type(base).__name__, (type(base),), equality)(base.__name__, (base,), namespace)
 
@@ -409,18 +262,3 @@ def _forbidden_enable_cache(base: Any) -> Callable[..., Any]:
 
     enable_cache.__doc__ = base.enable_cache.__doc__
     return enable_cache
-
-
-def _listening_cache_context(base: Any) -> Callable[..., Any]:
-    @contextlib.contextmanager
-    def cache_context(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        entry = _CacheContext(self, name, kwargs, entering())
-        _contexts.set((*_contexts.get(), entry))
-        try:
-            with base.cache_context(self, name, *args, **kwargs) as entered:
-                yield entered
-        finally:
-            _contexts.set(tuple(each for each in _contexts.get() if each is not entry))
-
-    cache_context.__doc__ = base.cache_context.__doc__
-    return cache_context

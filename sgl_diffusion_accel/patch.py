@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from sgl_diffusion_accel.intercept import Handler, intercept, release, slot_of
+from sgl_diffusion_accel.intercept import intercept, release
+from sgl_diffusion_accel.slots import Handler, slot_of
 from sgl_diffusion_accel.targets import Target, components_of, unwrap
 
 _Self = TypeVar("_Self", bound="Patch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sgl_diffusion_accel.intercept import Handler
+from sgl_diffusion_accel.slots import Handler
 
 
 def shadow(owner: Any, held: Callable[..., Any], handler: Handler) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import nn
 
 from sgl_diffusion_accel.errors import ConfigTypeError, UnsupportedModelError
-from sgl_diffusion_accel.intercept import original_class
+from sgl_diffusion_accel.slots import original_class
 
 TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer", "transformer_ref")
 """Pipeline components that denoise, in the order in which a run uses them.

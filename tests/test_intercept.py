@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from sgl_diffusion_accel.intercept import Instead, cache_context_of, intercept, release
+from sgl_diffusion_accel.cache_contexts import cache_context_of
+from sgl_diffusion_accel.intercept import intercept, release
+from sgl_diffusion_accel.slots import Instead
 
 
 class Block(nn.Module):

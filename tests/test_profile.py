@@ -31,8 +31,8 @@ from sgl_diffusion_accel import (
     profile,
     set_attention_backend,
 )
-from sgl_diffusion_accel.intercept import slot_of
 from sgl_diffusion_accel.profiling.trace import is_recording
+from sgl_diffusion_accel.slots import slot_of
 from zoo import FAMILIES, Family
 
 TRACED = ("wan", "qwen", "flux", "wan22")

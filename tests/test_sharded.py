@@ -12,7 +12,7 @@ import torch.distributed as dist
 from invariants import CACHES, Snapshot, assert_same, cross
 from invariants.families import present
 from sgl_diffusion_accel import Patch, apply_cache_dit, remove, set_attention_backend
-from sgl_diffusion_accel.intercept import original_class
+from sgl_diffusion_accel.slots import original_class
 from sgl_diffusion_accel.targets import model_class
 from zoo import Family
 

@@ -27,7 +27,7 @@ from sgl_diffusion_accel import (
     remove,
     set_attention_backend,
 )
-from sgl_diffusion_accel.intercept import SLOT, original_class
+from sgl_diffusion_accel.slots import SLOT, original_class
 from sgl_diffusion_accel.targets import find_targets, is_in_compiled_wrapper, unwrap
 from zoo import Family
 

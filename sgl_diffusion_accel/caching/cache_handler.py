@@ -12,10 +12,10 @@ from sgl_diffusion_accel.caching.foreign import FORBIDDEN, refuse_late_cache
 from sgl_diffusion_accel.caching.full_calls import full_call_argument, full_call_remark
 from sgl_diffusion_accel.caching.parts.policies import Decision
 from sgl_diffusion_accel.caching.run_log import RunLog
-from sgl_diffusion_accel.intercept import Instead
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.session import Session, Where
 from sgl_diffusion_accel.patch import Patch, PatchHandler
+from sgl_diffusion_accel.slots import Instead
 
 
 class CachedCall(Protocol):

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sgl_diffusion_accel.cache_contexts import cache_context_of
 from sgl_diffusion_accel.frames import Locals, frames_from, key_of
-from sgl_diffusion_accel.intercept import cache_context_of
 from sgl_diffusion_accel.loop.code_loops import loops_around
 from sgl_diffusion_accel.loop.context_loop import loop_of_context
 from sgl_diffusion_accel.loop.explicit import StepIterator, branches_entered, loops_entered

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.intercept import SLOT, original_class
+from sgl_diffusion_accel.slots import SLOT, original_class
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from torch import nn
 from sgl_diffusion_accel.caching.blocks.layout import find_block_lists
 from sgl_diffusion_accel.environment import package_versions
 from sgl_diffusion_accel.errors import AccelError, ConfigError, UnsupportedModelError
-from sgl_diffusion_accel.intercept import CALL
 from sgl_diffusion_accel.loop.runs import Runs
 from sgl_diffusion_accel.profiling import stages
 from sgl_diffusion_accel.profiling.attachments import Attachments, is_compiled, is_profiled
@@ -34,6 +33,7 @@ from sgl_diffusion_accel.profiling.report import CallReport, ProfileReport
 from sgl_diffusion_accel.profiling.settings import ProfileSettings
 from sgl_diffusion_accel.profiling.trace import TorchEmitter, is_recording
 from sgl_diffusion_accel.profiling.window import Emitter, Window
+from sgl_diffusion_accel.slots import CALL
 from sgl_diffusion_accel.targets import find_transformers, is_in_compiled_wrapper, unwrap
 
 logger = logging.getLogger(__name__)

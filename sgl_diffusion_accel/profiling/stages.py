@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sgl_diffusion_accel.intercept import CALL
+from sgl_diffusion_accel.slots import CALL
 from sgl_diffusion_accel.targets import find_transformers
 
 TEXT, IMAGE, ENCODE, PREPARE = "text encoding", "image encoding", "VAE encoding", "preprocessing"

@@ -9,9 +9,9 @@ from torch import nn
 from sgl_diffusion_accel.caching.blocks.cached_model import CachedModel
 from sgl_diffusion_accel.caching.blocks.transformer_call import TransformerCall
 from sgl_diffusion_accel.caching.cache_handler import CacheHandler
-from sgl_diffusion_accel.intercept import Detour
 from sgl_diffusion_accel.loop.session import Session, Where
 from sgl_diffusion_accel.patch import Patch, PatchHandler
+from sgl_diffusion_accel.slots import Detour
 
 
 class BlockCacheHandler(CacheHandler[TransformerCall]):

@@ -19,10 +19,10 @@ from sgl_diffusion_accel.caching.parts.predictors import Predictor
 from sgl_diffusion_accel.caching.parts.signals import Signal
 from sgl_diffusion_accel.caching.run_log import RunLog
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.intercept import Detour
 from sgl_diffusion_accel.loop.host_copy import HostCopy
 from sgl_diffusion_accel.loop.runs import Kept, Run
 from sgl_diffusion_accel.loop.session import Where
+from sgl_diffusion_accel.slots import Detour
 from sgl_diffusion_accel.targets import expert_of, model_class
 
 Spacing = Literal["step", "sigma"]

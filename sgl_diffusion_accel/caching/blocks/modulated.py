@@ -86,7 +86,7 @@ def modulated_input(block: nn.Module, call: Call) -> Tensor:
     try:
         with torch.no_grad(), _loaded(block):
             view = _view(block, given[0].device if given else torch.device("cpu"))
-            type(block).forward(view, *args, **kwargs)
+            type(block).forward(view, *args, **kwargs)  # not view(...): handlers and hooks see the block once a step
     except _ReachedError as reached:
         taken = reached.taken
         reached.__traceback__ = None  # its frames hold the block's tensors
@@ -102,6 +102,7 @@ def modulated_input(block: nn.Module, call: Call) -> Tensor:
             f"{type(block).__name__} calls no attention that is one of its parts, whose input would be the signal. "
             "Use apply_cache_dit for this model."
         )
+    # A model without a modulation hands its input on as it is: what is kept must not change with the caller's tensor.
     storages = {value.untyped_storage().data_ptr() for value in given}
     taken = taken.detach()
     return taken.clone() if taken.untyped_storage().data_ptr() in storages else taken
@@ -114,6 +115,8 @@ def _is_attention(name: str) -> bool:
 
 def _view(block: nn.Module, device: torch.device) -> nn.Module:
     """A second object for the block, whose attentions stop the run; all else is shared."""
+    # Not copy.copy, which would run __init__ or __setstate__ of whatever the block is, and would share the dict of its
+    # parts: the stops would then be on the block itself, where another thread may be running.
     view: nn.Module = object.__new__(type(block))
     view.__dict__.update(vars(block))
     parts: dict[str, Any] = dict(block._modules)
@@ -130,6 +133,7 @@ def _view(block: nn.Module, device: torch.device) -> nn.Module:
     if _is_elsewhere(block, device, recurse=False):
         own: Mapping[str, Tensor | None] = block._parameters
         view.__dict__["_parameters"] = {name: None if p is None else p.to(device) for name, p in own.items()}
+    # What others have put on the instance would run the block as a whole: accelerate's forward, compiled code.
     for replaced in ("forward", "_hf_hook", "_compiled_call_impl"):
         view.__dict__.pop(replaced, None)
     return view

@@ -22,9 +22,10 @@ from sgl_diffusion_accel.caching.blocks.wiring import Call, elements, form_of
 from sgl_diffusion_accel.caching.parts.history import History, Residuals
 from sgl_diffusion_accel.caching.parts.policies import Decision, Position
 from sgl_diffusion_accel.errors import UnsupportedModelError
-from sgl_diffusion_accel.intercept import Detour, Instead, eager
+from sgl_diffusion_accel.intercept import eager
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.session import Where
+from sgl_diffusion_accel.slots import Detour, Instead
 
 logger = logging.getLogger(__name__)
 

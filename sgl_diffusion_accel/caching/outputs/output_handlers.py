@@ -17,10 +17,10 @@ from sgl_diffusion_accel.caching.outputs.output_run import OutputRun
 from sgl_diffusion_accel.caching.parts.call_policy import CallPolicy
 from sgl_diffusion_accel.caching.run_log import RunLog
 from sgl_diffusion_accel.errors import UnsupportedModelError
-from sgl_diffusion_accel.intercept import Instead
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.session import Session, Where
 from sgl_diffusion_accel.patch import Patch
+from sgl_diffusion_accel.slots import Instead
 from sgl_diffusion_accel.targets import expert_of
 
 MakeCallPolicy = Callable[[Run], CallPolicy]

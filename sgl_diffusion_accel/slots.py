@@ -1,0 +1,129 @@
+"""What is in front of a module's calls: its handlers, kept on the instance, and the short way past it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+
+SLOT = "_sgl_diffusion_accel"
+"""Key in the instance's `__dict__` under which the handlers of an intercepted module live."""
+
+CALL = "__call__"
+"""The method that is intercepted unless another one is named."""
+
+
+class Instead:
+    """Returned by `Handler.enter` when the module must not run: the caller gets `output` as it is."""
+
+    __slots__ = ("output",)
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+class Handler(Protocol):
+    """Stands between the caller of a module and the module.
+
+    The parts are separate, and not one function around the module, so that `torch.compile` of a whole transformer can
+    leave them out and still compile the module between them.
+    """
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
+        """Runs before the module. Returns `Instead(output)` to answer in its place, else a token for the other two."""
+
+    def leave(self, module: nn.Module, token: Any, output: Any, /) -> Any:
+        """Runs after the module and returns what its caller gets."""
+
+    def fail(self, module: nn.Module, token: Any, /) -> None:
+        """Runs when the module raised, before the error goes on to its caller."""
+
+
+class Detour(threading.local):
+    """The short way past a module, while a handler has decided that it will not run.
+
+    A block cache decides once for tens of blocks. Sending each of them through its handlers to hear the same answer
+    costs more host time than a skipped step may take, so while `answer` is set its modules give that at once.
+
+    Attributes:
+        answer: Makes what the caller gets from the positional and the keyword arguments; None while there is no detour.
+            It runs inside of `torch.compile`'s regions: it calls no Python function that is not `eager`.
+        taken: How many calls have taken it since it was opened.
+    """
+
+    answer: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+    taken: int = 0
+
+    def open(self, answer: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        """From now on calls in this thread take it."""
+        self.answer, self.taken = answer, 0
+
+    def close(self) -> None:
+        """From now on they go through the handlers again."""
+        self.answer, self.taken = None, 0
+
+
+class Slot:
+    """The handlers of one module, by kind; the one applied last is outermost.
+
+    Attributes:
+        kinds: Those of its `__call__`, the one applied last at the end.
+        handlers: The same, outermost first. Those that only watch (`is_watching`) are in front of all others, whenever
+            they came: an answer that another one gives in the module's place is seen by them as well.
+        detour: Of the only handler; None where there are others, which have to see each call.
+        methods: The slots of its other methods, by name.
+    """
+
+    __slots__ = ("detour", "handlers", "kinds", "methods")
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, Handler] = {}
+        self.handlers: tuple[Handler, ...] = ()
+        self.detour: Detour | None = None
+        self.methods: dict[str, Slot] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.handlers or self.methods)
+
+    def put(self, kind: str, handler: Handler | None, method: str = CALL) -> None:
+        """Sets the handler of a kind, or takes it out with None."""
+        if method != CALL:
+            slot = self.methods.setdefault(method, Slot())
+            slot.put(kind, handler)
+            if not slot:
+                del self.methods[method]
+            return
+        self.kinds.pop(kind, None)
+        if handler is not None:
+            self.kinds[kind] = handler
+        applied = sorted(self.kinds.values(), key=lambda each: bool(getattr(each, "is_watching", False)))
+        self.handlers = tuple(reversed(applied))
+        self.detour = getattr(applied[0], "detour", None) if len(applied) == 1 else None
+
+    def of(self, method: str) -> tuple[Handler, ...]:
+        """The handlers of a method, outermost first."""
+        slot = self if method == CALL else self.methods.get(method)
+        return slot.handlers if slot is not None else ()
+
+
+BASE = "_sgl_diffusion_accel_original"
+"""Under this name the class of an intercepted instance keeps the original one."""
+
+
+def original_class(module: object) -> type:
+    """The class of an object as it is without interception."""
+    return base_of(type(module)) or type(module)
+
+
+def slot_of(module: object) -> Slot | None:
+    """Returns the handlers of a module, None if it is not intercepted."""
+    slot = module.__dict__.get(SLOT)
+    return slot if isinstance(slot, Slot) else None
+
+
+def base_of(cls: type) -> type | None:
+    """What an intercepted class was made of, None for any other class."""
+    base: type | None = vars(cls).get(BASE)
+    return base
