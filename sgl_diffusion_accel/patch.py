@@ -15,7 +15,7 @@ from torch import nn
 
 from sgl_diffusion_accel.intercept import intercept, release
 from sgl_diffusion_accel.slots import Handler, slot_of
-from sgl_diffusion_accel.targets import Target, components_of, unwrap
+from sgl_diffusion_accel.targets import Target, Targets, components_of, unwrap
 
 _Self = TypeVar("_Self", bound="Patch")
 
@@ -84,13 +84,12 @@ class Patch:
             self.intercept(door, handler)
 
     @contextlib.contextmanager
-    def applying(self, pipe: object, targets: Iterable[Target]) -> Iterator[None]:
+    def applying(self, targets: Targets) -> Iterator[None]:
         """Takes the place of the patches of this kind on components, while this one is put there.
 
         They come back if that fails. Else they are gone for good, but for those whose `with` block is open: they wait.
 
         Args:
-            pipe: The pipeline that they are of, or a module by itself.
             targets: What this patch is put on.
         """
         try:
@@ -107,7 +106,7 @@ class Patch:
             if not old.is_open:
                 old.remove()
             self._waiting += [old] if old.is_open else old._waiting
-        self._belongs_to(pipe)
+        self._belongs_to(targets.pipe)
 
     def _belongs_to(self, pipe: object) -> None:
         if isinstance(pipe, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -159,6 +160,35 @@ class Target:
         return model_class(self.module).__name__
 
 
+class Targets(Sequence[Target]):
+    """Components of a pipeline that are to be patched, in the order in which a run uses them.
+
+    Args:
+        pipe: The pipeline, or the module by itself.
+        found: The components.
+    """
+
+    def __init__(self, pipe: object, found: Iterable[Target]) -> None:
+        self.pipe = pipe
+        self._found = tuple(found)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the components."""
+        return [target.name for target in self._found]
+
+    @property
+    def pipeline(self) -> str:
+        """Name of the pipeline's class, for errors."""
+        return type(self.pipe).__name__
+
+
 def components_of(pipe: object) -> dict[str, nn.Module]:
     """The modules among the components of a pipeline, as they are there; a transformer by itself is `"transformer"`.
 
@@ -176,7 +206,7 @@ def components_of(pipe: object) -> dict[str, nn.Module]:
     return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
 
 
-def find_targets(pipe: object) -> tuple[Target, ...]:
+def find_targets(pipe: object) -> Targets:
     """Finds the diffusion transformers of a pipeline.
 
     They are known by name (`TRANSFORMERS`). A component under another name is one of them if it is of the class of one
@@ -194,7 +224,7 @@ def find_targets(pipe: object) -> tuple[Target, ...]:
     """
     modules = components_of(pipe)
     if isinstance(pipe, nn.Module):
-        return (Target.of("transformer", pipe),)
+        return Targets(pipe, [Target.of("transformer", pipe)])
     found: dict[nn.Module, Target] = {}
     for name in TRANSFORMERS:
         if name in modules:
@@ -209,7 +239,7 @@ def find_targets(pipe: object) -> tuple[Target, ...]:
             f"{', '.join(modules) or 'none'}. Only diffusion transformers are supported (a UNet is not one); "
             "a transformer under another name can be passed by itself."
         )
-    return tuple(found.values())
+    return Targets(pipe, found.values())
 
 
 def find_transformers(pipe: object) -> dict[str, nn.Module]:

@@ -641,7 +641,7 @@ def test_error_is_that_of_what_the_scheduler_is_given(name: str) -> None:
     family = present(name)
     pipe = family.make()
     policy = Watching()
-    put_around(pipe, "watching", find_targets(pipe), lambda _: policy)
+    put_around(find_targets(pipe), "watching", lambda _: policy)
     given: list[torch.Tensor] = []
     step = pipe.scheduler.step
 
@@ -687,7 +687,7 @@ class Looking:
 def test_branches_that_change_places_give_the_same(family: Family) -> None:
     """On a fixed path through the latents the prompt's calls return the same, whichever branch the prompt is on."""
     pipe = family.make(scheduler=FixedPath())
-    put_around(pipe, "laid down", find_targets(pipe), lambda _: Laid())
+    put_around(find_targets(pipe), "laid down", lambda _: Laid())
     seen = []
     for swap in (False, True):
         looking = Looking()

@@ -193,22 +193,20 @@ def test_all_denoisers_are_found_by_name() -> None:
 
 def test_component_of_a_denoiser_s_class_is_one_under_any_name() -> None:
     parts = {"refiner": Model(), "transformer": Model(), "vae": Other()}
-    assert [each.name for each in find_targets(pipe(**parts))] == ["transformer", "refiner"]
+    assert find_targets(pipe(**parts)).names == ["transformer", "refiner"]
     with apply_adaptive_cache(parts["transformer"]):
-        assert [each.name for each in find_targets(pipe(**parts))] == ["transformer", "refiner"]
+        assert find_targets(pipe(**parts)).names == ["transformer", "refiner"]
     with apply_adaptive_cache(parts["refiner"]):
-        assert [each.name for each in find_targets(pipe(**parts))] == ["transformer", "refiner"]
+        assert find_targets(pipe(**parts)).names == ["transformer", "refiner"]
 
 
 def test_module_under_two_names_is_found_once() -> None:
     model = Model()
-    assert [each.name for each in find_targets(pipe(transformer=model, transformer_2=model, another=model))] == [
-        "transformer"
-    ]
+    assert find_targets(pipe(transformer=model, transformer_2=model, another=model)).names == ["transformer"]
 
 
 def test_component_that_was_left_out_is_none() -> None:
-    assert [each.name for each in find_targets(pipe(transformer=None, transformer_2=Model()))] == ["transformer_2"]
+    assert find_targets(pipe(transformer=None, transformer_2=Model())).names == ["transformer_2"]
 
 
 def test_experts_take_over_and_others_run_beside() -> None:

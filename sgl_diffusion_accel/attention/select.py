@@ -18,7 +18,7 @@ from sgl_diffusion_accel.attention.usable import BackendStatus, BackendTable, mo
 from sgl_diffusion_accel.attention.verify import check_output
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, MissingPackageError, UnsupportedModelError
 from sgl_diffusion_accel.patch import patches_of
-from sgl_diffusion_accel.targets import Pipe, Target, components_of, find_targets, refuse_data_parallel, unwrap
+from sgl_diffusion_accel.targets import Pipe, Target, Targets, components_of, find_targets, refuse_data_parallel, unwrap
 from sgl_diffusion_accel.validate import check_names, names_checked
 
 logger = logging.getLogger(__name__)
@@ -92,9 +92,9 @@ def set_attention_backend(
         plans.append((target, redirect, choice))
     patch = AttentionPatch(config)
     steps = Steps(config.skip_first_steps, config.skip_last_steps)
-    targets = [target for target, *_ in plans]
+    targets = Targets(pipe, [target for target, *_ in plans])
     _tell_of_replaced(targets)
-    with patch.applying(pipe, targets):
+    with patch.applying(targets):
         for target, redirect, choice in plans:
             sites = chosen_sites(target, layers)  # as they are without the patch that was replaced
             name = AUTO if redirect.backend is None else redirect.backend.name
@@ -143,7 +143,7 @@ def _named(
         if not wanted:
             raise ConfigError("backend is an empty mapping. Type: {'transformer': 'sdpa'}, or a single name.")
     elif isinstance(backend, str):
-        chosen = [each.name for each in find_targets(pipe)] if components is None else strings("components", components)
+        chosen = find_targets(pipe).names if components is None else strings("components", components)
         wanted = dict.fromkeys(chosen, backend)
     else:
         raise ConfigTypeError(
@@ -153,7 +153,7 @@ def _named(
     for name in wanted:
         refuse_data_parallel(name, known[name])
     if "transformer" in wanted:
-        wanted = {each.name: wanted["transformer"] for each in find_targets(pipe)} | wanted
+        wanted = dict.fromkeys(find_targets(pipe).names, wanted["transformer"]) | wanted
     for name in wanted.values():
         if not isinstance(name, str):
             raise ConfigTypeError(f"a backend is named by a string, not by a {type(name).__name__}.")

@@ -94,4 +94,4 @@ def apply_adaptive_cache(
         return GapControl(gaps, response[-1], switch=switch, passing=passing_influence(response))
 
     title = f"adaptive cache (tolerance {gaps.tolerance:g})"
-    return put_around(pipe, title, targets_of_cache(pipe), policy, config)
+    return put_around(targets_of_cache(pipe), title, policy, config)

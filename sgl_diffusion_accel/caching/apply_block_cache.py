@@ -78,7 +78,7 @@ def apply_block_cache(
         target.name: Parts(divide(target.module, first, last), policy, predictor, signal, spacing) for target in targets
     }
     name = type(policy).__name__ if isinstance(policy, Policy) else getattr(policy, "__name__", "policy")
-    return put_on_blocks(pipe, f"block cache ({name}, F{first}B{last}, {predictor})", targets, parts, policy)
+    return put_on_blocks(targets, f"block cache ({name}, F{first}B{last}, {predictor})", parts, policy)
 
 
 def _check_policy(policy: object) -> None:

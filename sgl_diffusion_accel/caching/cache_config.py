@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.targets import Target
+from sgl_diffusion_accel.targets import Targets
 from sgl_diffusion_accel.validate import FrozenSettings, check_names, of_type
 
 _Self = TypeVar("_Self", bound="CacheConfig")
@@ -95,11 +95,10 @@ class CacheConfig:
         secondary: Mapping[str, Any] | None = getattr(self, "secondary", None)
         return self.changed(**{**(secondary or {} if name == SECOND else {}), "secondary": None})
 
-    def check_targets(self, pipe: object, targets: tuple[Target, ...]) -> None:
+    def check_targets(self, targets: Targets) -> None:
         """Raises ConfigError where there are settings for a transformer that a pipeline does not have."""
         secondary: Mapping[str, Any] | None = getattr(self, "secondary", None)
-        if secondary and SECOND not in [target.name for target in targets]:
+        if secondary and SECOND not in targets.names:
             raise ConfigError(
-                f"secondary={dict(secondary)!r} is for {SECOND}, and {type(pipe).__name__} has none. "
-                "Leave secondary out."
+                f"secondary={dict(secondary)!r} is for {SECOND}, and {targets.pipeline} has none. Leave secondary out."
             )

@@ -15,7 +15,7 @@ from sgl_diffusion_accel.caching.parts.stats import RunStats, Stats
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.session import Session
 from sgl_diffusion_accel.patch import Patch, patches_of
-from sgl_diffusion_accel.targets import Target, find_targets
+from sgl_diffusion_accel.targets import Target, Targets, find_targets
 
 KIND = "cache"
 
@@ -83,48 +83,42 @@ class CachePatch(Patch):
         return report.html(self.title, self.notice, self._session.stats)
 
 
-def put_on_blocks(
-    pipe: object, title: str, targets: Sequence[Target], parts: Mapping[str, Parts], config: object = None
-) -> CachePatch:
+def put_on_blocks(targets: Targets, title: str, parts: Mapping[str, Parts], config: object = None) -> CachePatch:
     """Puts a cache on the blocks of transformers; one that is there already is taken off first.
 
     Args:
-        pipe: The pipeline that they are of.
-        title: What the cache is, in a line.
         targets: The transformers.
+        title: What the cache is, in a line.
         parts: Their names to what the cache is made of; a component without parts is left alone.
         config: The settings that it was made from.
     """
     patch = CachePatch(title, config)
     _tell_of_replaced(targets)
-    with patch.applying(pipe, targets):
+    with patch.applying(targets):
         for target in targets:
             if target.name in parts:
                 patch.attach(target, parts[target.name])
     return patch
 
 
-def put_around(
-    pipe: object, title: str, targets: Sequence[Target], policy: MakeCallPolicy, config: object = None
-) -> CachePatch:
+def put_around(targets: Targets, title: str, policy: MakeCallPolicy, config: object = None) -> CachePatch:
     """Puts a cache of whole calls around transformers; a cache that is there already is taken off first.
 
     Args:
-        pipe: The pipeline that they are of.
-        title: What the cache is, in a line.
         targets: The transformers.
+        title: What the cache is, in a line.
         policy: Makes what decides the steps of a run.
         config: The settings that it was made from.
     """
     patch = CachePatch(title, config)
     _tell_of_replaced(targets)
-    with patch.applying(pipe, targets):
+    with patch.applying(targets):
         for target in targets:
             patch.attach_whole(target, policy)
     return patch
 
 
-def targets_of_cache(pipe: object) -> tuple[Target, ...]:
+def targets_of_cache(pipe: object) -> Targets:
     """The transformers of a pipeline that is to be cached.
 
     Raises:

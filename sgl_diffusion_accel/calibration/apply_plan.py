@@ -86,7 +86,7 @@ def apply_cache_plan(
         design = config.design(plan, timesteps, response)
         return PlanPolicy(design, _moments(plan, timesteps, response.tobytes()), config.guard)
 
-    return put_around(pipe, f"cache plan ({config.budget})", targets, policy, config)
+    return put_around(targets, f"cache plan ({config.budget})", policy, config)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class BlockRecording:
                 signal=self._signal(target, use_ret_steps) if signals else None,
                 recorder=recorder,
             )
-        self._patch = put_on_blocks(pipe, "recording", self.targets, parts)
+        self._patch = put_on_blocks(self.targets, "recording", parts)
 
     def _signal(self, target: Target, use_ret_steps: bool | None) -> Signal:
         self.retained[target.name] = retains = uses_ret_steps(target.module, use_ret_steps)

@@ -65,7 +65,7 @@ def gaps(pipe: Any, tolerance: float = 10.0) -> CachePatch:
         return GapPolicy(pace, ThresholdPolicy(math.inf, max_warmup_steps=2))
 
     parts = {each.name: replace(parts_of(each.module, config), policy=policy) for each in targets}
-    return put_on_blocks(pipe, "gap control, loosened", targets, parts)
+    return put_on_blocks(targets, "gap control, loosened", parts)
 
 
 def static(pipe: Any) -> CachePatch:
@@ -112,7 +112,7 @@ def adaptive(pipe: Any, tolerance: float = 10.0) -> CachePatch:
         # An estimate to begin with: else three steps go by before a gap, which is all that an expert of Wan2.2 has.
         return GapControl(settings, np.asarray(final), response is not None, _curvature=1.0)
 
-    return put_around(pipe, "adaptive cache, loosened", find_targets(pipe), policy)
+    return put_around(find_targets(pipe), "adaptive cache, loosened", policy)
 
 
 @functools.cache

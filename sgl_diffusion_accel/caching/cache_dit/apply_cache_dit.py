@@ -73,12 +73,12 @@ def apply_cache_dit(
     """
     config = CacheDiTConfig.of(config, settings)
     targets = targets_of_cache(pipe)
-    config.check_targets(pipe, targets)
+    config.check_targets(targets)
     parts = {target.name: parts_of(target.module, config.for_component(target.name)) for target in targets}
     if not config.enabled:
         logger.warning("apply_cache_dit: the config says enabled=False; nothing is cached.")
         parts = {}
-    return put_on_blocks(pipe, _title(config), targets, parts, config)
+    return put_on_blocks(targets, _title(config), parts, config)
 
 
 def parts_of(transformer: nn.Module, config: CacheDiTConfig) -> Parts:

@@ -55,9 +55,9 @@ def apply_magcache(
     """
     config = MagCacheConfig.of(config, settings)
     targets = targets_of_cache(pipe)
-    ratios = config.ratios([target.name for target in targets])
+    ratios = config.ratios(targets.names)
     parts = {target.name: _parts(target, config, ratios) for target in targets}
-    return put_on_blocks(pipe, _title(config, ratios), targets, parts, config)
+    return put_on_blocks(targets, _title(config, ratios), parts, config)
 
 
 def _title(config: MagCacheConfig, ratios: MagnitudeRatios) -> str:

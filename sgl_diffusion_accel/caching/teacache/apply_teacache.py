@@ -63,14 +63,14 @@ def apply_teacache(
     """
     config = TeaCacheConfig.of(config, settings)
     targets = targets_of_cache(pipe)
-    config.check_targets(pipe, targets)
+    config.check_targets(targets)
     planned = {target.name: _plan(target, config.for_component(target.name)) for target in targets}
     for name, (_, said) in planned.items():
         logger.info("TeaCache on %s: %s", name, said)
     words = {said for _, said in planned.values()}
     title = words.pop() if len(words) == 1 else "; ".join(f"{name}: {said}" for name, (_, said) in planned.items())
     parts = {name: found for name, (found, _) in planned.items()}
-    return put_on_blocks(pipe, f"TeaCache ({title})", targets, parts, config)
+    return put_on_blocks(targets, f"TeaCache ({title})", parts, config)
 
 
 def _plan(target: Target, config: TeaCacheConfig) -> tuple[Parts, str]:
