@@ -27,8 +27,8 @@ from rich.progress import Progress
 from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
 from miniatures.pipelines import SCHEDULERS
 from sgl_diffusion_accel import environment
-from sgl_diffusion_accel.comparing.metrics import mean_psnr
-from sgl_diffusion_accel.comparing.work import BlockWork
+from sgl_diffusion_accel.comparing.measures.block_work import BlockWork
+from sgl_diffusion_accel.comparing.measures.metrics import mean_psnr
 
 from . import pareto
 from .contenders import UNPATCHED, Contender, calibration, contenders, teacache_fits
@@ -36,8 +36,8 @@ from .metrics import Frames, computed_steps, psnr, ssim
 from .table import name_of
 
 RESULTS = Path(__file__).parent / "results"
-_CAPTION_SEED = 77
-_NOISE_SEED = 1000
+CAPTION_SEED = 77
+NOISE_SEED = 1000
 _SIZE = (16, 16)
 _PAIRED = 8
 """Runs that are timed against one unpatched run; then comes the next one, so that a change of load does little harm."""
@@ -134,22 +134,22 @@ def measure(setting: Setting, count: int, only: str = "") -> dict[str, Any]:
     samples: dict[Contender, list[Sample]] = {one: [] for one in chosen}
     with Progress() as progress:
         task = progress.add_task(model, total=count * len(chosen))
-        for index, caption in enumerate(captions(model, count, _CAPTION_SEED)):
-            call = {"caption": caption, "seed": _NOISE_SEED + index}
+        for index, caption in enumerate(captions(model, count, CAPTION_SEED)):
+            call = {"caption": caption, "seed": NOISE_SEED + index}
             for turn, one in enumerate(chosen):
                 if turn % _PAIRED == 0:
                     reference = run(setting, Contender(UNPATCHED, "reference"), call)
                 samples[one].append(compare(run(setting, one, call), reference, steps))
                 progress.advance(task)
     names = " ".join(one.name for one in chosen)
-    example: dict[str, Any] = call_kwargs(model, captions(model, 1, _CAPTION_SEED)[0], size=setting.size)
+    example: dict[str, Any] = call_kwargs(model, captions(model, 1, CAPTION_SEED)[0], size=setting.size)
     return {
         "model": model,
         "pipeline": type(load_miniature(model)).__name__,
         "steps": steps,
         "scheduler": scheduler,
         "size": list(setting.size),
-        "captions": captions(model, count, _CAPTION_SEED),
+        "captions": captions(model, count, CAPTION_SEED),
         "guidance": example.get("guidance_scale", example.get("true_cfg_scale", 1.0)),
         "latents": list(example["latents"].shape),
         "dtype": str(example["latents"].dtype).removeprefix("torch."),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sgl_diffusion_accel.comparing.metrics import psnr_at
+from sgl_diffusion_accel.comparing.measures.metrics import psnr_at
 
 from . import pareto, summary
 from .gpu import docs

@@ -24,7 +24,7 @@ from benchmarks.settings import (
 from benchmarks.summary import best, kind_of
 from benchmarks.summary import table as summary_table
 from benchmarks.table import chapter, fewer_steps_psnr, profiling
-from sgl_diffusion_accel.comparing.work import BlockWork
+from sgl_diffusion_accel.comparing.measures.block_work import BlockWork
 
 
 def frames(value: float) -> np.ndarray:

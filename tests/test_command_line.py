@@ -171,6 +171,12 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: Any) -> None:
     assert "usage: python -m sgl_diffusion_accel" in capsys.readouterr().err
 
 
+def test_unknown_command_is_told_with_the_nearest_one(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["perfdiff", "one.json"])
+    assert "unknown command 'perfdiff'. Did you mean 'perf-diff'? Known: info, perf-diff." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:

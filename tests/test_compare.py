@@ -64,7 +64,7 @@ def test_the_step_maps_are_those_of_every_branch_and_of_both_experts():
 
 
 def test_the_output_of_a_variant_is_that_of_a_run_by_hand():
-    from sgl_diffusion_accel.comparing.metrics import psnr
+    from sgl_diffusion_accel.comparing.measures.metrics import psnr
 
     family = present("wan")
     pipe, calls = some("wan")
@@ -138,7 +138,7 @@ def test_fewer_steps_as_wished_also_without_variants():
     pipe, calls = some("wan")
     report = compare(pipe, {}, calls, fewer_steps=[4, 2], warmup=0)
     assert [(row.name, row.compute_ratio) for row in report.rows] == [("4 steps", 1.5), ("2 steps", 3.0)]
-    from sgl_diffusion_accel.comparing.metrics import psnr
+    from sgl_diffusion_accel.comparing.measures.metrics import psnr
 
     plain, short = family.run(pipe, steps=STEPS), family.run(pipe, steps=2)
     expected = psnr(short[:, None], plain[:, None], float(plain.max() - plain.min()))

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from sgl_diffusion_accel import ComparisonReport, ConfigError, MissingPackageError
-from sgl_diffusion_accel.comparing import pictures, plots, tables
-from sgl_diffusion_accel.comparing.outputs import Media
-from sgl_diffusion_accel.comparing.report import Baseline, Row, Sample, Spread
-from sgl_diffusion_accel.comparing.shots import Gallery
+from sgl_diffusion_accel.comparing import comparison_tables, cost_plots, picture_sheet
+from sgl_diffusion_accel.comparing.comparison_data import Baseline, Row, Sample
+from sgl_diffusion_accel.comparing.measures.read_output import Media
+from sgl_diffusion_accel.comparing.picture_gallery import Gallery
+from sgl_diffusion_accel.reporting.figure_style import COMPUTED, SKIPPED
+from sgl_diffusion_accel.reporting.spread import Spread
 
 MAPS = {"cond": (True, False, True, False), "uncond": (True, False, False, False)}
 
@@ -24,8 +26,9 @@ def row(name, psnr, ratio=2.0, fewer=False, at_cost=None, maps=MAPS, **more):
     common = {"ssim": 0.98, "lpips": None, "sharpness": 0.97, "motion": None}
     common.update(more)
     sample = Sample(
-        0, 2.0, 2.0, 1 / ratio if ratio else None, None, psnr, non_finite=0.0, maps={} if fewer else maps, **common
-    )
+        call=0, seconds=2.0, speedup=2.0, share=1 / ratio if ratio else None, peak_memory_mib=None, psnr=psnr,
+        non_finite=0.0, maps={} if fewer else maps, **common,
+    )  # fmt: skip
     return Row(
         name, fewer, 2.0, Spread(2.0, 1.9, 2.1), 2.0, ratio, None, psnr, psnr, fewer_steps_psnr=at_cost,
         samples=(sample, sample), **common,
@@ -228,8 +231,8 @@ def test_pictures_side_by_side_with_their_differences(tmp_path, kind, frames):
 
 
 def test_the_magnification_brings_differences_out_and_none_is_cut_off():
-    assert pictures.magnification(gallery()) == 50  # 0.02 at most
-    assert pictures.magnification(Gallery()) == 1
+    assert picture_sheet.magnification(gallery()) == 50  # 0.02 at most
+    assert picture_sheet.magnification(Gallery()) == 1
 
 
 def test_the_gallery_keeps_little_of_large_and_long_outputs():
@@ -250,12 +253,12 @@ def test_a_loaded_report_has_no_pictures_and_says_so(tmp_path):
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     for draw in (report().plot, report().plot_steps, report().plot_pictures):
-        with pytest.raises(MissingPackageError, match=r"sgl-diffusion-accel\[compare\]"):
+        with pytest.raises(MissingPackageError, match=r"sgl-diffusion-accel\[plots\]"):
             draw()
 
 
 def test_without_matplotlib_a_notebook_shows_the_table(monkeypatch):
-    monkeypatch.setattr(tables, "find_spec", lambda name: None)
+    monkeypatch.setattr(comparison_tables, "find_spec", lambda name: None)
     assert "<img" not in report()._repr_html_()
     assert "<table" in report()._repr_html_()
 
@@ -277,5 +280,5 @@ def test_colours_differ_in_lightness_from_the_ground_for_all_eyes():
         red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    assert max(map(luminance, plots.COLOURS)) < 0.75
-    assert luminance(plots.SKIPPED) - luminance(plots.COMPUTED) > 0.4
+    assert max(map(luminance, cost_plots.COLOURS)) < 0.75
+    assert luminance(SKIPPED) - luminance(COMPUTED) > 0.4

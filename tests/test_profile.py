@@ -32,7 +32,7 @@ from sgl_diffusion_accel import (
     set_attention_backend,
 )
 from sgl_diffusion_accel.intercept import slot_of
-from sgl_diffusion_accel.profiling.trace import is_recording
+from sgl_diffusion_accel.profiling.recording.torch_trace import is_recording
 from zoo import FAMILIES, Family
 
 TRACED = ("wan", "qwen", "flux", "wan22")

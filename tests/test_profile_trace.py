@@ -16,7 +16,7 @@ import torch
 from invariants import CACHES, families
 from invariants.families import present
 from sgl_diffusion_accel import ConfigError, profile
-from sgl_diffusion_accel.profiling.trace import TorchEmitter, new_file
+from sgl_diffusion_accel.profiling.recording.torch_trace import TorchEmitter, new_file
 from zoo import Family
 
 CACHED = CACHES["reuse"]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import statistics
 import tempfile
 import threading
 import time
@@ -155,7 +156,7 @@ def median_ms(run: Callable[[], Tensor], device: torch.device) -> float:
             taken.append((time.perf_counter() - start_s) * 1e3)
         if time.perf_counter() - begun > _ENOUGH_S and len(taken) > 1:
             break
-    return sorted(taken)[len(taken) // 2]
+    return statistics.median(taken)
 
 
 def _label(facts: AttentionFacts, sides: tuple[Tensor, Tensor, Tensor]) -> str:

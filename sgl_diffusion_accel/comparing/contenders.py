@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgl_diffusion_accel.caching.foreign import has_foreign_cache
-from sgl_diffusion_accel.comparing.calls import Call
+from sgl_diffusion_accel.calls import Call
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, VariantError
 from sgl_diffusion_accel.patch import remove
 from sgl_diffusion_accel.targets import find_transformers, unwrap

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from sgl_diffusion_accel.comparing.calls import Call
-from sgl_diffusion_accel.comparing.computed import Computed, Maps
+from sgl_diffusion_accel.calls import Call
 from sgl_diffusion_accel.comparing.contenders import UNPATCHED, Contender, applied, fewer_steps_contenders
-from sgl_diffusion_accel.comparing.outputs import Decode, Media, read_output
+from sgl_diffusion_accel.comparing.measures.computed_share import Computed, Maps
+from sgl_diffusion_accel.comparing.measures.read_output import Decode, Media, read_output
 
 logger = logging.getLogger(__name__)
 

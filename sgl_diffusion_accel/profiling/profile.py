@@ -14,14 +14,12 @@ from sgl_diffusion_accel.environment import package_versions
 from sgl_diffusion_accel.errors import AccelError, ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.intercept import CALL
 from sgl_diffusion_accel.loop.runs import Runs
-from sgl_diffusion_accel.profiling import stages
-from sgl_diffusion_accel.profiling.attachments import Attachments, is_compiled, is_profiled
-from sgl_diffusion_accel.profiling.build import build
-from sgl_diffusion_accel.profiling.machine import PACKAGES
-from sgl_diffusion_accel.profiling.memory import reset_peak
-from sgl_diffusion_accel.profiling.nvtx import NvtxEmitter
-from sgl_diffusion_accel.profiling.perf_json import write_perf
-from sgl_diffusion_accel.profiling.probes import (
+from sgl_diffusion_accel.profiling.profile_settings import ProfileSettings
+from sgl_diffusion_accel.profiling.recording import stages
+from sgl_diffusion_accel.profiling.recording.attachments import Attachments, is_compiled, is_profiled
+from sgl_diffusion_accel.profiling.recording.memory import reset_peak
+from sgl_diffusion_accel.profiling.recording.nvtx import NvtxEmitter
+from sgl_diffusion_accel.profiling.recording.probes import (
     BlockMarks,
     ControlProbe,
     PipelineProbe,
@@ -29,11 +27,13 @@ from sgl_diffusion_accel.profiling.probes import (
     StageProbe,
     TransformerProbe,
 )
-from sgl_diffusion_accel.profiling.recorder import NOT_SEEN, Call, Recorder
-from sgl_diffusion_accel.profiling.report import CallReport, ProfileReport
-from sgl_diffusion_accel.profiling.settings import ProfileSettings
-from sgl_diffusion_accel.profiling.trace import TorchEmitter, is_recording
-from sgl_diffusion_accel.profiling.window import Emitter, Window
+from sgl_diffusion_accel.profiling.recording.recorder import NOT_SEEN, Call, Recorder
+from sgl_diffusion_accel.profiling.recording.torch_trace import TorchEmitter, is_recording
+from sgl_diffusion_accel.profiling.recording.trace_window import Emitter, Window
+from sgl_diffusion_accel.profiling.results.build_timings import build
+from sgl_diffusion_accel.profiling.results.perf_json import write_perf
+from sgl_diffusion_accel.profiling.results.profile_report import ProfileReport
+from sgl_diffusion_accel.profiling.results.timings import CallReport
 from sgl_diffusion_accel.targets import find_transformers, is_in_compiled_wrapper, unwrap
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Profile:
                 self._built[index] = build(call, self._window_remarks(call))
         built = tuple(self._built[index] for index in sorted(self._built))
         failures = tuple(f"the profiler failed: {each.failure}" for each in self._windows if each.failure)
-        return ProfileReport(built, package_versions(PACKAGES), self._traces, (*self._remarks, *failures))
+        return ProfileReport(built, package_versions(), self._traces, (*self._remarks, *failures))
 
     @property
     def trace_paths(self) -> tuple[Path, ...]:
@@ -154,7 +154,7 @@ class Profile:
             OSError: The file cannot be written.
         """
         report = self.report
-        return write_perf(report, report._call(call), Path(path), tag)
+        return write_perf(report, report.call(call), Path(path), tag)
 
     def __enter__(self) -> Profile:
         if self._was_used:

@@ -1,10 +1,8 @@
-"""The command `bench`, and the committed benchmark found again by `compare`."""
+"""`benchmarks.bench`, and the committed benchmark found again by `compare`."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +11,8 @@ import pytest
 import torch
 
 import miniatures
-from sgl_diffusion_accel import ComparisonReport, ConfigError, apply_cache_dit
-from sgl_diffusion_accel.__main__ import main
-from sgl_diffusion_accel.comparing import bench
+from benchmarks import bench
+from sgl_diffusion_accel import ComparisonReport, apply_cache_dit
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -26,12 +23,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def parse(*arguments):
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(arguments)
 
 
 VARIANTS = {
@@ -47,7 +38,7 @@ def test_compare_finds_the_figures_of_the_committed_benchmark(model):
     committed = json.loads((RESULTS / f"{model}.json").read_text())
     if committed["environment"]["packages"]["diffusers"] != diffusers.__version__:
         pytest.skip("the committed benchmark is of another diffusers")
-    report = bench.compare_miniature(miniatures, model, 50, 1, VARIANTS, fewer_steps=[20], warmup=0)
+    report = bench.compare_miniature(model, 50, 1, VARIANTS, fewer_steps=[20], warmup=0)
     assert list(report.calls) == committed["captions"][:1]
     rows = {row["name"]: row["samples"][0] for row in committed["rows"] if row["family"] != "cache-dit"}
     for row in report.rows:
@@ -62,7 +53,7 @@ def test_compare_finds_the_figures_of_the_committed_benchmark(model):
 def test_bench_shows_a_table_and_writes_numbers_and_pictures(tmp_path, capsys):
     numbers, folder = tmp_path / "deep" / "qwen.json", tmp_path / "pictures"
     given = ("--model", "qwen", "--steps", "8", "--captions", "1", "--json", str(numbers), "--plot", str(folder))
-    assert main(["bench", *given]) == 0
+    bench.main(given)
     printed = capsys.readouterr().out
     assert printed.startswith("QwenImagePipeline, 8 steps, 1 call")
     assert all(name in printed for name in bench.VARIANTS)
@@ -71,16 +62,6 @@ def test_bench_shows_a_table_and_writes_numbers_and_pictures(tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir()) == [
         "qwen_pareto.png", "qwen_pictures.png", "qwen_steps.png",
     ]  # fmt: skip
-
-
-def test_bench_says_what_to_do_without_the_miniatures(monkeypatch):
-    monkeypatch.setitem(sys.modules, "miniatures", None)
-    with pytest.raises(ConfigError, match="In the root of a clone, type:"):
-        bench.run(parse())
-
-
-def test_models_are_those_that_there_are():
-    assert bench.MODELS == miniatures.NAMES
 
 
 def test_the_example_compares_its_variants():

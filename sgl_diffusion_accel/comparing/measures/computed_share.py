@@ -8,7 +8,7 @@ from typing import Any
 
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.parts.stats import RunStats
-from sgl_diffusion_accel.comparing.work import BlockWork, is_compiled
+from sgl_diffusion_accel.comparing.measures.block_work import BlockWork, is_compiled
 from sgl_diffusion_accel.patch import patches_on
 from sgl_diffusion_accel.targets import find_transformers, unwrap
 

@@ -16,8 +16,8 @@ from sgl_diffusion_accel.loop.locate import locate
 from sgl_diffusion_accel.loop.places import LoopCall
 from sgl_diffusion_accel.loop.runs import Run, Runs
 from sgl_diffusion_accel.patch import patches_of
-from sgl_diffusion_accel.profiling import stages
-from sgl_diffusion_accel.profiling.recorder import Range, Recorder
+from sgl_diffusion_accel.profiling.recording import stages
+from sgl_diffusion_accel.profiling.recording.recorder import Range, Recorder
 from sgl_diffusion_accel.targets import unwrap
 
 
