@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import time
-import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +31,8 @@ from . import pareto
 from .contenders import UNPATCHED, Contender, calibration, contenders, teacache_fits
 from .metrics import Frames, computed_steps, psnr, ssim
 from .table import name_of
+from .turns import RESULTS, be_quiet
 
-RESULTS = Path(__file__).parent / "results"
 CAPTION_SEED = 77
 NOISE_SEED = 1000
 _SIZE = (16, 16)
@@ -103,9 +100,7 @@ def main() -> None:
     parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="unipc is for wan alone")
     parser.add_argument("--size", type=int, nargs=2, default=_SIZE, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     given = parser.parse_args()
-    torch.set_num_threads(1)  # the miniatures are fastest so
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    be_quiet()
     RESULTS.mkdir(exist_ok=True)
     for model in given.models:
         setting = Setting(model, given.steps, given.scheduler, (given.size[0], given.size[1]))
@@ -169,11 +164,12 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     for key in ("pipeline", "steps", "captions", "guidance", "latents", "dtype"):
         if old[key] != new[key]:
             raise ValueError(f"{key} differs: {old[key]} in the file, {new[key]} measured. Measure all rows again.")
+    there, here = old["environment"], new["environment"]
+    here = here | {"packages": {name: here["packages"].get(name) for name in there["packages"]}}
     for key in ("packages", "cpu", "threads"):
-        if old["environment"][key] != new["environment"][key]:
+        if there[key] != here[key]:
             raise ValueError(
-                f"{key} differs: the file has {old['environment'][key]}, this machine {new['environment'][key]}. "
-                "Measure all rows again."
+                f"{key} differs: the file has {there[key]}, this machine {here[key]}. Measure all rows again."
             )
     measured = {(row["family"], row["name"]): row for row in new["rows"] if row["family"] != UNPATCHED}
     kept = [measured.pop((row["family"], row["name"]), row) for row in old["rows"]]

@@ -9,10 +9,11 @@ import torch
 
 from benchmarks.gpu import docs
 from benchmarks.gpu.models import MODELS, Place, build
-from benchmarks.host_cost import LAYOUTS, RESULT, Side, measure
+from benchmarks.host_cost import LAYOUTS, Side, measure
 from benchmarks.markers import insert
 from benchmarks.peers import cache_dit
 from benchmarks.table import host_cost, host_line
+from benchmarks.turns import RESULTS
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
@@ -34,7 +35,7 @@ def test_all_blocks_run_where_nothing_is_skipped() -> None:
 
 
 def test_table_and_sentence_hold_both_sides() -> None:
-    result = json.loads(RESULT.read_text())
+    result = json.loads((RESULTS / "host_cost.json").read_text())
     text, line = host_cost(result), host_line(result)
     for row in result["rows"]:
         for name, side in row["sides"].items():
@@ -45,5 +46,5 @@ def test_table_and_sentence_hold_both_sides() -> None:
 
 def test_the_readme_shows_the_committed_figures() -> None:
     text = (docs.ROOT / "README.md").read_text()
-    line = host_line(json.loads(RESULT.read_text()))
+    line = host_line(json.loads((RESULTS / "host_cost.json").read_text()))
     assert text == insert(text, line, "host cost"), "run python -m benchmarks.table"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.overhead import make_pipeline
+from benchmarks.overhead import make_pipeline, wan_call
 from invariants import CACHES
 from invariants.families import present
 from sgl_diffusion_accel import ConfigError, MissingPackageError, ProfileReport, profile
@@ -62,17 +62,7 @@ def test_parts_add_up_to_the_wall_time_at_real_width() -> None:
     """The report's total is what the caller sees, and what belongs to no part is small."""
     torch.set_num_threads(1)
     pipe = make_pipeline(2)
-    generator = torch.Generator().manual_seed(0)
-    given: dict[str, Any] = {
-        "prompt_embeds": torch.randn(1, 16, 512, generator=generator),
-        "latents": torch.randn(1, 16, 1, 32, 32, generator=generator),
-        "num_inference_steps": 3,
-        "height": 256,
-        "width": 256,
-        "num_frames": 1,
-        "guidance_scale": 1.0,
-        "output_type": "latent",
-    }
+    given = wan_call(3)
     pipe(**given)
     with profile(pipe, trace=False) as prof:
         begin = time.perf_counter()

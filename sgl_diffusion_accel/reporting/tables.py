@@ -52,6 +52,7 @@ class Table:
     def to_markdown(self) -> str:
         """In Markdown. A bar in a cell is escaped, so that it does not end the cell."""
         drawn = ["| " + " | ".join(map(_markdown, row)) + " |" for row in self._all]
+        drawn[0] = drawn[0].replace("|  |", "| |")
         drawn.insert(1, "".join("|---" if index in self.words else "|--:" for index in range(len(self.head))) + "|")
         return "\n".join(drawn)
 
