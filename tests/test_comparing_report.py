@@ -107,23 +107,17 @@ def test_markdown_is_one_table_in_which_winners_are_bold():
     assert "| 2.00× (1.90–2.10) |" in table[3]
 
 
-def test_a_name_with_a_bar_does_not_break_the_table():
-    text = report((row("a|b", 40.0),)).to_markdown()
-    assert "| a\\|b |" in text
-
-
-def test_a_name_of_several_lines_is_one_row():
-    shown = report((row("two\n lines", 45.0), row("other", 40.0)))
+def test_a_name_with_a_bar_or_of_several_lines_is_one_row():
+    shown = report((row("two\n lines", 45.0), row("a|b", 40.0)))
     assert "| two lines |" in shown.to_markdown()
+    assert "| a\\|b |" in shown.to_markdown()
     assert any(line.startswith("two lines ") for line in str(shown).splitlines())
 
 
 def test_folders_are_made(tmp_path):
     report().save(tmp_path / "a" / "b" / "r.json")
-    report().plot(tmp_path / "c" / "p.png")
     report().plot_steps(tmp_path / "d" / "s.png")
-    report().plot_pictures(tmp_path / "e" / "p.png")
-    assert len(list(tmp_path.rglob("*.*"))) == 4
+    assert len(list(tmp_path.rglob("*.*"))) == 2
 
 
 def test_names_and_prompts_are_no_formulas(tmp_path):
@@ -132,7 +126,6 @@ def test_names_and_prompts_are_no_formulas(tmp_path):
     labels = [text.get_text().strip() for text in shown.plot(tmp_path / "p.png").legends[0].get_texts()]
     assert labels == [*names[:3], "n" * 39 + "…"]
     shown.plot_steps(tmp_path / "s.png")
-    assert "data:image/png" in shown._repr_html_()
 
 
 def test_columns_that_nobody_has_a_value_for_are_left_out():
@@ -220,9 +213,9 @@ def test_without_a_cache_there_are_no_step_maps():
 @pytest.mark.parametrize(("kind", "frames"), [("pixels", 1), ("pixels", 9), ("latents", 2)])
 def test_pictures_side_by_side_with_their_differences(tmp_path, kind, frames):
     shown = report(gallery=gallery(kind, frames, calls=2), calls=("a", "b"))
-    figure = shown.plot_pictures(tmp_path / "p.png")
+    figure = shown.plot_pictures(tmp_path / "p.png" if frames == 1 else None)  # drawing takes seconds
     assert len(figure.axes) == 2 * (4 + 3)
-    assert ink(tmp_path / "p.png")[0] > 0.3
+    assert frames > 1 or ink(tmp_path / "p.png")[0] > 0.3
     images = [axes.images[0].get_array() for axes in figure.axes]
     assert all(image.shape[1] == 32 * min(frames, 3) for image in images)
     note = figure.texts[-1].get_text()
@@ -261,11 +254,6 @@ def test_without_matplotlib_a_notebook_shows_the_table(monkeypatch):
     monkeypatch.setattr(comparison_tables, "find_spec", lambda name: None)
     assert "<img" not in report()._repr_html_()
     assert "<table" in report()._repr_html_()
-
-
-def test_spread_has_quartiles_and_a_single_value_is_all_three():
-    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
 
 def test_a_report_cannot_be_changed():

@@ -61,7 +61,7 @@ MIXED = report((step(0, 40, True), step(1, 60, True, traced=True), step(2, 8, Fa
 def test_parts_add_up_to_the_wall_time_at_real_width() -> None:
     """The report's total is what the caller sees, and what belongs to no part is small."""
     torch.set_num_threads(1)
-    pipe = make_pipeline(2)
+    pipe = make_pipeline(1)
     given = wan_call(3)
     pipe(**given)
     with profile(pipe, trace=False) as prof:

@@ -17,10 +17,11 @@ from sgl_diffusion_accel.loop.runs import Runs
 from sgl_diffusion_accel.profiling.profile_settings import ProfileSettings
 from sgl_diffusion_accel.profiling.recording import stages
 from sgl_diffusion_accel.profiling.recording.attachments import Attachments, is_compiled, is_profiled
+from sgl_diffusion_accel.profiling.recording.block_marks import BlockMarks
 from sgl_diffusion_accel.profiling.recording.memory import reset_peak
 from sgl_diffusion_accel.profiling.recording.nvtx import NvtxEmitter
 from sgl_diffusion_accel.profiling.recording.probes import (
-    BlockMarks,
+    BlockProbe,
     ControlProbe,
     PipelineProbe,
     SchedulerProbe,
@@ -227,7 +228,8 @@ class Profile:
         keys = {self._attachments.put(module, CALL, probe)}
         for name, blocks in lists.items():
             for index, block in enumerate(blocks):
-                keys.add(self._attachments.put(block, CALL, marks.probe(name, index, len(blocks))))
+                is_last = index == len(blocks) - 1
+                keys.add(self._attachments.put(block, CALL, BlockProbe(self._recorder, marks, name, index, is_last)))
         return keys
 
     def _block_lists(self, component: str, module: nn.Module) -> dict[str, tuple[nn.Module, ...]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,22 @@ from sgl_diffusion_accel.loop.places import LoopCall
 from sgl_diffusion_accel.loop.runs import Run, Runs
 from sgl_diffusion_accel.patch import patches_of
 from sgl_diffusion_accel.profiling.recording import stages
+from sgl_diffusion_accel.profiling.recording.block_marks import BlockMarks
 from sgl_diffusion_accel.profiling.recording.recorder import Range, Recorder
 from sgl_diffusion_accel.targets import unwrap
 
 
 class Probe:
-    """A handler that changes nothing, and sees what all others do."""
+    """A handler that changes nothing, and sees what all others do: a range from the beginning to the end of each call.
+
+    Args:
+        recorder: Is told.
+    """
 
     is_watching = True
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begins a call."""
@@ -38,8 +45,9 @@ class Probe:
         """Ends a call that raised."""
         self.end(module, token)
 
-    def end(self, module: Any, token: Any) -> None:
+    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
         """Ends a call, however it went."""
+        self._recorder.pop(token)
 
 
 class PipelineProbe(Probe):
@@ -51,7 +59,7 @@ class PipelineProbe(Probe):
     """
 
     def __init__(self, recorder: Recorder, prepare: Callable[[], None]) -> None:
-        self._recorder = recorder
+        super().__init__(recorder)
         self._prepare = prepare
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # noqa: ARG002
@@ -88,7 +96,7 @@ class StageProbe(Probe):
     """
 
     def __init__(self, recorder: Recorder, pipe: Any, stage: str, label: str) -> None:
-        self._recorder = recorder
+        super().__init__(recorder)
         self._pipe = pipe
         self._stage = stage
         self._label = label
@@ -101,24 +109,13 @@ class StageProbe(Probe):
         name = self._label if recorder.is_inside else f"stage_{stages.sglang_name(self._stage)}"
         return recorder.push("stage", name, stage=self._stage, label=self._label)
 
-    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
-        """Ends it."""
-        self._recorder.pop(token)
-
 
 class SchedulerProbe(Probe):
     """In front of a scheduler's `step`; after the last one the denoising loop is over."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Range | None:  # noqa: ARG002
         """Begins a step of the scheduler, inside a denoising loop alone."""
         return self._recorder.push("scheduler", "scheduler") if self._recorder.loop is not None else None
-
-    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
-        """Ends it."""
-        self._recorder.pop(token)
 
     def leave(self, module: Any, token: Any, output: Any) -> Any:
         """Ends it, and with the last one the loop."""
@@ -138,7 +135,7 @@ class LoopProbe(Probe):
     """
 
     def __init__(self, recorder: Recorder, runs: Runs, watch: Callable[[Any], None]) -> None:
-        self._recorder = recorder
+        super().__init__(recorder)
         self._runs = runs
         self._watch = watch
 
@@ -166,17 +163,6 @@ class ControlProbe(LoopProbe):
         self.locate(module, args, kwargs)
         return self._recorder.push("control", "controlnet")
 
-    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
-        """Ends it."""
-        self._recorder.pop(token)
-
-
-class Blocks(Protocol):
-    """What a transformer's probe tells the probes of its blocks."""
-
-    def close(self) -> None:
-        """The transformer call is over: so is the block list that is under way."""
-
 
 class TransformerProbe(LoopProbe):
     """In front of a transformer: which branch of which step, and what a cache did in it.
@@ -186,15 +172,15 @@ class TransformerProbe(LoopProbe):
         runs: The runs that are under way.
         watch: Called with the scheduler of a new run.
         component: Which transformer, such as `"transformer_2"`.
-        blocks: Of its blocks; None where they are not watched.
+        marks: Of its blocks.
     """
 
     def __init__(
-        self, recorder: Recorder, runs: Runs, watch: Callable[[Any], None], component: str, blocks: Blocks | None
+        self, recorder: Recorder, runs: Runs, watch: Callable[[Any], None], component: str, marks: BlockMarks
     ) -> None:
         super().__init__(recorder, runs, watch)
         self._component = component
-        self._blocks = blocks
+        self._marks = marks
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Range | None:
         """Begins a call."""
@@ -210,7 +196,7 @@ class TransformerProbe(LoopProbe):
         if token is not None and token.facts["branch"] is not None:
             decision = decision_of(module, token.facts["step"], token.facts["branch"])
             token.facts["decision"] = decision
-            self._close()
+            self._marks.close()
             if decision is not None:
                 self._recorder.mark(f"cache: {'compute' if decision.computed else 'skip'} ({decision.reason})")
                 self._recorder.unmark()
@@ -219,63 +205,23 @@ class TransformerProbe(LoopProbe):
 
     def end(self, module: Any, token: Range | None) -> None:  # noqa: ARG002
         """Ends it."""
-        self._close()
+        self._marks.close()
         self._recorder.pop(token)
-
-    def _close(self) -> None:
-        if self._blocks is not None:
-            self._blocks.close()
-
-
-class _UnderWay(threading.local):
-    """The block list that is under way in one thread."""
-
-    name: str | None = None
-
-
-class BlockMarks:
-    """Marks the block lists and blocks of a transformer in traces. They are not timed.
-
-    Args:
-        recorder: Is told.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._under_way = _UnderWay()
-
-    def probe(self, list_name: str, index: int, count: int) -> BlockProbe:
-        """Makes the probe of one block."""
-        return BlockProbe(self, list_name, index, index == count - 1)
-
-    def open(self, list_name: str, index: int) -> bool:
-        """A block begins; outside of a pipeline call nothing does."""
-        if self._recorder.call is None:
-            return False
-        if self._under_way.name != list_name:
-            self.close()
-            self._under_way.name = list_name
-            self._recorder.mark(list_name)
-        self._recorder.mark(f"{list_name}.{index}")
-        return True
-
-    def shut(self, is_last: bool) -> None:
-        """A block ends, and with the last one its list."""
-        self._recorder.unmark()
-        if is_last:
-            self.close()
-
-    def close(self) -> None:
-        """The block list that is under way is over."""
-        if self._under_way.name is not None:
-            self._under_way.name = None
-            self._recorder.unmark()
 
 
 class BlockProbe(Probe):
-    """In front of one block."""
+    """In front of one block.
 
-    def __init__(self, marks: BlockMarks, list_name: str, index: int, is_last: bool) -> None:
+    Args:
+        recorder: Is told.
+        marks: Of its transformer.
+        list_name: Name of its list.
+        index: Its index there.
+        is_last: Whether the list ends with it.
+    """
+
+    def __init__(self, recorder: Recorder, marks: BlockMarks, list_name: str, index: int, is_last: bool) -> None:
+        super().__init__(recorder)
         self._marks = marks
         self._list_name = list_name
         self._index = index
