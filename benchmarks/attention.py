@@ -10,13 +10,10 @@ of a matrix product measured there, and the error against float32. Writes `bench
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +27,8 @@ from sgl_diffusion_accel.attention.redirect import Redirect
 from sgl_diffusion_accel.attention.sites import Scope, find_sites, redirected
 from sgl_diffusion_accel.attention.verify import relative_error
 
-RESULT = Path(__file__).parent / "results" / "attention.json"
+from .turns import parser, quartiles, write
+
 HIDDEN, HEADS, TOKENS = 64, 1, 8
 CALLS = 500
 
@@ -46,9 +44,7 @@ SHAPES = {
 
 def main() -> None:
     """Runs the measurement from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=15)
-    given = parser.parse_args()
+    given = parser(__doc__, pairs=15).parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "environment": environment.describe(),
@@ -60,7 +56,7 @@ def main() -> None:
         device = torch.device("cuda")
         result["peak_tflops"] = matmul_peak(device)
         result["kernels"] = {name: kernels(shape, result["peak_tflops"], device) for name, shape in SHAPES.items()}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write("attention", result)
     print(json.dumps(result, indent=1))
 
 
@@ -106,7 +102,7 @@ def redirection_cost(made: Layer, pairs: int) -> dict[str, dict[str, float]]:
                 layer.processor = processor
                 spent[name].append((_seconds(call if name == "processor" else _scoped(call, redirect)) - base) * 1e6)
                 layer.processor = site.processor
-    return {name: _spread(values) for name, values in {"layer, µs": plain, **_named(spent)}.items()}
+    return {name: quartiles(values) for name, values in {"layer, µs": plain, **_named(spent)}.items()}
 
 
 def _named(spent: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -129,11 +125,6 @@ def _seconds(call: Callable[[], Any]) -> float:
     for _ in range(CALLS):
         call()
     return (time.thread_time() - begin) / CALLS
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    lower, median, upper = statistics.quantiles(values, n=4)
-    return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype = torch.bfloat16, size: int = 8192) -> float:

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import time
-import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,17 +24,17 @@ from rich.progress import Progress
 from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
 from miniatures.pipelines import SCHEDULERS
 from sgl_diffusion_accel import environment
-from sgl_diffusion_accel.comparing.metrics import mean_psnr
-from sgl_diffusion_accel.comparing.work import BlockWork
+from sgl_diffusion_accel.comparing.measures.block_work import BlockWork
+from sgl_diffusion_accel.comparing.measures.metrics import mean_psnr
 
 from . import pareto
 from .contenders import UNPATCHED, Contender, calibration, contenders, teacache_fits
 from .metrics import Frames, computed_steps, psnr, ssim
 from .summary import name_of
+from .turns import RESULTS, be_quiet
 
-RESULTS = Path(__file__).parent / "results"
-_CAPTION_SEED = 77
-_NOISE_SEED = 1000
+CAPTION_SEED = 77
+NOISE_SEED = 1000
 _SIZE = (16, 16)
 _PAIRED = 8
 """Runs that are timed against one unpatched run; then comes the next one, so that a change of load does little harm."""
@@ -103,9 +100,7 @@ def main() -> None:
     parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="unipc is for wan alone")
     parser.add_argument("--size", type=int, nargs=2, default=_SIZE, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     given = parser.parse_args()
-    torch.set_num_threads(1)  # the miniatures are fastest so
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    be_quiet()
     RESULTS.mkdir(exist_ok=True)
     for model in given.models:
         setting = Setting(model, given.steps, given.scheduler, (given.size[0], given.size[1]))
@@ -134,22 +129,22 @@ def measure(setting: Setting, count: int, only: str = "") -> dict[str, Any]:
     samples: dict[Contender, list[Sample]] = {one: [] for one in chosen}
     with Progress() as progress:
         task = progress.add_task(model, total=count * len(chosen))
-        for index, caption in enumerate(captions(model, count, _CAPTION_SEED)):
-            call = {"caption": caption, "seed": _NOISE_SEED + index}
+        for index, caption in enumerate(captions(model, count, CAPTION_SEED)):
+            call = {"caption": caption, "seed": NOISE_SEED + index}
             for turn, one in enumerate(chosen):
                 if turn % _PAIRED == 0:
                     reference = run(setting, Contender(UNPATCHED, "reference"), call)
                 samples[one].append(compare(run(setting, one, call), reference, steps))
                 progress.advance(task)
     names = " ".join(one.name for one in chosen)
-    example: dict[str, Any] = call_kwargs(model, captions(model, 1, _CAPTION_SEED)[0], size=setting.size)
+    example: dict[str, Any] = call_kwargs(model, captions(model, 1, CAPTION_SEED)[0], size=setting.size)
     return {
         "model": model,
         "pipeline": type(load_miniature(model)).__name__,
         "steps": steps,
         "scheduler": scheduler,
         "size": list(setting.size),
-        "captions": captions(model, count, _CAPTION_SEED),
+        "captions": captions(model, count, CAPTION_SEED),
         "guidance": example.get("guidance_scale", example.get("true_cfg_scale", 1.0)),
         "latents": list(example["latents"].shape),
         "dtype": str(example["latents"].dtype).removeprefix("torch."),
@@ -169,11 +164,12 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     for key in ("pipeline", "steps", "captions", "guidance", "latents", "dtype"):
         if old[key] != new[key]:
             raise ValueError(f"{key} differs: {old[key]} in the file, {new[key]} measured. Measure all rows again.")
+    there, here = old["environment"], new["environment"]
+    here = here | {"packages": {name: here["packages"].get(name) for name in there["packages"]}}
     for key in ("packages", "cpu", "threads"):
-        if old["environment"][key] != new["environment"][key]:
+        if there[key] != here[key]:
             raise ValueError(
-                f"{key} differs: the file has {old['environment'][key]}, this machine {new['environment'][key]}. "
-                "Measure all rows again."
+                f"{key} differs: the file has {there[key]}, this machine {here[key]}. Measure all rows again."
             )
     measured = {(row["family"], row["name"]): row for row in new["rows"] if row["family"] != UNPATCHED}
     kept = [measured.pop((row["family"], row["name"]), row) for row in old["rows"]]

@@ -32,7 +32,6 @@ from .settings import (
     PLANNED,
     TOLERANCES,
     MagCacheSetting,
-    Setting,
     TeaCacheSetting,
     dbcache_settings,
     gap_settings,
@@ -82,52 +81,39 @@ def contenders(model: str, steps: int, scheduler: str = "euler") -> list[Contend
     found += [Contender(FEWER, f"{n} steps", steps=n) for n in _SHORTER if n < steps]
     settings = [one for one in dbcache_settings() + preset_settings() if one.fn <= _FIRST_LIST[model]]
     ours = settings + late_settings() + sigma_settings() + gap_settings()
-    found += [Contender(OURS, setting.name, partial(apply_ours, setting=setting)) for setting in ours]
-    for tolerance in TOLERANCES:
-        found.append(Contender(OURS, f"adaptive, tolerance {tolerance:g}", partial(adaptive, tolerance)))
-    for speedup in PLANNED:
-        found.append(Contender(OURS, f"plan, {speedup:g}x", partial(planned, model, steps, scheduler, speedup)))
-    for calls, steps_of, title in _carried_plans(steps, scheduler):
+    apply: dict[str, Any] = {setting.name: partial(apply_cache_dit, **setting.knobs) for setting in ours}
+    apply |= {f"adaptive, tolerance {each:g}": partial(apply_adaptive_cache, tolerance=each) for each in TOLERANCES}
+    plans = [(_FIT_CAPTIONS, steps, scheduler, "plan"), *_carried_plans(steps, scheduler)]
+    for calls, steps_of, scheduler_of, title in plans:
         for speedup in PLANNED:
-            carried = partial(planned, model, steps_of, "euler", speedup, calls=calls)
-            found.append(Contender(OURS, f"{title}, {speedup:g}x", carried))
-    for teacache in teacache_settings(model):
-        found.append(Contender(OURS, teacache.name, partial(apply_fitted_teacache, model, steps, scheduler, teacache)))
-    for magcache in magcache_settings():
-        apply_it = partial(apply_calibrated_magcache, model, steps, scheduler, magcache)
-        found.append(Contender(OURS, magcache.name, apply_it))
+            apply[f"{title}, {speedup:g}x"] = partial(planned, (model, steps_of, scheduler_of, calls), speedup)
+    of = (model, steps, scheduler)
+    apply |= {setting.name: partial(apply_fitted_teacache, of, setting) for setting in teacache_settings(model)}
+    apply |= {setting.name: partial(apply_calibrated_magcache, of, setting) for setting in magcache_settings()}
+    found += [Contender(OURS, name, apply_it) for name, apply_it in apply.items()]
     if cache_dit.installed():
-        apply = partial(cache_dit.apply, steps=steps)
-        found += [Contender("cache-dit", setting.name, partial(apply, setting=setting)) for setting in settings]
-    for name, config in diffusers_caches.configs(model, steps):
-        found.append(Contender("diffusers", name, partial(diffusers_caches.apply, config=config)))
-    return found
+        theirs = {setting.name: partial(cache_dit.apply, setting=setting, steps=steps) for setting in settings}
+        found += [Contender("cache-dit", name, apply_it) for name, apply_it in theirs.items()]
+    configs = diffusers_caches.configs(model, steps)
+    return found + [
+        Contender("diffusers", name, partial(diffusers_caches.apply, config=each)) for name, each in configs
+    ]
 
 
-def _carried_plans(steps: int, scheduler: str) -> list[tuple[int, int, str]]:
-    """Plans that were made for something else: (calls they were made from, their steps, what they are called)."""
+def _carried_plans(steps: int, scheduler: str) -> list[tuple[int, int, str, str]]:
+    """Plans made for something else: (calls they were made from, their steps and scheduler, what they are called)."""
+    one = "plan of one caption"
     if (steps, scheduler) == (_PLAN_STEPS, "euler"):
-        return [(1, _PLAN_STEPS, "plan of one caption")]
-    six = (_FIT_CAPTIONS, _PLAN_STEPS, f"plan of {_PLAN_STEPS} Euler steps")
-    return [six, (1, _PLAN_STEPS, f"plan of one caption and {_PLAN_STEPS} Euler steps")]
+        return [(1, _PLAN_STEPS, "euler", one)]
+    other = f"{_PLAN_STEPS} Euler steps"
+    return [
+        (_FIT_CAPTIONS, _PLAN_STEPS, "euler", f"plan of {other}"),
+        (1, _PLAN_STEPS, "euler", f"{one} and {other}"),
+    ]
 
 
-def apply_ours(pipe: Any, setting: Setting) -> AbstractContextManager[object]:
-    """Applies one setting of this library."""
-    return apply_cache_dit(
-        pipe,
-        fn_compute_blocks=setting.fn,
-        bn_compute_blocks=setting.bn,
-        max_warmup_steps=setting.warmup,
-        residual_diff_threshold=setting.threshold,
-        max_continuous_cached_steps=setting.continuous,
-        taylorseer_order=setting.order,
-        steps_mask=setting.preset,
-        steps_policy=setting.policy,
-        taylorseer_spacing=setting.spacing,
-        tolerance=setting.tolerance,
-    )
-
+Of = tuple[str, int, str]
+"""A miniature, denoising steps and a scheduler."""
 
 _FIT_CAPTIONS, _FIT_CAPTION_SEED, _FIT_NOISE_SEED = 6, 5, 0  # none of them is measured
 _CHECK_SEED = 55  # of a caption and noise that are neither calibrated on nor measured
@@ -147,7 +133,7 @@ def _fit_calls(model: str, steps: int, count: int = _FIT_CAPTIONS) -> list[dict[
 
 
 @functools.cache
-def plan_of(model: str, steps: int, scheduler: str, count: int = _FIT_CAPTIONS) -> tuple[CachePlan, float]:
+def plan_of(model: str, steps: int, scheduler: str, count: int) -> tuple[CachePlan, float]:
     """A plan for a miniature, from the same calls, and the CPU time that calibration took over that of the calls."""
     calls, pipe = _fit_calls(model, steps, count), load_miniature(model, scheduler=scheduler)
     with torch.no_grad():
@@ -168,32 +154,20 @@ def magnitudes_of(model: str, steps: int, scheduler: str) -> MagnitudeRatios:
         return calibrate(pipe, _fit_calls(model, steps), teacache=False).magnitude_ratios
 
 
-def adaptive(tolerance: float, pipe: Any) -> AbstractContextManager[object]:
-    """Applies the adaptive cache."""
-    return apply_adaptive_cache(pipe, tolerance)
-
-
-def planned(
-    model: str, steps: int, scheduler: str, speedup: float, pipe: Any, calls: int = _FIT_CAPTIONS
-) -> AbstractContextManager[object]:
+def planned(of: tuple[str, int, str, int], speedup: float, pipe: Any) -> AbstractContextManager[object]:
     """Applies a plan. Its design is searched once in a process, as for a user who makes several runs."""
-    plan, _ = plan_of(model, steps, scheduler, calls)
-    return apply_cache_plan(pipe, plan, speedup=speedup)
+    return apply_cache_plan(pipe, plan_of(*of)[0], speedup=speedup)
 
 
-def apply_fitted_teacache(
-    model: str, steps: int, scheduler: str, setting: TeaCacheSetting, pipe: Any
-) -> AbstractContextManager[object]:
+def apply_fitted_teacache(of: Of, setting: TeaCacheSetting, pipe: Any) -> AbstractContextManager[object]:
     """Applies TeaCache with fitted coefficients."""
-    fit = teacache_fit(model, steps, scheduler, setting.use_ret_steps)
+    fit = teacache_fit(*of, setting.use_ret_steps)
     return apply_teacache(pipe, setting.speedup, coefficients=fit, taylorseer_order=setting.order)
 
 
-def apply_calibrated_magcache(
-    model: str, steps: int, scheduler: str, setting: MagCacheSetting, pipe: Any
-) -> AbstractContextManager[object]:
+def apply_calibrated_magcache(of: Of, setting: MagCacheSetting, pipe: Any) -> AbstractContextManager[object]:
     """Applies MagCache with recorded ratios."""
-    ratios = magnitudes_of(model, steps, scheduler)
+    ratios = magnitudes_of(*of)
     return apply_magcache(
         pipe,
         ratios,
@@ -214,7 +188,7 @@ def teacache_fits(model: str, steps: int, scheduler: str = "euler") -> list[dict
 
 def calibration(model: str, steps: int, scheduler: str) -> dict[str, Any]:
     """What calibration cost and found, for the result's file; its expectations also after a check on one more call."""
-    plan, cost = plan_of(model, steps, scheduler)
+    plan, cost = plan_of(model, steps, scheduler, _FIT_CAPTIONS)
     budgets = {f"{speedup:g}": max(1, round(steps / speedup)) for speedup in PLANNED}
     call = call_kwargs(model, captions(model, 1, _CHECK_SEED)[0], seed=_CHECK_SEED, steps=steps)
     with torch.no_grad():

@@ -11,17 +11,11 @@ for each block that is passed over. Writes `benchmarks/results/host_cost.json`.
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
-import logging
-import statistics
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +24,10 @@ from torch import Tensor, nn
 from sgl_diffusion_accel import apply_cache_dit, environment
 
 from .gpu.models import MODELS, Built, Place, block_lists, build
-from .overhead import Clock
 from .peers import cache_dit
 from .settings import Setting
+from .turns import StepClock, be_quiet, parser, quartiles, take_turns, write
 
-RESULT = Path(__file__).parent / "results" / "host_cost.json"
 STEPS = 40
 ORDERS = (0, 1)
 _OUT_OF_REACH = 1e9
@@ -49,11 +42,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, int], dict[str, int]]] = {
 }
 """By the name of the model: a title, the depth, and the depth of what cannot be skipped."""
 
-Spread = dict[str, float]
-
 
 @dataclass
-class SkippedClock(Clock):
+class SkippedClock(StepClock):
     """Also counts the blocks that ran in each step."""
 
     count: Callable[[], int] = lambda: 0
@@ -66,13 +57,9 @@ class SkippedClock(Clock):
 
     def skipped(self) -> tuple[float, float, int]:
         """Median wall and CPU seconds of the skipped steps, those with the fewest blocks, and their blocks."""
-        ran = [after - before for before, after in pairwise(self.counts)]
-        fewest = min(ran)
-        wall, cpu = (
-            statistics.median(b - a for (a, b), count in zip(pairwise(times), ran, strict=True) if count == fewest)
-            for times in (self.wall, self.cpu)
-        )
-        return wall, cpu, fewest
+        ran = [0, *(after - before for before, after in pairwise(self.counts))]
+        fewest = min(ran[1:])
+        return (*self.step_seconds(lambda step: ran[step] == fewest), fewest)
 
 
 @dataclass
@@ -107,13 +94,10 @@ class Side:
 
 def main() -> None:
     """Runs the measurement from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    command = parser(__doc__, pairs=12)
+    command.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    given = command.parse_args()
+    be_quiet()
     rows = [measure(name, order, given.pairs) for name in given.layouts for order in ORDERS]
     result = {
         "settings": "F1 B0, warm-up 3, at most 3 skipped in a row, threshold out of reach",
@@ -121,8 +105,7 @@ def main() -> None:
         "pairs": given.pairs,
         "rows": rows,
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write("host_cost", result)
     for row in rows:
         print(row["layout"], row["predictor"])
         for name, side in row["sides"].items():
@@ -143,11 +126,11 @@ def measure(name: str, order: int, pairs: int) -> dict[str, Any]:
     bare = Side(build(MODELS[name], place, **shallow))
     with ExitStack() as applied:
         sides = {"sgl-diffusion-accel": Side(build(MODELS[name], place, **depth))}
-        applied.enter_context(_ours(sides["sgl-diffusion-accel"].built.pipe, setting))
+        applied.enter_context(apply_cache_dit(sides["sgl-diffusion-accel"].built.pipe, **setting.knobs))
         if cache_dit.installed():
             sides["cache-dit"] = Side(build(MODELS[name], place, **depth))
             applied.enter_context(cache_dit.apply(sides["cache-dit"].built.pipe, setting, STEPS))
-        taken = take_turns({"bare": bare, **sides}, pairs)
+        taken = take_turns({name: side.run for name, side in {"bare": bare, **sides}.items()}, pairs)
     calls = taken["bare"][0][2]  # each call of the transformer runs the one block that is left
     passed = (sum(depth.values()) - 1) * calls
     return {
@@ -160,44 +143,15 @@ def measure(name: str, order: int, pairs: int) -> dict[str, Any]:
     }
 
 
-def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, list[tuple[float, float, int]]]:
-    """Skipped steps of sides that run in turn, each round beginning with another one; the first round is warm-up."""
-    taken: dict[str, list[tuple[float, float, int]]] = {name: [] for name in sides}
-    names = list(sides)
-    for turn in range(rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            found = sides[name].run()
-            if turn:
-                taken[name].append(found)
-    return taken
-
-
-def _ours(pipe: Any, setting: Setting) -> Any:
-    return apply_cache_dit(
-        pipe,
-        fn_compute_blocks=setting.fn,
-        max_warmup_steps=setting.warmup,
-        residual_diff_threshold=setting.threshold,
-        max_continuous_cached_steps=setting.continuous,
-        taylorseer_order=setting.order,
-    )
-
-
 def _times(taken: list[tuple[float, float, int]], bare: list[tuple[float, float, int]], passed: int) -> dict[str, Any]:
     """Milliseconds of a step, and the microseconds that it takes more for each block passed over, paired by round."""
     more = [(one[1] - other[1]) * 1e6 / passed for one, other in zip(taken, bare, strict=True)]
     return {
-        "wall_ms": _spread([wall * 1e3 for wall, _, _ in taken]),
-        "cpu_ms": _spread([cpu * 1e3 for _, cpu, _ in taken]),
-        "us_a_block": _spread(more),
+        "wall_ms": quartiles([wall * 1e3 for wall, _, _ in taken]),
+        "cpu_ms": quartiles([cpu * 1e3 for _, cpu, _ in taken]),
+        "us_a_block": quartiles(more),
         "blocks_run": taken[0][2],
     }
-
-
-def _spread(values: list[float]) -> Spread:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.comparing import metrics
+from sgl_diffusion_accel.comparing.measures import metrics
 
 Frames = npt.NDArray[np.float32]
 """Pixels `[B, F, H, W, 3]` in [0, 1]."""

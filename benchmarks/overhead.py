@@ -12,17 +12,9 @@ time. Writes `benchmarks/results/overhead.json`.
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,61 +26,36 @@ from sgl_diffusion_accel.caching.teacache.accumulating_policy import Accumulatin
 from sgl_diffusion_accel.caching.teacache.skip_window import Window
 from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
 
-RESULT = Path(__file__).parent / "results" / "overhead.json"
+from .turns import WARM_UP, StepClock, Times, be_quiet, parser, quartiles, take_turns, write
+
 HIDDEN = 1536
 HEADS = 12
 TOKENS = 256
-WARM_UP = 3
 STEPS = 8
 IDLE_STEPS = 60
 ORDERS = (0, 1, 2)
 
 Apply = Callable[[Any], AbstractContextManager[object]]
 Side = tuple[Any, Apply]
-Times = tuple[float, float]
 Pair = tuple[Times, Times]
 Row = dict[str, dict[str, float]]
 
 
-@dataclass
-class Clock:
-    """Wall and CPU time at the end of each denoising step, in seconds; a pipeline's `callback_on_step_end`."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Takes the time at the end of a step."""
-        del pipe, step, timestep
-        self.wall.append(time.perf_counter())
-        self.cpu.append(time.thread_time())
-        return tensors
-
-    def step_seconds(self) -> Times:
-        """Median wall and CPU time of the steps after the warm-up."""
-        times = (self.wall[WARM_UP:], self.cpu[WARM_UP:])
-        wall, cpu = (statistics.median(b - a for a, b in pairwise(each)) for each in times)
-        return wall, cpu
-
-
 def main() -> None:
     """Runs the measurement from the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=12)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    result = {
-        "model": f"WanTransformer3DModel, hidden {HIDDEN}, {given.blocks} blocks, {TOKENS} tokens, float32",
-        "environment": environment.describe(),
-        "pairs": given.pairs,
-        "rows": measure(given.blocks, given.pairs),
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    for name, row in result["rows"].items():
-        print(f"{name}: {row['cpu']['median']:.4f} in CPU time, {row['wall']['median']:.4f} in wall time")
+    command = parser(__doc__, pairs=12)
+    command.add_argument("--blocks", type=int, default=5)
+    given = command.parse_args()
+    be_quiet()
+    write_rows("overhead", given.blocks, given.pairs, measure(given.blocks, given.pairs))
+
+
+def write_rows(name: str, blocks: int, pairs: int, rows: dict[str, Row], **more: Any) -> None:
+    """Writes and shows what was measured on a Wan transformer of some blocks."""
+    about = f"WanTransformer3DModel, hidden {HIDDEN}, {blocks} blocks, {TOKENS} tokens, float32"
+    write(name, {"model": about, "environment": environment.describe(), "pairs": pairs, "rows": rows, **more})
+    for title, row in rows.items():
+        print(f"{title}: {row['cpu']['median']:.4f} in CPU time, {row['wall']['median']:.4f} in wall time")
 
 
 def measure(blocks: int, pairs: int) -> dict[str, Row]:
@@ -97,11 +64,11 @@ def measure(blocks: int, pairs: int) -> dict[str, Row]:
     # All warm-up: signal and residuals are kept at every step, as before a skip. (What comparing signals
     # costs is in the skipped steps.)
     never = partial(apply_cache_dit, max_warmup_steps=1_000_000)
-    times = take_turns((whole, nullcontext), (whole, never), pairs)
+    times = paired((whole, nullcontext), (whole, never), pairs)
     rows = {"unpatched step, ms": spread(times, lambda base, _: base * 1000)}
     rows["computed step, patched / unpatched"] = spread(times, ratio)
     for order in ORDERS:
-        times = take_turns((short, nullcontext), (whole, partial(skipping, order=order)), pairs)
+        times = paired((short, nullcontext), (whole, partial(skipping, order=order)), pairs)
         rows[f"skipped step / its unskippable parts, order {order}"] = spread(times, ratio)
     rows["unskippable parts of a step, ms"] = spread(times, lambda base, _: base * 1000)
     return rows | measure_own_part(blocks, 2 * pairs, never)
@@ -110,18 +77,18 @@ def measure(blocks: int, pairs: int) -> dict[str, Row]:
 def measure_own_part(blocks: int, pairs: int, never: Apply) -> dict[str, Row]:
     """Milliseconds of the library itself in a computed and in a skipped step."""
     whole, short = make_idle_pipeline(blocks), make_idle_pipeline(1)
-    times = take_turns((whole, nullcontext), (whole, never), pairs, steps=IDLE_STEPS)
+    times = paired((whole, nullcontext), (whole, never), pairs, steps=IDLE_STEPS)
     rows = {"the library's own part of a computed step, ms": spread(times, difference_ms)}
     for order in ORDERS:
         sides = (short, nullcontext), (whole, partial(skipping, order=order))
-        times = take_turns(*sides, pairs, steps=IDLE_STEPS)
+        times = paired(*sides, pairs, steps=IDLE_STEPS)
         rows[f"the library's own part of a skipped step, order {order}, ms"] = spread(times, difference_ms)
     bare = make_idle_pipeline(0)
     for signal in ("time embedding", "modulated input"):
         always, seldom = (partial(teacache, signal=signal, threshold=threshold) for threshold in (0.5, 1e9))
-        times = take_turns((whole, nullcontext), (whole, always), pairs, steps=IDLE_STEPS)
+        times = paired((whole, nullcontext), (whole, always), pairs, steps=IDLE_STEPS)
         rows[f"TeaCache's own part of a computed step, {signal}, ms"] = spread(times, difference_ms)
-        times = take_turns((bare, nullcontext), (whole, seldom), pairs, steps=IDLE_STEPS)
+        times = paired((bare, nullcontext), (whole, seldom), pairs, steps=IDLE_STEPS)
         rows[f"TeaCache's own part of a skipped step, {signal}, ms"] = spread(times, difference_ms)
     return rows
 
@@ -169,36 +136,35 @@ def skipping(pipe: Any, order: int) -> AbstractContextManager[object]:
     )
 
 
-def step_seconds(pipe: WanPipeline, apply: Apply, steps: int) -> Times:
-    """Wall and CPU time of one denoising step."""
+def wan_call(steps: int) -> dict[str, Any]:
+    """What these pipelines are called with."""
     side = 2 * int(TOKENS**0.5)
     generator = torch.Generator().manual_seed(0)
-    clock = Clock()
+    return {
+        "prompt_embeds": torch.randn(1, 16, 512, generator=generator),
+        "latents": torch.randn(1, 16, 1, side, side, generator=generator),
+        "num_inference_steps": steps,
+        "height": side * 8,
+        "width": side * 8,
+        "num_frames": 1,
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+    }
+
+
+def step_seconds(pipe: WanPipeline, apply: Apply, steps: int) -> Times:
+    """Wall and CPU time of one denoising step."""
+    clock = StepClock()
     with apply(pipe), torch.no_grad():
-        pipe(
-            prompt_embeds=torch.randn(1, 16, 512, generator=generator),
-            latents=torch.randn(1, 16, 1, side, side, generator=generator),
-            num_inference_steps=steps,
-            height=side * 8,
-            width=side * 8,
-            num_frames=1,
-            guidance_scale=1.0,
-            output_type="latent",
-            callback_on_step_end=clock,
-        )
+        pipe(**wan_call(steps), callback_on_step_end=clock)
     return clock.step_seconds()
 
 
-def take_turns(reference: Side, measured: Side, pairs: int, steps: int = STEPS) -> list[Pair]:
-    """Step times of two sides that run in turn, the order changing from pair to pair: (reference, measured) each."""
-    step_seconds(*reference, steps)
-    step_seconds(*measured, steps)
-    taken = []
-    for pair in range(pairs):
-        sides = (reference, measured) if pair % 2 else (measured, reference)
-        first, second = (step_seconds(*side, steps) for side in sides)
-        taken.append((first, second) if pair % 2 else (second, first))
-    return taken
+def paired(reference: Side, measured: Side, pairs: int, steps: int = STEPS) -> list[Pair]:
+    """Step times of two sides that run in turn: (reference, measured) each."""
+    sides = {name: partial(step_seconds, *side, steps) for name, side in (("base", reference), ("other", measured))}
+    taken = take_turns(sides, pairs)
+    return list(zip(taken["base"], taken["other"], strict=True))
 
 
 def ratio(base: float, other: float) -> float:
@@ -213,12 +179,10 @@ def difference_ms(base: float, other: float) -> float:
 
 def spread(times: list[Pair], compare: Callable[[float, float], float]) -> Row:
     """Median and quartiles of what `compare` makes of each pair, in wall and in CPU time."""
-    row = {}
-    for index, clock in enumerate(("wall", "cpu")):
-        values = [compare(base[index], other[index]) for base, other in times]
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-        row[clock] = {"median": middle, "lower_quartile": low, "upper_quartile": high}
-    return row
+    return {
+        clock: quartiles(compare(base[index], other[index]) for base, other in times)
+        for index, clock in enumerate(("wall", "cpu"))
+    }
 
 
 if __name__ == "__main__":

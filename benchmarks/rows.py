@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sgl_diffusion_accel.comparing.metrics import psnr_at
+from sgl_diffusion_accel.comparing.measures.metrics import psnr_at
 
 _HEAD = (
     "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"

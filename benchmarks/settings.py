@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 PRESETS = ("slow", "medium", "fast", "ultra")
 LATE_PRESETS = tuple(f"late-{preset}" for preset in PRESETS)
@@ -26,6 +26,22 @@ class Setting:
     policy: Way = "dynamic"
     spacing: Literal["step", "sigma"] = "step"
     tolerance: float | None = None
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """What `apply_cache_dit` is given."""
+        return {
+            "fn_compute_blocks": self.fn,
+            "bn_compute_blocks": self.bn,
+            "max_warmup_steps": self.warmup,
+            "residual_diff_threshold": self.threshold,
+            "max_continuous_cached_steps": self.continuous,
+            "taylorseer_order": self.order,
+            "steps_mask": self.preset,
+            "steps_policy": self.policy,
+            "taylorseer_spacing": self.spacing,
+            "tolerance": self.tolerance,
+        }
 
     @property
     def name(self) -> str:

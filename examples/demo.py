@@ -63,7 +63,6 @@ def main() -> None:
         results = [show(model, CAPTIONS[model], given.steps, progress) for model in MODELS]
     for result in results:
         console.print(table(result, MODELS[result.model]))
-    PICTURE.parent.mkdir(exist_ok=True)
     draw(results, MODELS, PICTURE)
     console.print(f"Pictures side by side: [bold]{PICTURE}[/bold]   ({time.perf_counter() - begin:.0f} s)")
 

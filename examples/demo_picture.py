@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from sgl_diffusion_accel.reporting.figure_style import COMPUTED, FAINT, INK, SKIPPED, new_figure, save, style
+
 from .demo_results import Result, Row, Run
 
-# Blue for computed, pale for skipped: apart in lightness too, so that they are told apart in grey and with any eyes.
-COMPUTED, SKIPPED, INK, FAINT = "#0072B2", "#DCE2E7", "#1F2933", "#61707D"
 _NOTE = (
     "In the maps a row is a branch of guidance (cond, uncond), a column a denoising step: blue where it was computed, "
     "pale where it was skipped.\ndB: PSNR against the unpatched samples, the mean over the captions; "
@@ -42,17 +41,16 @@ def draw(results: list[Result], titles: dict[str, str], path: Path) -> None:
         titles: Title of each model, by its name.
         path: PNG to write.
     """
-    style: Any = {"font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "figure.facecolor": "white"}
     heights = [2 * (_LABEL + _sheet_inches(result)) + _HEAD + _MAP + _FOOT for result in results]
     width = (1 + len(results[0].cached)) * (_COLUMN + _MARGIN) + 2 * _MARGIN
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(width, sum(heights) + 0.5), dpi=120)
+    figure = new_figure(width, sum(heights) + 0.5, dpi=120)
+    with style(font_size=9):
         top = figure.get_figheight() - _MARGIN / 2
         for result, height in zip(results, heights, strict=True):
             _draw_model(Page(figure, top), result, titles[result.model])
             top -= height
         Page(figure, top).text(0, 0, _NOTE, color=FAINT, fontsize=8.5, linespacing=1.5)
-        figure.savefig(path)
+        save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,11 @@ def _draw_model(page: Page, result: Result, title: str) -> None:
     for column, (name, runs) in enumerate(result.cached.items(), start=1):
         fewer = result.fewer[name]
         row, plain = result.row(runs), result.row(fewer)
-        style = {True: {"weight": "bold", "color": INK}, False: {"color": FAINT}}
-        _draw_samples(page, column, _HEAD, name, _numbers(row), runs, **style[row.psnr > plain.psnr])
+        look = {True: {"weight": "bold", "color": INK}, False: {"color": FAINT}}
+        _draw_samples(page, column, _HEAD, name, _numbers(row), runs, **look[row.psnr > plain.psnr])
         _draw_steps(page, column, steps_down, np.array(list(runs[0].computed.values()), dtype=float))
         label = f"same cost: simply {plain.steps:.0f} steps"
-        _draw_samples(page, column, fewer_down, label, _numbers(plain), fewer, **style[plain.psnr > row.psnr])
+        _draw_samples(page, column, fewer_down, label, _numbers(plain), fewer, **look[plain.psnr > row.psnr])
 
 
 def _numbers(row: Row) -> str:

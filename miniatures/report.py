@@ -9,6 +9,8 @@ import matplotlib
 import numpy as np
 import torch
 
+from sgl_diffusion_accel.reporting.tables import Table
+
 from .check import sample
 from .checkpoint import FOLDER, read_card, read_weights
 from .pipelines import captions, load_miniature
@@ -51,10 +53,9 @@ def draw_gallery(path: Path = HERE / "gallery.png") -> None:
 
 def table() -> str:
     """The README's table, in Markdown."""
-    head = "| | " + " | ".join(NAMES) + " |\n|---|" + "---|" * len(NAMES)
     columns = [_column(name) for name in NAMES]
-    rows = [f"| {label} | " + " | ".join(column[label] for column in columns) + " |" for label in columns[0]]
-    return "\n".join([head, *rows])
+    rows = [(label, *(column[label] for column in columns)) for label in columns[0]]
+    return Table(("", *NAMES), rows, words=range(len(NAMES) + 1)).to_markdown()
 
 
 def write_table(path: Path = HERE / "README.md") -> None:

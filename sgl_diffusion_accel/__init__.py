@@ -27,7 +27,7 @@ from sgl_diffusion_accel.calibration.check_plan import check_plan
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.teacache_fit import fit_teacache
 from sgl_diffusion_accel.comparing.compare import compare
-from sgl_diffusion_accel.comparing.report import ComparisonReport
+from sgl_diffusion_accel.comparing.comparison import ComparisonReport
 from sgl_diffusion_accel.errors import (
     AccelError,
     ConfigError,
@@ -40,7 +40,7 @@ from sgl_diffusion_accel.loop.explicit import branch, denoising_steps
 from sgl_diffusion_accel.patch import Patch, remove
 from sgl_diffusion_accel.profiling.nsys import nsys_command
 from sgl_diffusion_accel.profiling.profile import Profile, profile
-from sgl_diffusion_accel.profiling.report import ProfileReport
+from sgl_diffusion_accel.profiling.results.profile_report import ProfileReport
 
 __all__ = [
     "AccelError",

@@ -1,4 +1,4 @@
-"""What a measurement ran on, for its report."""
+"""What a measurement ran on, for its report: versions, hardware, threads, date."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 
 from sgl_diffusion_accel._version import __version__
 
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "cache-dit", "numpy")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "cache-dit", "numpy", "peft", "safetensors")
+"""Packages that results may depend on."""
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "python": platform.python_version(),
-        "packages": package_versions(_PACKAGES),
+        "packages": package_versions(PACKAGES),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -35,7 +36,7 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def package_versions(names: Iterable[str]) -> dict[str, str]:
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Package to version, of this package and those of the names that are installed."""
     found = {name: version for name in names if (version := _version(name)) is not None}
     return {"sgl-diffusion-accel": __version__} | found

@@ -240,8 +240,3 @@ def find_targets(pipe: object) -> Targets:
             "a transformer under another name can be passed by itself."
         )
     return Targets(pipe, found.values())
-
-
-def find_transformers(pipe: object) -> dict[str, nn.Module]:
-    """The same as component name to module, with its wrapper."""
-    return {target.name: target.wrapper for target in find_targets(pipe)}

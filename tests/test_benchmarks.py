@@ -24,7 +24,7 @@ from benchmarks.settings import (
     preset_settings,
     sigma_settings,
 )
-from sgl_diffusion_accel.comparing.work import BlockWork
+from sgl_diffusion_accel.comparing.measures.block_work import BlockWork
 
 
 def frames(value: float) -> np.ndarray:

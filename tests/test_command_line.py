@@ -43,13 +43,9 @@ def saved(path: Path, **changes: Any) -> str:
     return str(path)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sgl_diffusion_accel", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
-
 def test_info_runs_and_is_markdown() -> None:
-    done = run("info")
+    command = [sys.executable, "-m", "sgl_diffusion_accel", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line for line in done.stdout.splitlines() if line.startswith("#")] == [
         "### Versions",
@@ -84,12 +80,12 @@ def test_versions_are_of_what_is_installed() -> None:
     assert set(package_versions(("torch", "no-such-package"))) == {"sgl-diffusion-accel", "torch"}
 
 
-def test_diff_of_two_files(tmp_path: Path) -> None:
+def test_diff_of_two_files(tmp_path: Path, capsys: Any) -> None:
     before = saved(tmp_path / "before.json")
     steps = [{"name": "DenoisingStage", "duration_ms": 300.0}, {"name": "Other", "duration_ms": 200.0}]
     after = saved(tmp_path / "after.json", total_duration_ms=500.0, steps=steps, denoise_steps_ms=[])
-    done = run("perf-diff", before, after)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert main(["perf-diff", before, after]) == 0
+    shown = capsys.readouterr().out
     for line in (
         "**2.00× faster**.",
         "| **total**, ms | 1,000 | 500 | -500.00 | -50.0% |",
@@ -100,9 +96,9 @@ def test_diff_of_two_files(tmp_path: Path) -> None:
         "| mean step, ms | 400 | – | – | – |",
         "| peak memory reserved, MiB | 2,048.50 | 2,048.50 | +0.00 | +0.0% |",
     ):
-        assert line in done.stdout
-    assert "commit 0123456789" in done.stdout
-    assert "host memory" not in done.stdout
+        assert line in shown
+    assert "commit 0123456789" in shown
+    assert "host memory" not in shown
 
 
 @pytest.mark.parametrize(
@@ -155,12 +151,11 @@ def test_damaged_file_is_told_on_stderr(content: str, tmp_path: Path, capsys: An
     assert "Traceback" not in told.err
 
 
-def test_missing_file_is_told_on_stderr(tmp_path: Path) -> None:
-    done = run("perf-diff", saved(tmp_path / "a.json"), str(tmp_path / "none.json"))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "none.json cannot be read" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_missing_file_is_told_on_stderr(tmp_path: Path, capsys: Any) -> None:
+    assert main(["perf-diff", saved(tmp_path / "a.json"), str(tmp_path / "none.json")]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "none.json cannot be read" in told.err
 
 
 @pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["perf-diff", "one.json"]])
@@ -169,6 +164,12 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: Any) -> None:
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: python -m sgl_diffusion_accel" in capsys.readouterr().err
+
+
+def test_unknown_command_is_told_with_the_nearest_one(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["perfdiff", "one.json"])
+    assert "unknown command 'perfdiff'. Did you mean 'perf-diff'? Known: info, perf-diff." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,8 +8,8 @@ import torch
 from invariants import caches
 from invariants.families import families, present
 from sgl_diffusion_accel import apply_cache_dit, set_attention_backend
-from sgl_diffusion_accel.comparing.computed import Computed
-from sgl_diffusion_accel.comparing.work import BlockWork, is_compiled
+from sgl_diffusion_accel.comparing.measures.block_work import BlockWork, is_compiled
+from sgl_diffusion_accel.comparing.measures.computed_share import Computed
 
 
 @families("wan", "wan22", "qwen", "ltx", "zimage")

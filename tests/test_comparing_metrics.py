@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sgl_diffusion_accel.comparing import metrics, perceptual
-from sgl_diffusion_accel.comparing.outputs import Media
-from sgl_diffusion_accel.comparing.perceptual import Lpips
-from sgl_diffusion_accel.comparing.quality import Judge
+from sgl_diffusion_accel.comparing.measures import metrics, perceptual
+from sgl_diffusion_accel.comparing.measures.perceptual import Lpips
+from sgl_diffusion_accel.comparing.measures.quality import Judge
+from sgl_diffusion_accel.comparing.measures.read_output import Media
 from sgl_diffusion_accel.errors import ConfigError
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.8)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from invariants.families import families, present
 from sgl_diffusion_accel import ConfigTypeError
-from sgl_diffusion_accel.comparing.outputs import read_output
+from sgl_diffusion_accel.comparing.measures.read_output import read_output
 
 RNG = np.random.default_rng(0)
 

@@ -9,8 +9,9 @@ import torch
 
 from benchmarks.costs import host_cost, host_line
 from benchmarks.gpu.models import MODELS, Place, build
-from benchmarks.host_cost import LAYOUTS, RESULT, Side, measure
+from benchmarks.host_cost import LAYOUTS, Side, measure
 from benchmarks.peers import cache_dit
+from benchmarks.turns import RESULTS
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
@@ -32,7 +33,7 @@ def test_all_blocks_run_where_nothing_is_skipped() -> None:
 
 
 def test_table_and_sentence_hold_both_sides() -> None:
-    result = json.loads(RESULT.read_text())
+    result = json.loads((RESULTS / "host_cost.json").read_text())
     text, line = host_cost(result), host_line(result)
     for row in result["rows"]:
         for name, side in row["sides"].items():

@@ -14,7 +14,7 @@ FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in ROO
 
 FLOORS = [
     ["_version", "errors"],
-    ["frames", "validate", "environment", "slots", "cache_contexts"],
+    ["frames", "validate", "environment", "slots", "cache_contexts", "clocks", "reporting/", "calls"],
     ["caching/parts/"],
     ["intercept", "targets", "shadow"],
     ["loop/", "patch"],

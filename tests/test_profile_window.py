@@ -11,10 +11,10 @@ import torch
 
 from invariants.families import present
 from sgl_diffusion_accel.profiling import profile as module
-from sgl_diffusion_accel.profiling.nvtx import NvtxEmitter
 from sgl_diffusion_accel.profiling.profile import Profile
-from sgl_diffusion_accel.profiling.settings import ProfileSettings
-from sgl_diffusion_accel.profiling.window import Window
+from sgl_diffusion_accel.profiling.profile_settings import ProfileSettings
+from sgl_diffusion_accel.profiling.recording.nvtx import NvtxEmitter
+from sgl_diffusion_accel.profiling.recording.trace_window import Window
 
 
 class Recording:
@@ -154,7 +154,7 @@ def test_profiler_that_fails_is_told_once_and_left_alone(caplog: Any) -> None:
 def emitted(monkeypatch: Any) -> Recording:
     emitter = Recording()
     monkeypatch.setattr(module, "NvtxEmitter", lambda: emitter)
-    monkeypatch.setattr("sgl_diffusion_accel.profiling.settings.refuse_without_cuda", lambda: None)
+    monkeypatch.setattr("sgl_diffusion_accel.profiling.profile_settings.refuse_without_cuda", lambda: None)
     return emitter
 
 

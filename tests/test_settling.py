@@ -11,7 +11,7 @@ import miniatures
 from invariants import chosen, transformer_outputs
 from invariants.families import present
 from sgl_diffusion_accel import apply_cache_dit
-from sgl_diffusion_accel.comparing.metrics import psnr
+from sgl_diffusion_accel.comparing.measures.metrics import psnr
 
 STEPS = 14
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,17 +48,7 @@ NEVER: dict[str, Apply] = {
 """Settings that never skip, by name."""
 
 _DBCACHE = Setting(fn=1, warmup=3, threshold=_OUT_OF_REACH, continuous=3)
-
-
-def _dbcache(pipe: Any, order: int) -> CachePatch:
-    return apply_cache_dit(
-        pipe,
-        fn_compute_blocks=_DBCACHE.fn,
-        max_warmup_steps=_DBCACHE.warmup,
-        residual_diff_threshold=_DBCACHE.threshold,
-        max_continuous_cached_steps=_DBCACHE.continuous,
-        taylorseer_order=order,
-    )
+_DBCACHE_1 = replace(_DBCACHE, order=1)
 
 
 SKIPPING: dict[str, Apply] = {
@@ -69,8 +60,8 @@ SKIPPING: dict[str, Apply] = {
         steps_policy="static",
         taylorseer_order=2,
     ),
-    "DBCache F1": partial(_dbcache, order=0),
-    "DBCache F1, TaylorSeer 1": partial(_dbcache, order=1),
+    "DBCache F1": partial(apply_cache_dit, **_DBCACHE.knobs),
+    "DBCache F1, TaylorSeer 1": partial(apply_cache_dit, **_DBCACHE_1.knobs),
     "TeaCache": partial(apply_teacache, teacache_thresh=_OUT_OF_REACH, coefficients=_SELDOM, start_skipping=3),
     "MagCache": partial(
         apply_magcache, magnitude_ratios=[1.0] * STEPS, threshold=_OUT_OF_REACH, retention_ratio=0.25, max_skip_steps=3
@@ -92,7 +83,7 @@ def peers() -> dict[str, Callable[[Any], AbstractContextManager[object]]]:
         return {}
     settings = {
         "cache-dit DBCache F1": _DBCACHE,
-        "cache-dit DBCache F1, TaylorSeer 1": Setting(fn=1, warmup=3, threshold=_OUT_OF_REACH, continuous=3, order=1),
+        "cache-dit DBCache F1, TaylorSeer 1": _DBCACHE_1,
     }
     return {name: partial(cache_dit.apply, setting=setting, steps=STEPS) for name, setting in settings.items()}
 

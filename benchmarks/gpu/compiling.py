@@ -15,7 +15,7 @@ from . import caches
 from .models import Built, Place
 from .rows import Row, skipping, unpatched
 from .store import PartLog
-from .timing import DeviceClock, relative_difference, run
+from .timing import DeviceTimes, relative_difference, run
 
 _REGIONAL = ("adaptive", "static mask F0, TaylorSeer 2", "DBCache F1", "DBCache F1, TaylorSeer 1", "TeaCache")
 
@@ -59,7 +59,7 @@ def _measure(
 
 def _output(built: Built, place: Place, apply: caches.Apply | None) -> Tensor:
     with apply(built.pipe) if apply else nullcontext():
-        return run(built, place, caches.STEPS, DeviceClock(place.device)).output
+        return run(built, place, caches.STEPS, DeviceTimes(place.device)).output
 
 
 def _compiled(built: Built, place: Place, apply: caches.Apply | None, eager: Tensor) -> Row:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markers import insert
+from sgl_diffusion_accel.reporting.tables import Table
 
 from .page import WHOLE, cell, environment, glance, heading, never_skipping, tables
 
@@ -67,12 +68,7 @@ def checks(found: Mapping[str, Any]) -> str:
 
 
 def _compiled(found: Mapping[str, Any]) -> str:
-    lines = [
-        "PSNR (dB) of cached runs of the miniatures against the uncached output, 30 steps, compiled beside eager:",
-        "",
-        "| compiled | model | cache | eager | compiled | second run | graphs | graphs later |",
-        "|---|---|---|--:|--:|---|--:|--:|",
-    ]
+    rows = []
     for name, check in found.items():
         if not name.startswith("compile"):
             continue
@@ -83,11 +79,11 @@ def _compiled(found: Mapping[str, Any]) -> str:
                 row = check["value"][cache]
                 same = "equal" if row["again"] == _EQUAL_DB else f"{row['again']:.1f} dB"
                 first, later = row["graphs"]
-                lines.append(
-                    f"| {_KINDS[kind]} | {model} | {cache} | {eager[cache][0]:.1f} | {row['psnr']:.1f} | {same} | "
-                    f"{first} | {later - first} |"
-                )
-    return "\n".join(lines)
+                quality = (f"{eager[cache][0]:.1f}", f"{row['psnr']:.1f}", same)
+                rows.append((_KINDS[kind], model, cache, *quality, str(first), str(later - first)))
+    head = ("compiled", "model", "cache", "eager", "compiled", "second run", "graphs", "graphs later")
+    about = "PSNR (dB) of cached runs of the miniatures against the uncached output, 30 steps, compiled beside eager:"
+    return f"{about}\n\n{Table(head, rows, words=(0, 1, 2, 5)).to_markdown()}"
 
 
 _KINDS = {
@@ -118,9 +114,7 @@ _WAITING = {"adaptive": "adaptive", "dbcache": "DBCache", "mask": "static mask"}
 
 
 def _attention(found: Mapping[str, Any]) -> str:
-    lines = ["Attention backends on tiny models (2 heads of size 64), PSNR (dB) against the model's own attention:", ""]
-    lines += ["| backend | flux | wan |", "|---|--:|--:|"]
-    failed = []
+    rows, failed = [], []
     for name, check in found.items():
         backend = name.removeprefix("attention ")
         if not name.startswith("attention ") or backend in ("backends table", "auto"):
@@ -129,6 +123,6 @@ def _attention(found: Mapping[str, Any]) -> str:
             failed.append(f"- `{backend}`: {cell(check['error'])}")
             continue
         values = (check["value"][model][0] for model in ("flux", "wan"))
-        cells = ("equal" if value == _EQUAL_DB else f"{value:.1f}" for value in values)
-        lines.append(f"| {backend} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *failed])
+        rows.append((backend, *("equal" if value == _EQUAL_DB else f"{value:.1f}" for value in values)))
+    about = "Attention backends on tiny models (2 heads of size 64), PSNR (dB) against the model's own attention:"
+    return "\n".join([about, "", Table(("backend", "flux", "wan"), rows).to_markdown(), "", *failed])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from sgl_diffusion_accel.reporting.tables import Table
+
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 
@@ -125,43 +127,45 @@ def glance(result: Mapping[str, Any]) -> str:
         part["about"]["title"]: part["rows"] for name, part in result["parts"].items() if name in WHOLE and part["rows"]
     }
     used = [label for label, name in names.items() if any(name in rows for rows in chosen.values())]
-    lines = ["| milliseconds | computed step | " + " | ".join(f"{label}, skipped" for label in used) + " |"]
-    lines.append("|---|--:|" + "--:|" * len(used))
     skipped, computed = _milliseconds("skipped_device_ms"), _milliseconds("computed_device_ms")
-    for title, rows in chosen.items():
-        cells = [computed(rows.get("unpatched", {}))]
-        cells += [skipped(rows.get(names[label], {})) for label in used]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    drawn = [
+        [title, computed(rows.get("unpatched", {})), *(skipped(rows.get(names[label], {})) for label in used)]
+        for title, rows in chosen.items()
+    ]
+    return Table(["milliseconds", "computed step", *(f"{label}, skipped" for label in used)], drawn).to_markdown()
 
 
 def kernel_table(kernels: Mapping[str, Sequence[Row]]) -> str:
     """Attention backends by shape; those that did not run are named below."""
-    lines = ["| shape | backend | ms | TFLOP/s | of the peak | error |", "|---|---|--:|--:|--:|--:|"]
-    missing: dict[str, str] = {}
+    drawn, missing = [], dict[str, str]()
     for shape, rows in kernels.items():
         for row in rows:
             if "ms" in row:
-                numbers = f"{row['ms']:.2f} | {row['tflops']:.0f} | {row['share_of_peak']:.0%} | {row['error']:.1e}"
-                lines.append(f"| {shape} | {row['backend']} | {numbers} |")
+                numbers = (
+                    f"{row['ms']:.2f}",
+                    f"{row['tflops']:.0f}",
+                    f"{row['share_of_peak']:.0%}",
+                    f"{row['error']:.1e}",
+                )
+                drawn.append((shape, row["backend"], *numbers))
             elif row["why_not"]:
-                missing[row["backend"]] = cell(row["why_not"])
-    told = [f"- `{backend}` did not run: {why}" for backend, why in missing.items()]
-    return "\n".join(lines + (["", *told] if told else []))
+                missing[f"`{row['backend']}`"] = row["why_not"]
+    head = ("shape", "backend", "ms", "TFLOP/s", "of the peak", "error")
+    return _with_failures(Table(head, drawn, words=(0, 1)), missing)
 
 
 def _table(part: Row) -> str:
     if all("backends" in row for row in part["rows"].values()):
         return kernel_table({name: row["backends"] for name, row in part["rows"].items()})
     columns = [column for column in _COLUMNS if any(column[1](row) for row in part["rows"].values())]
-    lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---|" + "--:|" * len(columns)]
-    failed = []
-    for name, row in part["rows"].items():
-        if "error" in row:
-            failed.append(f"- {name} did not run: {cell(row['error'])}")
-        else:
-            lines.append(f"| {name} | " + " | ".join(read(row) for _, read in columns) + " |")
-    return "\n".join(lines + (["", *failed] if failed else []))
+    failed = {name: row["error"] for name, row in part["rows"].items() if "error" in row}
+    drawn = [[name, *(read(row) for _, read in columns)] for name, row in part["rows"].items() if name not in failed]
+    return _with_failures(Table(["", *(title for title, _ in columns)], drawn), failed)
+
+
+def _with_failures(table: Table, failed: Mapping[str, str]) -> str:
+    told = [f"- {name} did not run: {cell(why)}" for name, why in failed.items()]
+    return "\n".join([table.to_markdown(), *(["", *told] if told else [])])
 
 
 def _subject(part: str) -> str:

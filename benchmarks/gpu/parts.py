@@ -17,7 +17,7 @@ from . import caches, compiling
 from .models import MODELS, Built, Place, build, release
 from .rows import Row, never_skipping, peer, skipping, unpatched
 from .store import PartLog
-from .timing import DeviceClock, relative_difference, run
+from .timing import DeviceTimes, relative_difference, run
 
 _BACKENDS = ("sdpa", "cudnn", "sdpa_flash", "flash4", "sage", "xformers", "auto")
 _TINY_SHAPE = (1, 2, 64, 32)
@@ -44,7 +44,7 @@ def held(log: PartLog, name: str, place: Place, **config: Any) -> Iterator[Built
     built = build(MODELS[name], place, **config)
     try:
         log.about(**built.about)
-        run(built, place, 2, DeviceClock(place.device))
+        run(built, place, 2, DeviceTimes(place.device))
         yield built
     finally:
         release(built)
@@ -53,7 +53,7 @@ def held(log: PartLog, name: str, place: Place, **config: Any) -> Iterator[Built
 def step_times(name: str, log: PartLog, place: Place) -> None:
     """Computed and skipped steps of one model with every cache, beside the unpatched model and cache-dit."""
     with held(log, name, place) as built:
-        reference = run(built, place, caches.NEVER_STEPS, DeviceClock(place.device)).output
+        reference = run(built, place, caches.NEVER_STEPS, DeviceTimes(place.device)).output
         log.row("unpatched", lambda: unpatched(built, place, reference))
         for title, apply in caches.NEVER.items():
             log.row(f"never skipping: {title}", partial(never_skipping, built, place, apply, reference))
@@ -82,7 +82,7 @@ def _kernels(shape: tuple[int, int, int, int], peak: float, place: Place) -> Row
 def attention_in_model(name: str, log: PartLog, place: Place) -> None:
     """Steps of a whole model under each attention backend."""
     with held(log, name, place) as built:
-        reference = run(built, place, caches.NEVER_STEPS, DeviceClock(place.device)).output
+        reference = run(built, place, caches.NEVER_STEPS, DeviceTimes(place.device)).output
         log.row("unpatched", lambda: unpatched(built, place, reference, host=False))
         for backend in _BACKENDS:
             log.row(backend, partial(_with_backend, built, place, backend, reference))
@@ -90,9 +90,9 @@ def attention_in_model(name: str, log: PartLog, place: Place) -> None:
 
 def _with_backend(built: Built, place: Place, backend: str, reference: torch.Tensor) -> Row:
     with set_attention_backend(built.pipe, backend):
-        run(built, place, 2, DeviceClock(place.device))  # what is compiled or timed at the first call
+        run(built, place, 2, DeviceTimes(place.device))  # what is compiled or timed at the first call
         row = unpatched(built, place, reference, host=False)
-        output = run(built, place, caches.NEVER_STEPS, DeviceClock(place.device)).output
+        output = run(built, place, caches.NEVER_STEPS, DeviceTimes(place.device)).output
     return row | {"relative_difference": relative_difference(output, reference)}
 
 

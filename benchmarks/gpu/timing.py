@@ -13,12 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sgl_diffusion_accel.clocks import clock_for, synchronise
+
 from .models import Built, Place, block_lists
 
 _GIB = 2**30
 
 
-class Clock(Protocol):
+class StepTimes(Protocol):
     """Takes the time at the end of each step; a pipeline's `callback_on_step_end`."""
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -28,34 +30,26 @@ class Clock(Protocol):
         """One time a step, from the second step on."""
 
 
-@dataclass
-class DeviceClock:
+class DeviceTimes:
     """Times between the ends of the steps as the device sees them, by events; nothing waits meanwhile."""
 
-    device: torch.device
-    marks: list[Any] = field(default_factory=list)
+    def __init__(self, device: torch.device) -> None:
+        self._clock, self._marks = clock_for(device), list[Any]()
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Marks the end of a step in the device's queue."""
         del pipe, step, timestep
-        if self.device.type == "cuda":
-            mark: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            mark.record()
-        else:
-            mark = time.perf_counter()
-        self.marks.append(mark)
+        self._marks.append(self._clock.now())
         return tensors
 
     def milliseconds(self) -> list[float]:
         """One time a step, from the second step on."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [begin.elapsed_time(end) for begin, end in pairwise(self.marks)]
-        return [(end - begin) * 1e3 for begin, end in pairwise(self.marks)]
+        self._clock.settle()
+        return [self._clock.milliseconds(begin, end) for begin, end in pairwise(self._marks)]
 
 
 @dataclass
-class HostClock:
+class HostTimes:
     """The host's own time for a step: from an empty queue until all that the step asks of the device is queued.
 
     It waits for the device after each step. In a step that asks for more than the queue holds (about a thousand
@@ -72,7 +66,7 @@ class HostClock:
         now = time.perf_counter()
         if self.begin is not None:
             self.spans.append((now - self.begin) * 1e3)
-        synchronize(self.device)
+        synchronise(self.device)
         self.begin = time.perf_counter()
         return tensors
 
@@ -91,9 +85,9 @@ class Run:
     peak_gib: float | None
 
 
-def run(built: Built, place: Place, steps: int, clock: Clock) -> Run:
+def run(built: Built, place: Place, steps: int, clock: StepTimes) -> Run:
     """Runs a pipeline, always from the same noise."""
-    synchronize(place.device)
+    synchronise(place.device)
     is_cuda = place.device.type == "cuda"
     if is_cuda:
         torch.cuda.reset_peak_memory_stats(place.device)
@@ -102,16 +96,10 @@ def run(built: Built, place: Place, steps: int, clock: Clock) -> Run:
     output = built.pipe(
         **built.call, num_inference_steps=steps, generator=generator, callback_on_step_end=clock, return_dict=False
     )[0]
-    synchronize(place.device)
+    synchronise(place.device)
     seconds = time.perf_counter() - begin
     peak = torch.cuda.max_memory_allocated(place.device) / _GIB if is_cuda else None
     return Run(output, clock.milliseconds(), seconds, peak)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device, if it is one that works on its own."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -155,8 +143,8 @@ def summary(device: Run, host: Run | None, computed: Sequence[bool]) -> dict[str
     """The row of a result.
 
     Args:
-        device: A run with a `DeviceClock`.
-        host: The same with a `HostClock`.
+        device: A run with a `DeviceTimes`.
+        host: The same with a `HostTimes`.
         computed: Whether each step was computed, the first one included.
     """
     row: dict[str, Any] = {"steps": "".join("x" if each else "." for each in computed)}

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import statistics
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from sgl_diffusion_accel.attention.backends.backend_table import Backend
 from sgl_diffusion_accel.attention.backends.registry import all_backends, find_backend, fingerprint
 from sgl_diffusion_accel.attention.backends.requirements import AttentionFacts
 from sgl_diffusion_accel.attention.verify import relative_error, tolerance
+from sgl_diffusion_accel.clocks import clock_for
 from sgl_diffusion_accel.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -139,23 +141,17 @@ class MeasuredChoice:
 def median_ms(run: Callable[[], Tensor], device: torch.device) -> float:
     """Median time of a call in milliseconds, measured on the device where it runs; after one call to warm up."""
     run()
-    taken: list[float] = []
+    clock, taken = clock_for(device), list[float]()
     begun = time.perf_counter()
     while len(taken) < _ROUNDS or (len(taken) < 50 and time.perf_counter() - begun < _ENOUGH_S / 5):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            taken.append(start.elapsed_time(end))
-        else:
-            start_s = time.perf_counter()
-            run()
-            taken.append((time.perf_counter() - start_s) * 1e3)
+        start = clock.now()
+        run()
+        end = clock.now()
+        clock.settle()
+        taken.append(clock.milliseconds(start, end))
         if time.perf_counter() - begun > _ENOUGH_S and len(taken) > 1:
             break
-    return sorted(taken)[len(taken) // 2]
+    return statistics.median(taken)
 
 
 def _label(facts: AttentionFacts, sides: tuple[Tensor, Tensor, Tensor]) -> str:

@@ -7,8 +7,7 @@ from html import escape
 
 from sgl_diffusion_accel.caching.parts.stats import BranchStats, Stats
 from sgl_diffusion_accel.loop.session import several, unplaced_lines
-
-COMPUTED, SKIPPED = "#0072b2", "#e8e4d9"  # told apart also without colour vision: dark and light
+from sgl_diffusion_accel.reporting.figure_style import COMPUTED, SKIPPED
 
 
 def text(title: str, notice: str, stats: Stats) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
@@ -23,7 +23,7 @@ from sgl_diffusion_accel.caching.parts.stats import RunStats
 from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
 from sgl_diffusion_accel.caching.teacache.teacache_signals import check_signal, uses_ret_steps
 from sgl_diffusion_accel.calibration.magnitude_record import MagnitudeRecorder, ratios_of
-from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, UnsupportedModelError
+from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.targets import Target, find_targets
 
 
@@ -191,38 +191,6 @@ class BlockRecording:
             self.magnitudes += [] if found is None else [found]
         for recorder in self._recorders.values():
             recorder.clear()
-
-
-def check_calls(pipe: Any, calls: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    """The calls as a list.
-
-    Args:
-        pipe: A pipeline that can be called.
-        calls: Keyword arguments of `pipe(...)`, one dict for each run.
-        name: Of the function that was given them.
-
-    Raises:
-        ConfigError: There are none.
-        ConfigTypeError: Something has a wrong type.
-    """
-    if not callable(pipe) or not isinstance(getattr(pipe, "components", None), dict):
-        raise ConfigTypeError(
-            f"{name} needs a pipeline that it can call, and got {type(pipe).__name__}. Type: {name}(pipe, "
-            "calls=[dict(prompt=..., num_inference_steps=50), ...])"
-        )
-    if isinstance(calls, (Mapping, str)) or not isinstance(calls, Iterable):
-        raise ConfigTypeError(
-            f"calls is a {type(calls).__name__}; allowed: a list of dicts, each the keyword arguments of pipe(...)."
-        )
-    calls = list(calls)
-    for call in calls:
-        if not isinstance(call, Mapping):
-            raise ConfigTypeError(
-                f"calls holds a {type(call).__name__}; allowed: dicts, each the keyword arguments of pipe(...)."
-            )
-    if not calls:
-        raise ConfigError("calls is empty: give the keyword arguments of at least one pipe(...) call, as a dict.")
-    return calls
 
 
 def _traces(run: RunStats, number: int, component: str, recorder: _Recorder) -> list[tuple[int, Trace]]:

@@ -16,10 +16,11 @@ import numpy as np
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
-from sgl_diffusion_accel.calibration.block_record import BlockRecording, check_calls
+from sgl_diffusion_accel.calibration.block_record import BlockRecording
 from sgl_diffusion_accel.calibration.call_record import Recording, recording
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.teacache_fit import fit_recording
+from sgl_diffusion_accel.calls import read_calls
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.pipeline_frames import guidance_of
 from sgl_diffusion_accel.loop.scheduler_response import adds_noise, response_of
@@ -73,7 +74,7 @@ def calibrate(
         >>> patch = apply_cache_plan(pipe, plan, speedup=2.0)
         >>> patch.remove()
     """
-    calls = check_calls(pipe, calls, "calibrate")
+    read = read_calls(pipe, calls, "calibrate(pipe, calls=…)")
     targets = find_targets(pipe)
     refuse_cached(targets, "calibration")
     if adds_noise(pipe.scheduler):
@@ -81,25 +82,26 @@ def calibrate(
     known = CachePlan.load(path) if path is not None and Path(path).exists() else None
     done = 0 if known is None else known.calls
     if known is not None:
-        _check_setting(known, pipe, targets, calls, path)
-        if done >= len(calls):
+        _check_setting(known, pipe, targets, [call.arguments for call in read], path)
+        if done >= len(read):
             return known
     if done:
         logger.info("%s holds %d calls: going on with the others", path, done)
     blocks = _blocks(pipe, targets, teacache, magnitudes)
     plans = [known] if known is not None else []
     with blocks or nullcontext(), recording(pipe) as runs:
-        for number, call in enumerate(calls[done:], done + 1):
+        for number, call in enumerate(read[done:], done + 1):
             runs.clear()
+            arguments = call.fresh()
             if blocks is None:
-                pipe(**call)
+                pipe(**arguments)
             else:
-                blocks.run(call)
-            found = _plan(pipe, targets, call, runs)
+                blocks.run(arguments)
+            found = _plan(pipe, targets, arguments, runs)
             plans.append(found if blocks is None else replace(found, teacache=_fit(blocks), magnitudes=_last(blocks)))
             if path is not None:
                 _joined(plans, done).save(path)
-            logger.log(logging.INFO if progress else logging.DEBUG, "calibrated: call %d of %d", number, len(calls))
+            logger.log(logging.INFO if progress else logging.DEBUG, "calibrated: call %d of %d", number, len(read))
     plan = _joined(plans, done)
     _warn_of_noise(plan)
     return plan

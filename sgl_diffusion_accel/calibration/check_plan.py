@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
 from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan, check_model
-from sgl_diffusion_accel.calibration.block_record import check_calls
 from sgl_diffusion_accel.calibration.call_record import Recording, recording
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import Check
+from sgl_diffusion_accel.calls import Call, read_calls
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.targets import find_targets
 from sgl_diffusion_accel.validate import names_checked, of_type, real
@@ -59,23 +59,23 @@ def check_plan(
         >>> patch.remove()
     """
     of_type("plan", plan, CachePlan, "a CachePlan: calibrate(pipe, calls)")
-    calls = check_calls(pipe, calls, "check_plan")
+    read = read_calls(pipe, calls, "check_plan(pipe, plan, calls=…)")
     budgets = _budgets(plan, speedups)
     targets = find_targets(pipe)
     check_model(plan, targets)
     refuse_cached(targets, "a check")
     squares: dict[int, list[float]] = {computed: [] for computed in budgets}
     with recording(pipe) as runs:
-        for number, call in enumerate(calls, 1):
+        for number, call in enumerate(read, 1):
             expected = _final(pipe, call, runs, plan)
             for computed, found in squares.items():
                 with apply_cache_plan(pipe, plan, computed_steps=computed):
                     off = _final(pipe, call, runs, plan) - expected
                 found.append(float(off.square().mean()))
-            logger.info("checked: call %d of %d", number, len(calls))
+            logger.info("checked: call %d of %d", number, len(read))
     moved = plan.moments.moved
     checks = [
-        Check(computed, plan.design(computed).error, float(np.sqrt(np.mean(found) / moved)), len(calls))
+        Check(computed, plan.design(computed).error, float(np.sqrt(np.mean(found) / moved)), len(read))
         for computed, found in squares.items()
     ]
     return replace(plan, checks=tuple(checks))
@@ -91,10 +91,10 @@ def _budgets(plan: CachePlan, speedups: Iterable[float]) -> list[int]:
     return budgets
 
 
-def _final(pipe: Any, call: Mapping[str, Any], runs: list[Recording], plan: CachePlan) -> Tensor:
+def _final(pipe: Any, call: Call, runs: list[Recording], plan: CachePlan) -> Tensor:
     """The final latents of a run, in float32."""
     runs.clear()
-    pipe(**call)
+    pipe(**call.fresh())
     is_one = len(runs) == 1 and len(runs[0].timesteps) == plan.steps
     if not is_one or runs[0].final is None or not np.allclose(runs[0].timesteps, plan.timesteps, rtol=1e-3):
         raise ConfigError(

@@ -16,7 +16,8 @@ from sgl_diffusion_accel.caching.teacache.accumulating_policy import Accumulatin
 from sgl_diffusion_accel.caching.teacache.coefficients import DEGREE, TeaCacheCoefficients
 from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheConfig
 from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
-from sgl_diffusion_accel.calibration.block_record import BlockRecording, Trace, check_calls
+from sgl_diffusion_accel.calibration.block_record import BlockRecording, Trace
+from sgl_diffusion_accel.calls import read_calls
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.targets import Target, find_targets
 from sgl_diffusion_accel.validate import names_checked
@@ -60,11 +61,11 @@ def fit_teacache(
         >>> patch = apply_teacache(pipe, "2x", coefficients=coefficients)
         >>> patch.remove()
     """
-    calls = check_calls(pipe, calls, "fit_teacache")
+    read = read_calls(pipe, calls, "fit_teacache(pipe, calls=…)")
     refuse_cached(find_targets(pipe), "a fit")
     with BlockRecording(pipe, use_ret_steps) as recording:
-        for call in calls:
-            recording.run(call)
+        for call in read:
+            recording.run(call.fresh())
     return fit_recording(recording)
 
 

@@ -6,16 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sgl_diffusion_accel.caching.cache_patch import targets_of_cache
-from sgl_diffusion_accel.comparing.calls import read_calls
+from sgl_diffusion_accel.calls import read_calls
+from sgl_diffusion_accel.comparing.comparison import ComparisonReport
 from sgl_diffusion_accel.comparing.contenders import Variant, check_fewer_steps, read_variants
 from sgl_diffusion_accel.comparing.evaluation import Evaluation
-from sgl_diffusion_accel.comparing.outputs import Decode
-from sgl_diffusion_accel.comparing.report import ComparisonReport
+from sgl_diffusion_accel.comparing.measures.read_output import Decode
 from sgl_diffusion_accel.comparing.runner import Runner
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 from sgl_diffusion_accel.patch import patches_on
+from sgl_diffusion_accel.validate import count, names_checked
 
 
+@names_checked
 def compare(
     pipe: Any,
     variants: Mapping[str, Variant],
@@ -64,13 +66,13 @@ def compare(
         >>> report.rows[0].psnr  # doctest: +SKIP
         41.5
     """
-    _check_pipe(pipe)
-    _check_number("repeats", repeats, least=1)
-    _check_number("warmup", warmup, least=0)
+    read = read_calls(pipe, calls, 'compare(pipe, {"cache": lambda pipe: apply_cache_dit(pipe)}, calls=…)')
+    _check_unpatched(pipe)
+    count("repeats", repeats, 1)
+    count("warmup", warmup, 0)
     if decode is not None and not callable(decode):
         raise ConfigTypeError(f"decode is a {type(decode).__name__}; allowed: a function of the pipeline's output.")
     contenders = read_variants(variants)
-    read = read_calls(pipe, calls)
     check_fewer_steps(fewer_steps, read)
     if not contenders and (isinstance(fewer_steps, bool) or not fewer_steps):
         raise ConfigError(
@@ -85,12 +87,7 @@ def compare(
     return evaluation.report(repeats, warmup)
 
 
-def _check_pipe(pipe: Any) -> None:
-    if not callable(pipe) or not isinstance(getattr(pipe, "components", None), dict):
-        raise ConfigTypeError(
-            f"compare needs a pipeline that it can call, and got {type(pipe).__name__}. Type: compare(pipe, "
-            '{"cache": lambda pipe: apply_cache_dit(pipe)}, calls=[dict(prompt=..., num_inference_steps=50)])'
-        )
+def _check_unpatched(pipe: Any) -> None:
     kinds = sorted({patch.kind for patch in patches_on(pipe)})
     if kinds:
         raise ConfigError(
@@ -98,10 +95,3 @@ def _check_pipe(pipe: Any) -> None:
             "reference. Type: remove(pipe), and apply in a variant what shall be measured."
         )
     targets_of_cache(pipe)
-
-
-def _check_number(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigTypeError(f"{name} is a {type(value).__name__}; allowed: a whole number from {least} on.")
-    if value < least:
-        raise ConfigError(f"{name}={value}; allowed: a whole number from {least} on.")

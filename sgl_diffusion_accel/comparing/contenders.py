@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgl_diffusion_accel.caching.foreign import has_foreign_cache
-from sgl_diffusion_accel.comparing.calls import Call
+from sgl_diffusion_accel.calls import Call
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, VariantError
 from sgl_diffusion_accel.patch import remove
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_targets
 
 UNPATCHED = "unpatched"
 _TAKEN = re.compile(rf"{UNPATCHED}|\d+ steps?|\d+% of the steps")
@@ -106,11 +106,11 @@ def _check_left_as_found(pipe: Any, name: str, components: Mapping[str, Any]) ->
             f"variant {name!r} left another {' and '.join(sorted(changed))} on the pipeline. Put it back at the end: "
             "write the variant as a context manager (contextlib.contextmanager)."
         )
-    for key, part in find_transformers(pipe).items():
-        if has_foreign_cache(unwrap(part)):
+    for target in find_targets(pipe):
+        if has_foreign_cache(target.module):
             raise VariantError(
-                f"variant {name!r} left one of diffusers' own caches on pipe.{key}. Take it off at the end: write the "
-                f"variant as a context manager that calls pipe.{key}.disable_cache()."
+                f"variant {name!r} left one of diffusers' own caches on pipe.{target.name}. Take it off at the end: write "
+                f"the variant as a context manager that calls pipe.{target.name}.disable_cache()."
             )
 
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from sgl_diffusion_accel import environment
-from sgl_diffusion_accel.comparing import metrics
-from sgl_diffusion_accel.comparing.calls import Call
+from sgl_diffusion_accel.calls import Call
+from sgl_diffusion_accel.comparing.comparison import ComparisonReport
+from sgl_diffusion_accel.comparing.comparison_data import Baseline, Row, Sample
 from sgl_diffusion_accel.comparing.contenders import UNPATCHED
-from sgl_diffusion_accel.comparing.outputs import Media
-from sgl_diffusion_accel.comparing.quality import Judge, Quality
-from sgl_diffusion_accel.comparing.report import Baseline, ComparisonReport, Row, Sample, Spread
+from sgl_diffusion_accel.comparing.measures import metrics
+from sgl_diffusion_accel.comparing.measures.quality import Judge, Quality
+from sgl_diffusion_accel.comparing.measures.read_output import Media
+from sgl_diffusion_accel.comparing.picture_gallery import Gallery
 from sgl_diffusion_accel.comparing.runner import Round, Run
-from sgl_diffusion_accel.comparing.shots import Gallery
 from sgl_diffusion_accel.errors import VariantError
+from sgl_diffusion_accel.reporting.spread import Spread
 
 _MIB = 2**20
+_MEANS = ("ssim", "lpips", "sharpness", "motion")
 _ROUNDED = 0.015  # of the cost: the numbers of steps that match a variant are rounded
 
 
@@ -60,7 +64,7 @@ class Evaluation:
             return
         self._order.append(tuple(taken.runs))
         self._broken = max(self._broken, metrics.non_finite(reference.media.values))
-        self._references.append(_without_media(reference))
+        self._references.append(replace(reference, media=Media(torch.empty(0), "pixels")))
         self._gallery.add(taken.call, UNPATCHED, reference.media, reference.media)
         for name, run in taken.runs.items():
             if name != UNPATCHED:
@@ -142,10 +146,6 @@ def _told(media: Media) -> str:
     return f"packed latents of unknown layout, {batch} × {height} × {width}; PSNR on the range of each reference"
 
 
-def _without_media(run: Run) -> Run:
-    return Run(Media(torch.empty(0), "pixels"), run.seconds, run.share, run.peak_memory, run.maps)
-
-
 def _sample(call: int, run: Run, reference: Run, quality: Quality) -> Sample:
     return Sample(
         call=call,
@@ -153,34 +153,26 @@ def _sample(call: int, run: Run, reference: Run, quality: Quality) -> Sample:
         speedup=reference.seconds / run.seconds,
         share=run.share,
         peak_memory_mib=None if run.peak_memory is None else run.peak_memory / _MIB,
-        psnr=quality.psnr,
-        ssim=quality.ssim,
-        lpips=quality.lpips,
-        sharpness=quality.sharpness,
-        motion=quality.motion,
-        non_finite=quality.non_finite,
+        **vars(quality),
         maps={name: tuple(steps) for name, steps in run.maps.items()},
     )
 
 
 def _row(name: str, samples: Sequence[Sample], is_fewer_steps: bool, curve: Sequence[tuple[float, float]] = ()) -> Row:
-    shares = [sample.share for sample in samples if sample.share is not None]
-    share = statistics.fmean(shares) if len(shares) == len(samples) else None
+    share = _mean([sample.share for sample in samples])
     peaks = [sample.peak_memory_mib for sample in samples if sample.peak_memory_mib is not None]
+    speedup = Spread.of(sample.speedup for sample in samples)
     return Row(
         name=name,
         is_fewer_steps=is_fewer_steps,
-        speedup=statistics.median(sample.speedup for sample in samples),
-        speedup_spread=Spread.of([sample.speedup for sample in samples]),
+        speedup=speedup.median,
+        speedup_spread=speedup,
         seconds=statistics.median(sample.seconds for sample in samples),
         compute_ratio=1 / share if share else None,
         peak_memory_mib=max(peaks) if peaks else None,
         psnr=metrics.mean_psnr([sample.psnr for sample in samples]),
         psnr_worst=min((sample.psnr for sample in samples), key=lambda db: -math.inf if math.isnan(db) else db),
-        ssim=_mean([sample.ssim for sample in samples]),
-        lpips=_mean([sample.lpips for sample in samples]),
-        sharpness=_mean([sample.sharpness for sample in samples]),
-        motion=_mean([sample.motion for sample in samples]),
+        **{name: _mean([getattr(sample, name) for sample in samples]) for name in _MEANS},
         fewer_steps_psnr=None if share is None else metrics.psnr_at(curve, share, _ROUNDED),
         samples=tuple(samples),
     )
@@ -189,4 +181,4 @@ def _row(name: str, samples: Sequence[Sample], is_fewer_steps: bool, curve: Sequ
 def _mean(values: Sequence[float | None]) -> float | None:
     """None where a value is missing: a mean over other calls than those of the other rows would mislead."""
     found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found and len(found) == len(values) else None
+    return statistics.fmean(found) if found and len(found) == len(values) else None

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from sgl_diffusion_accel.comparing.calls import Call
-from sgl_diffusion_accel.comparing.computed import Computed, Maps
+from sgl_diffusion_accel.calls import Call
+from sgl_diffusion_accel.clocks import synchronise
 from sgl_diffusion_accel.comparing.contenders import UNPATCHED, Contender, applied, fewer_steps_contenders
-from sgl_diffusion_accel.comparing.outputs import Decode, Media, read_output
+from sgl_diffusion_accel.comparing.measures.computed_share import Computed, Maps
+from sgl_diffusion_accel.comparing.measures.read_output import Decode, Media, read_output
 
 logger = logging.getLogger(__name__)
 
@@ -126,16 +127,12 @@ class Runner:
                 with torch.cuda.device(self.device):
                     torch.cuda.manual_seed(seed)
                 torch.cuda.reset_peak_memory_stats(self.device)
-            self._synchronise()
+            synchronise(self.device)
             begin = time.perf_counter()
             output = self._pipe(**arguments)
-            self._synchronise()
+            synchronise(self.device)
             seconds = time.perf_counter() - begin
         return output, seconds, torch.cuda.max_memory_allocated(self.device) if on_cuda else None
-
-    def _synchronise(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
 
 
 def rotated(contenders: Sequence[Contender], by: int) -> list[Contender]:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -14,12 +14,10 @@ from sgl_diffusion_accel.attention.backends.backend_table import Backend
 from sgl_diffusion_accel.attention.backends.packages import flash4_beside_xformers
 from sgl_diffusion_accel.attention.backends.registry import all_backends
 from sgl_diffusion_accel.attention.backends.requirements import AttentionFacts, capability
-from sgl_diffusion_accel.environment import package_versions
+from sgl_diffusion_accel.environment import PACKAGES, cpu_name, package_versions
+from sgl_diffusion_accel.reporting.tables import Table
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "peft", "safetensors")
-"""Packages that a pipeline is made of."""
-
-_KERNELS = ("triton", "cache-dit", "matplotlib", "rich")
+_OPTIONAL = ("triton", "matplotlib", "rich")
 _PREFIXES = ("SGLANG_", "CUDA_", "HIP_", "ROCR_", "PYTORCH_", "TORCH", "DIFFUSERS_", "HF_HUB_OFFLINE", "NCCL_")
 _NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 _IMPORT_S = 180
@@ -28,15 +26,13 @@ _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 def describe() -> str:
     """Everything, as Markdown to be pasted into a bug report."""
+    versions = package_versions((*PACKAGES, *_OPTIONAL, *_backend_packages()))
     chapters = [
-        ("Versions", _table(("package", "version"), package_versions((*PACKAGES, *_KERNELS, *_backend_packages())))),
+        ("Versions", _table(("package", "version"), versions.items())),
         ("Problems", "\n".join(f"- {each}" for each in _problems())),
-        ("Machine", _table(("what", "value"), dict(_machine()))),
-        ("Attention backends", "\n".join(_backend_lines())),
-        (
-            "Environment",
-            _table(("variable", "value"), dict(_environment(os.environ))) or "Nothing that matters is set.",
-        ),
+        ("Machine", _table(("what", "value"), _machine())),
+        ("Attention backends", _backends()),
+        ("Environment", _table(("variable", "value"), _environment(os.environ)) or "Nothing that matters is set."),
     ]
     return "\n\n".join(f"### {title}\n\n{body}" for title, body in chapters if body)
 
@@ -68,17 +64,16 @@ def _backend_packages() -> tuple[str, ...]:
     return tuple(dict.fromkeys(each.package for each in all_backends().values() if each.package is not None))
 
 
-def _table(head: tuple[str, ...], rows: Mapping[str, str]) -> str:
-    if not rows:
-        return ""
-    cells = [f"| {name} | {' '.join(value.replace('|', '/').split())} |" for name, value in rows.items()]
-    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *cells])
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """All of it words."""
+    found = list(rows)
+    return Table(head, found, words=range(len(head))).to_markdown() if found else ""
 
 
 def _machine() -> Iterator[tuple[str, str]]:
     yield "Python", platform.python_version()
     yield "system", platform.platform()
-    yield "processor", f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    yield "processor", f"{cpu_name()}, {os.cpu_count()} cores"
     yield "threads of PyTorch", str(torch.get_num_threads())
     yield "CUDA of PyTorch", str(torch.version.cuda or torch.version.hip or "none")
     for index in range(torch.cuda.device_count()):
@@ -92,20 +87,19 @@ def _machine() -> Iterator[tuple[str, str]]:
             yield f"xpu:{index}", str(torch.xpu.get_device_name(index))
 
 
-def _backend_lines() -> Iterator[str]:
+def _backends() -> str:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    yield f"On {kind}; what only a model tells (dtype, head size, masks) is checked when a backend is set."
-    yield ""
-    yield "| backend | usable | why not |"
-    yield "|---|---|---|"
     facts = AttentionFacts(
         device=kind,
         capability=capability(torch.device(kind, 0)) if kind == "cuda" else None,
         is_hip=torch.version.hip is not None,
     )
-    for backend in all_backends().values():
-        reason = _why_not(backend, facts)
-        yield f"| {backend.name} | {'yes' if reason is None else 'no'} | {(reason or '').replace('|', '/')} |"
+    reasons = {backend.name: _why_not(backend, facts) for backend in all_backends().values()}
+    rows = [(name, "yes" if reason is None else "no", reason or "") for name, reason in reasons.items()]
+    return (
+        f"On {kind}; what only a model tells (dtype, head size, masks) is checked when a backend is set.\n\n"
+        + _table(("backend", "usable", "why not"), rows)
+    )
 
 
 def _why_not(backend: Backend, facts: AttentionFacts) -> str | None:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
-from sgl_diffusion_accel.validate import count
+from sgl_diffusion_accel.validate import count, names_checked
 
 
+@names_checked
 def nsys_command(command: str | Sequence[str] | None = None, *, output: str = "profile_%p", calls: int = 1) -> str:
     """Tells how to run a script under Nsight Systems, so that it records what `profile(pipe, nvtx=True)` chooses.
 

@@ -12,35 +12,38 @@ from torch import nn
 from sgl_diffusion_accel.caching.blocks.layout import find_block_lists
 from sgl_diffusion_accel.environment import package_versions
 from sgl_diffusion_accel.errors import AccelError, ConfigError, UnsupportedModelError
-from sgl_diffusion_accel.loop.runs import Runs
-from sgl_diffusion_accel.profiling import stages
-from sgl_diffusion_accel.profiling.attachments import Attachments, is_compiled, is_profiled
-from sgl_diffusion_accel.profiling.build import build
-from sgl_diffusion_accel.profiling.machine import PACKAGES
-from sgl_diffusion_accel.profiling.memory import reset_peak
-from sgl_diffusion_accel.profiling.nvtx import NvtxEmitter
-from sgl_diffusion_accel.profiling.perf_json import write_perf
-from sgl_diffusion_accel.profiling.probes import (
-    BlockMarks,
+from sgl_diffusion_accel.loop.session import Session
+from sgl_diffusion_accel.profiling.profile_settings import ProfileSettings
+from sgl_diffusion_accel.profiling.recording import stages
+from sgl_diffusion_accel.profiling.recording.attachments import Attachments, is_compiled, is_profiled
+from sgl_diffusion_accel.profiling.recording.block_marks import BlockMarks
+from sgl_diffusion_accel.profiling.recording.memory import reset_peak
+from sgl_diffusion_accel.profiling.recording.nvtx import NvtxEmitter
+from sgl_diffusion_accel.profiling.recording.probes import (
+    BlockProbe,
     ControlProbe,
     PipelineProbe,
     SchedulerProbe,
     StageProbe,
     TransformerProbe,
 )
-from sgl_diffusion_accel.profiling.recorder import NOT_SEEN, Call, Recorder
-from sgl_diffusion_accel.profiling.report import CallReport, ProfileReport
-from sgl_diffusion_accel.profiling.settings import ProfileSettings
-from sgl_diffusion_accel.profiling.trace import TorchEmitter, is_recording
-from sgl_diffusion_accel.profiling.window import Emitter, Window
+from sgl_diffusion_accel.profiling.recording.recorder import NOT_SEEN, Call, Recorder
+from sgl_diffusion_accel.profiling.recording.torch_trace import TorchEmitter, is_recording
+from sgl_diffusion_accel.profiling.recording.trace_window import Emitter, Window
+from sgl_diffusion_accel.profiling.results.build_timings import build
+from sgl_diffusion_accel.profiling.results.perf_json import write_perf
+from sgl_diffusion_accel.profiling.results.profile_report import ProfileReport
+from sgl_diffusion_accel.profiling.results.timings import CallReport
 from sgl_diffusion_accel.slots import CALL
-from sgl_diffusion_accel.targets import find_transformers, is_in_compiled_wrapper, unwrap
+from sgl_diffusion_accel.targets import Pipe, Target, find_targets, is_in_compiled_wrapper
+from sgl_diffusion_accel.validate import names_checked
 
 logger = logging.getLogger(__name__)
 
 
+@names_checked
 def profile(
-    pipe: object,
+    pipe: Pipe,
     *,
     steps: int = 5,
     all_stages: bool = False,
@@ -90,7 +93,7 @@ def profile(
         >>> prof.trace_path
     """
     settings = ProfileSettings(steps, all_stages, output_dir, nvtx, trace, record_shapes, with_stack, profile_memory)
-    find_transformers(pipe)
+    find_targets(pipe)  # refuses what is no pipeline
     return Profile(pipe, settings)
 
 
@@ -109,7 +112,7 @@ class Profile:
         emitters: list[Emitter] = ([self._torch] if settings.trace else []) + ([NvtxEmitter()] if settings.nvtx else [])
         self._windows = [Window(each, settings.steps, settings.all_stages) for each in emitters]
         self._recorder = Recorder(self._windows)
-        self._runs = Runs()
+        self._session = Session(otherwise=None)
         self._attachments = Attachments()
         self._watched: set[tuple[int, str]] = set()
         self._built: dict[int, CallReport] = {}
@@ -126,7 +129,7 @@ class Profile:
                 self._built[index] = build(call, self._window_remarks(call))
         built = tuple(self._built[index] for index in sorted(self._built))
         failures = tuple(f"the profiler failed: {each.failure}" for each in self._windows if each.failure)
-        return ProfileReport(built, package_versions(PACKAGES), self._traces, (*self._remarks, *failures))
+        return ProfileReport(built, package_versions(), self._traces, (*self._remarks, *failures))
 
     @property
     def trace_paths(self) -> tuple[Path, ...]:
@@ -154,7 +157,7 @@ class Profile:
             OSError: The file cannot be written.
         """
         report = self.report
-        return write_perf(report, report._call(call), Path(path), tag)
+        return write_perf(report, report.call(call), Path(path), tag)
 
     def __enter__(self) -> Profile:
         if self._was_used:
@@ -184,7 +187,7 @@ class Profile:
             self._recorder.end_call(NOT_SEEN)
         finally:
             self._attachments.remove()
-            self._runs.clear()
+            self._session.runs.clear()
             self._pipe = None  # measurements must not keep a model's memory
         try:
             self._traces = tuple(self._torch.write(self.settings.folder))
@@ -201,8 +204,8 @@ class Profile:
     def _attach(self) -> None:
         """Puts the probes in front of the pipeline and its parts, as they are now."""
         keys: set[tuple[int, str]] = set()
-        for component, module in find_transformers(self._pipe).items():
-            keys |= self._attach_transformer(component, module)
+        for target in find_targets(self._pipe):
+            keys |= self._attach_transformer(target)
         if not isinstance(self._pipe, nn.Module):
             keys.add(self._attachments.put(self._pipe, CALL, PipelineProbe(self._recorder, self._prepare)))
             for place in stages.find_places(self._pipe):
@@ -220,32 +223,33 @@ class Profile:
             if device is not None:
                 reset_peak(device)
 
-    def _attach_transformer(self, component: str, module: nn.Module) -> set[tuple[int, str]]:
-        lists = self._block_lists(component, module)
+    def _attach_transformer(self, target: Target) -> set[tuple[int, str]]:
+        lists = self._block_lists(target)
         marks = BlockMarks(self._recorder)
-        probe = TransformerProbe(self._recorder, self._runs, self._watch, component, marks)
-        keys = {self._attachments.put(module, CALL, probe)}
+        probe = TransformerProbe(self._recorder, self._session, target.name, self._watch, marks)
+        keys = {self._attachments.put(target.wrapper, CALL, probe)}
         for name, blocks in lists.items():
             for index, block in enumerate(blocks):
-                keys.add(self._attachments.put(block, CALL, marks.probe(name, index, len(blocks))))
+                is_last = index == len(blocks) - 1
+                keys.add(self._attachments.put(block, CALL, BlockProbe(self._recorder, marks, name, index, is_last)))
         return keys
 
-    def _block_lists(self, component: str, module: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
+    def _block_lists(self, target: Target) -> dict[str, tuple[nn.Module, ...]]:
         """The blocks to be marked: none where nothing is traced, or where a compiled graph has swallowed them."""
         if not self._windows:
             return {}
-        if is_in_compiled_wrapper(module) or is_compiled(unwrap(module)):
-            self._remark(f"{component} is compiled as a whole: its blocks are not marked in traces")
+        if is_in_compiled_wrapper(target.wrapper) or is_compiled(target.module):
+            self._remark(f"{target.name} is compiled as a whole: its blocks are not marked in traces")
             return {}
         try:
-            return find_block_lists(unwrap(module))
+            return find_block_lists(target.module)
         except UnsupportedModelError as error:
-            self._remark(f"the blocks of {component} are not marked in traces: {error}")
+            self._remark(f"the blocks of {target.name} are not marked in traces: {error}")
             return {}
 
     def _place_probe(self, place: stages.Place) -> Any:
         if place.stage == stages.CONTROL:
-            return ControlProbe(self._recorder, self._runs, self._watch)
+            return ControlProbe(self._recorder, self._session, place.label, self._watch)
         return StageProbe(self._recorder, self._pipe, place.stage, place.label)
 
     def _watch(self, scheduler: Any) -> None:

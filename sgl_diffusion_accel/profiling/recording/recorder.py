@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 
+from sgl_diffusion_accel.clocks import Clock, clock_for, synchronise
 from sgl_diffusion_accel.loop.host_copy import HostCopy
 from sgl_diffusion_accel.loop.runs import Run
-from sgl_diffusion_accel.profiling import stages
-from sgl_diffusion_accel.profiling.clocks import Clock, clock_for, synchronise
-from sgl_diffusion_accel.profiling.memory import MemoryCheckpoint, take_checkpoint
-from sgl_diffusion_accel.profiling.window import Window
+from sgl_diffusion_accel.profiling.recording import stages
+from sgl_diffusion_accel.profiling.recording.memory import MemoryCheckpoint, take_checkpoint
+from sgl_diffusion_accel.profiling.recording.trace_window import Window
 
 NOT_SEEN = "its end was not seen"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.comparing.metrics import frames_of
-from sgl_diffusion_accel.comparing.outputs import Media
+from sgl_diffusion_accel.comparing.measures.metrics import frames_of
+from sgl_diffusion_accel.comparing.measures.read_output import Media
 
 _SMALLEST = 64
 """Pixels below which AlexNet's last feature maps have nothing left to compare."""

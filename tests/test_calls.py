@@ -7,15 +7,30 @@ import pytest
 import torch
 
 from sgl_diffusion_accel import ConfigError, ConfigTypeError
-from sgl_diffusion_accel.comparing.calls import read_calls
+from sgl_diffusion_accel import calls as calls_module
 
 
-def pipe(prompt=None, generator=None, latents=None, num_inference_steps=28, timesteps=None, sigmas=None, extra=None):
-    """Stands where a pipeline would: only its signature is read."""
+class Pipe:
+    """Stands where a pipeline would: its components and the signature of its call are looked at."""
+
+    components: dict = {}  # noqa: RUF012
+
+    def __call__(
+        self, prompt=None, generator=None, latents=None, num_inference_steps=28, timesteps=None, sigmas=None, extra=None
+    ):
+        """Is not called."""
 
 
-def without_generator(prompt=None, num_inference_steps=4):
-    """The same, without a generator."""
+class WithoutGenerator(Pipe):
+    def __call__(self, prompt=None, num_inference_steps=4):
+        """Is not called."""
+
+
+pipe = Pipe()
+
+
+def read_calls(pipe, calls):
+    return calls_module.read_calls(pipe, calls, "calibrate(pipe, calls=…)")
 
 
 def draw(call):
@@ -55,7 +70,7 @@ def test_without_a_seed_each_call_has_its_own():
 
 
 def test_a_pipeline_that_takes_no_generator_is_given_none():
-    (call,) = read_calls(without_generator, [{"seed": 3}])
+    (call,) = read_calls(WithoutGenerator(), [{"seed": 3}])
     assert call.fresh() == {}
     assert call.seed == 3
 
@@ -100,3 +115,10 @@ def test_calls_that_are_no_list_are_refused(calls):
 def test_wrong_calls_are_told(calls, error, message):
     with pytest.raises(error, match=message):
         read_calls(pipe, calls)
+
+
+def test_what_cannot_be_called_is_told_with_what_to_type():
+    with pytest.raises(
+        ConfigTypeError, match=r"^calibrate needs a pipeline.*got object. Type: calibrate\(pipe, calls=\[dict"
+    ):
+        read_calls(object(), [{}])

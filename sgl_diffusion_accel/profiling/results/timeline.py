@@ -7,26 +7,38 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sgl_diffusion_accel.errors import MissingPackageError
-from sgl_diffusion_accel.profiling import stages
-from sgl_diffusion_accel.profiling.report import CallReport, StepTiming
-
-# Okabe and Ito's colours, which people with any colour vision tell apart; neighbours differ in lightness as well.
-_BLUE, _SKY, _GREEN, _YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
-_ORANGE, _VERMILION, _PURPLE, _GREY = "#E69F00", "#D55E00", "#CC79A7", "#B8C1CA"
-_INK, _FAINT, _LINE, _SKIPPED = "#1F2933", "#61707D", "#E3E7EB", "#DCE2E7"
+from sgl_diffusion_accel.profiling.recording import stages
+from sgl_diffusion_accel.profiling.results.timings import CallReport, StepTiming
+from sgl_diffusion_accel.reporting.figure_style import (
+    BLUE,
+    COMPUTED,
+    FAINT,
+    GREEN,
+    GREY,
+    GRID,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKIPPED,
+    SKY,
+    VERMILION,
+    YELLOW,
+    new_figure,
+    save,
+    style,
+)
 
 _STAGE_COLOURS = {
-    stages.PREPARE: _YELLOW,
-    stages.TEXT: _ORANGE,
-    stages.IMAGE: _YELLOW,
-    stages.ENCODE: _PURPLE,
-    stages.DENOISING: _BLUE,
-    stages.DECODE: _GREEN,
-    stages.FINISH: _VERMILION,
+    stages.PREPARE: YELLOW,
+    stages.TEXT: ORANGE,
+    stages.IMAGE: YELLOW,
+    stages.ENCODE: PURPLE,
+    stages.DENOISING: BLUE,
+    stages.DECODE: GREEN,
+    stages.FINISH: VERMILION,
 }
-_BRANCH_COLOURS = (_BLUE, _SKY, _GREEN)
-_PARTS = {"controlnet": _PURPLE, "scheduler": _VERMILION, "other": _GREY}
+_BRANCH_COLOURS = (BLUE, SKY, GREEN)
+_PARTS = {"controlnet": PURPLE, "scheduler": VERMILION, "other": GREY}
 
 # Inches.
 _WIDTH, _LEFT, _RIGHT, _HEAD = 11.0, 0.85, 0.35, 1.0
@@ -46,19 +58,10 @@ def draw(call: CallReport, path: Path) -> Path:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            'a timeline needs matplotlib, which is not installed. Type: pip install "sgl-diffusion-accel[plots]"'
-        ) from error
     rows = _cache_rows(call)
     height = _HEAD + _STAGES + _GAP + (_STEPS + _FOOT if call.steps else 0) + (len(rows) * _ROW + 0.3 if rows else 0)
-    style: Any = {"font.size": 9, "font.family": "DejaVu Sans", "text.color": _INK, "figure.facecolor": "white"}
-    style |= {"axes.edgecolor": _LINE, "axes.labelcolor": _FAINT, "xtick.color": _FAINT, "ytick.color": _FAINT}
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(_WIDTH, height), dpi=150)
+    figure = new_figure(_WIDTH, height)
+    with style(font_size=9, axes_edgecolor=GRID, axes_labelcolor=FAINT, xtick_color=FAINT, ytick_color=FAINT):
         sheet = _Sheet(figure, height)
         _draw_title(sheet, call)
         _draw_stages(sheet, call)
@@ -66,8 +69,7 @@ def draw(call: CallReport, path: Path) -> Path:
             axes = _draw_steps(sheet, call, has_rows=bool(rows))
             if rows:
                 _draw_cache(sheet, rows, axes)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        save(figure, path)
     return path
 
 
@@ -108,7 +110,7 @@ def _draw_title(sheet: _Sheet, call: CallReport) -> None:
             about.append(f"{len(steps)} steps {label}, median {_time(typical)}")
     if call.profiler_ms:
         about.append(f"without {_time(call.profiler_ms)} in which the profiler started and stopped")
-    sheet.text(_LEFT, "  ·  ".join(about), color=_FAINT)
+    sheet.text(_LEFT, "  ·  ".join(about), color=FAINT)
     sheet.down = _HEAD
 
 
@@ -122,7 +124,7 @@ def _draw_stages(sheet: _Sheet, call: CallReport) -> None:
         label = f"{name} {_time(duration)}" + (f" ({share:.0%})" if share >= 0.01 else "")
         handles.append((bars, label))
         if share > 0.18:
-            ink = "white" if colour in (_BLUE, _GREEN, _VERMILION) else _INK
+            ink = "white" if colour in (BLUE, GREEN, VERMILION) else INK
             axes.text(left + duration / 2, 0, name, ha="center", va="center", color=ink, weight="bold")
         left += duration
     axes.set(xlim=(0, max(left, 1e-9)), ylim=(-0.5, 0.5), yticks=[], xticks=[])
@@ -132,10 +134,10 @@ def _draw_stages(sheet: _Sheet, call: CallReport) -> None:
 
 
 def _stage_parts(call: CallReport) -> Iterator[tuple[str, float, str]]:
-    spare = iter((_SKY, _YELLOW, _PURPLE, _VERMILION) * 4)
+    spare = iter((SKY, YELLOW, PURPLE, VERMILION) * 4)
     for stage in call.stages:
         yield stage.name, stage.duration_ms, _STAGE_COLOURS.get(stage.name) or next(spare)
-    yield "other", max(call.other_ms, 0.0), _GREY
+    yield "other", max(call.other_ms, 0.0), GREY
 
 
 def _draw_steps(sheet: _Sheet, call: CallReport, has_rows: bool) -> Any:
@@ -151,12 +153,12 @@ def _draw_steps(sheet: _Sheet, call: CallReport, has_rows: bool) -> Any:
     traced = [place for place, step in enumerate(call.steps) if step.traced]
     if traced:
         marks = axes.scatter(
-            traced, [floor[place] for place in traced], marker="v", s=22, color=_INK, clip_on=False, zorder=3
+            traced, [floor[place] for place in traced], marker="v", s=22, color=INK, clip_on=False, zorder=3
         )
         marks.set_offsets([(place, floor[place] + max(floor) * 0.035) for place in traced])
         handles.append((marks, "traced, and so slower"))
     axes.set(xlim=(-0.7, len(places) - 0.3), ylim=(0, max(floor) * 1.1 or 1), ylabel="ms")
-    axes.yaxis.grid(visible=True, color=_LINE, linewidth=0.8)
+    axes.yaxis.grid(visible=True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     _label_steps(axes, call.steps, is_shown=not has_rows)
@@ -198,7 +200,7 @@ def _draw_cache(sheet: _Sheet, rows: list[tuple[str, list[StepTiming]]], above: 
     for down, (name, steps) in enumerate(rows):
         for place, step in enumerate(steps):
             done = [each.computed for each in step.branches if each.name == name and each.computed is not None]
-            colour = "white" if not done else _BLUE if any(done) else _SKIPPED
+            colour = "white" if not done else COMPUTED if any(done) else SKIPPED
             axes.barh(-down, 0.86, left=place - 0.43, height=0.8, color=colour)
     axes.set_yticks([-down for down in range(len(rows))], [name for name, _ in rows])
     axes.set(xlim=above.get_xlim(), ylim=(0.5 - len(rows), 0.5))
@@ -218,7 +220,6 @@ def _legend(axes: Any, handles: list[tuple[Any, str]], above: bool) -> None:
         [handle for handle, _ in handles],
         [label for _, label in handles],
         ncols=len(handles) if len(handles) <= 6 else 4,
-        frameon=False,
         fontsize=8.5,
         handlelength=1.0,
         handleheight=1.0,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sgl_diffusion_accel.comparing import metrics
-from sgl_diffusion_accel.comparing.outputs import Media
-from sgl_diffusion_accel.comparing.perceptual import Lpips
+from sgl_diffusion_accel.comparing.measures import metrics
+from sgl_diffusion_accel.comparing.measures.perceptual import Lpips
+from sgl_diffusion_accel.comparing.measures.read_output import Media
 from sgl_diffusion_accel.errors import ConfigError
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.profiling.report import CallReport, ProfileReport, StepTiming
-from sgl_diffusion_accel.profiling.stages import sglang_name
+from sgl_diffusion_accel.profiling.recording.stages import sglang_name
+from sgl_diffusion_accel.profiling.results.timings import CallReport, ProfileData, StepTiming
 
 _SECONDS = 5
 
@@ -43,7 +43,7 @@ class Perf:
         return max((counts[name] for counts in self.memory.values() if name in counts), default=None)
 
 
-def write_perf(report: ProfileReport, call: CallReport, path: Path, tag: str) -> Path:
+def write_perf(report: ProfileData, call: CallReport, path: Path, tag: str) -> Path:
     """Writes one call of a report.
 
     Args:
@@ -57,7 +57,7 @@ def write_perf(report: ProfileReport, call: CallReport, path: Path, tag: str) ->
     return path
 
 
-def perf_fields(report: ProfileReport, call: CallReport, tag: str) -> dict[str, Any]:
+def perf_fields(report: ProfileData, call: CallReport, tag: str) -> dict[str, Any]:
     """The fields of the file. What belongs to no stage is the stage "Other", so that the stages sum up to the total."""
     stages = [(sglang_name(stage.name), stage.duration_ms) for stage in call.stages]
     stages.append(("Other", call.other_ms))

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sgl_diffusion_accel.profiling.perf_json import Perf, read_perf
+from sgl_diffusion_accel.profiling.results.perf_json import Perf, read_perf
+from sgl_diffusion_accel.reporting.tables import Table
 
 _MEMORY = {
     "peak_allocated_mb": "peak memory allocated, MiB",
@@ -37,9 +38,7 @@ def perf_diff(first: str | Path, second: str | Path) -> str:
         "",
         _verdict(before.total_ms, after.total_ms),
         "",
-        "| | before | after | difference | change |",
-        "|---|--:|--:|--:|--:|",
-        *(_line(row) for row in _rows(before, after)),
+        Table(("", "before", "after", "difference", "change"), list(map(_cells, _rows(before, after)))).to_markdown(),
         "",
         f"before: {_about(before)}; after: {_about(after)}",
     ]
@@ -73,11 +72,12 @@ def _of(take: Callable[[tuple[float, ...]], float], perf: Perf) -> float | None:
     return take(perf.denoise_steps_ms) if perf.denoise_steps_ms else None
 
 
-def _line(row: Row) -> str:
-    name, before, after = row[0].replace("|", "\\|"), *row[1:]
+def _cells(row: Row) -> tuple[str, ...]:
+    name, before, after = row
+    shown = (name, _number(before), _number(after))
     if before is None or after is None:
-        return f"| {name} | {_number(before)} | {_number(after)} | – | – |"
-    return f"| {name} | {_number(before)} | {_number(after)} | {after - before:+,.2f} | {_percent(before, after)} |"
+        return (*shown, "–", "–")
+    return (*shown, f"{after - before:+,.2f}", _percent(before, after))
 
 
 def _number(value: float | None) -> str:

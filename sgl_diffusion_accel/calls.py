@@ -1,4 +1,4 @@
-"""The calls that are compared: each can be made again and again, with the same seeds and on untouched inputs."""
+"""The calls that users give to `calibrate`, `compare` and the like: each can be made again, on the same inputs."""
 
 from __future__ import annotations
 
@@ -66,13 +66,23 @@ def _fresh(value: Any) -> Any:
     return value
 
 
-def read_calls(pipe: Any, calls: Iterable[Mapping[str, Any]]) -> list[Call]:
+def read_calls(pipe: Any, calls: Iterable[Mapping[str, Any]], asked: str) -> list[Call]:
     """Checks the user's calls.
 
+    Args:
+        pipe: The pipeline that is to be called.
+        calls: Keyword arguments of `pipe(...)`, one dict for each run.
+        asked: What the user typed, for errors, such as `"calibrate(pipe, calls=…)"`; its name comes first.
+
     Raises:
-        ConfigTypeError: They are no list of dicts.
+        ConfigTypeError: `pipe` cannot be called, or the calls are no list of dicts.
         ConfigError: There are none, or one has a seed that cannot be used.
     """
+    if not callable(pipe) or not isinstance(getattr(pipe, "components", None), dict):
+        raise ConfigTypeError(
+            f"{asked.partition('(')[0]} needs a pipeline that it can call, and got {type(pipe).__name__}. Type: "
+            + asked.replace("…", "[dict(prompt=..., num_inference_steps=50), ...]")
+        )
     if isinstance(calls, (Mapping, str)) or not isinstance(calls, Iterable):
         raise ConfigTypeError(
             f"calls is a {type(calls).__name__}; allowed: a list of dicts, each the keyword arguments of pipe(...)."

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgl_diffusion_accel.caching.patch_summary import COMPUTED, SKIPPED
-from sgl_diffusion_accel.errors import ConfigError, MissingPackageError
+from sgl_diffusion_accel.comparing.comparison_data import ComparisonData, Row
+from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.reporting.figure_style import (
+    BLUE,
+    COMPUTED,
+    FAINT,
+    GREEN,
+    GRID,
+    ORANGE,
+    PURPLE,
+    SKIPPED,
+    SKY,
+    VERMILION,
+    VIOLET,
+    new_figure,
+    save,
+    shortened,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sgl_diffusion_accel.comparing.report import ComparisonReport, Row
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY, VIOLET)
+"""Of variants, whose markers differ too. Black is for fewer steps."""
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; markers differ too. Black is for fewer steps.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7A5195")
-MARKERS = ("D", "o", "^", "s", "v", "P", "X")
-INK, FAINT, GRID = "#1F2933", "#61707D", "#DDDDDD"
+_MARKERS = ("D", "o", "^", "s", "v", "P", "X")
 AXES = {
     "compute_ratio": "compute ratio: blocks of the unpatched run over blocks computed",
     "speedup": "speed-up: wall time of the unpatched run over this one's",
@@ -30,55 +44,7 @@ _APART = 1.12
 _ROW = 0.27  # inches of a line of the step maps
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches that belongs to no window and no notebook.
-
-    Raises:
-        MissingPackageError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            "pictures need matplotlib. Type: pip install 'sgl-diffusion-accel[compare]'"
-        ) from error
-    return Figure(figsize=(width, height), dpi=150, facecolor="white")
-
-
-def style() -> AbstractContextManager[None]:
-    """The look of all pictures, for the time of drawing."""
-    import matplotlib as mpl
-
-    look: Any = {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": FAINT,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "text.parse_math": False,  # names and prompts are shown as they are, dollars too
-    }
-    context: AbstractContextManager[None] = mpl.rc_context(look)
-    return context
-
-
-def save(figure: Figure, path: str | Path | None) -> None:
-    """Writes a picture, unless there is no path; its folder is made if needed."""
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-
-
-def shortened(text: str, most: int = 40) -> str:
-    """The text on one line, cut to so many characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def pareto(report: ComparisonReport, path: str | Path | None, x: str | None) -> Figure:
+def pareto(report: ComparisonData, path: str | Path | None, x: str | None) -> Figure:
     """Draws PSNR over the cost; see `ComparisonReport.plot`."""
     if x is not None and x not in AXES:
         raise ConfigError(f"x={x!r}; allowed: {', '.join(map(repr, AXES))}, or None.")
@@ -102,7 +68,7 @@ def pareto(report: ComparisonReport, path: str | Path | None, x: str | None) -> 
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel("PSNR against the unpatched run (dB)")
         axes.locator_params(axis="y", integer=True)
-        axes.set_title(_title(report), loc="left", fontsize=11, pad=22 if len(report.calls) > 1 else 8)
+        axes.set_title(report.about, loc="left", fontsize=11, pad=22 if len(report.calls) > 1 else 8)
         if len(report.calls) > 1:
             told = "Means over the calls; the lines below reach down to the worst call."
             axes.text(0, 1.015, told, transform=axes.transAxes, fontsize=8.5, color=FAINT)
@@ -118,7 +84,7 @@ def pareto(report: ComparisonReport, path: str | Path | None, x: str | None) -> 
 def look_of(index: int) -> dict[str, Any]:
     """Colour and marker of a variant: no two of the first 49 are the same."""
     count = len(COLOURS)
-    return {"color": COLOURS[index % count], "marker": MARKERS[(index + index // count) % len(MARKERS)]}
+    return {"color": COLOURS[index % count], "marker": _MARKERS[(index + index // count) % len(_MARKERS)]}
 
 
 def _telling_axis(rows: Sequence[Row]) -> str:
@@ -175,13 +141,7 @@ def _ratio_axis(axes: Axes, places: Sequence[float]) -> None:
     axes.set_xlim(low * 0.97, high * 1.15)
 
 
-def _title(report: ComparisonReport) -> str:
-    steps = sorted({each for each in report.steps if each is not None})
-    told = f", {' and '.join(map(str, steps))} steps" if steps else ""
-    return f"{report.pipeline}{told}, {len(report.calls)} call{'' if len(report.calls) == 1 else 's'}"
-
-
-def step_maps(report: ComparisonReport, path: str | Path | None) -> Figure:
+def step_maps(report: ComparisonData, path: str | Path | None) -> Figure:
     """Draws which steps were computed; see `ComparisonReport.plot_steps`."""
     lines = [
         (row.name, branch, computed)
@@ -213,7 +173,7 @@ def step_maps(report: ComparisonReport, path: str | Path | None) -> Figure:
         axes.locator_params(axis="x", integer=True)
         about = f"denoising step of “{shortened(report.calls[0])}”: dark computed, pale skipped"
         axes.set_xlabel(about, fontsize=9, color=FAINT)
-        figure.text(0.02, 1 - 0.3 / height, f"Steps computed, {_title(report)}", fontsize=11, va="center")
+        figure.text(0.02, 1 - 0.3 / height, f"Steps computed, {report.about}", fontsize=11, va="center")
         save(figure, path)
     return figure
 

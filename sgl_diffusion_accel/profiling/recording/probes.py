@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.parts.stats import StepRecord
-from sgl_diffusion_accel.loop.locate import locate
-from sgl_diffusion_accel.loop.places import LoopCall
-from sgl_diffusion_accel.loop.runs import Run, Runs
+from sgl_diffusion_accel.loop.session import Session, Where
 from sgl_diffusion_accel.patch import patches_of
-from sgl_diffusion_accel.profiling import stages
-from sgl_diffusion_accel.profiling.recorder import Range, Recorder
-from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.profiling.recording import stages
+from sgl_diffusion_accel.profiling.recording.block_marks import BlockMarks
+from sgl_diffusion_accel.profiling.recording.recorder import Range, Recorder
+from sgl_diffusion_accel.targets import model_class, unwrap
 
 
 class Probe:
-    """A handler that changes nothing, and sees what all others do."""
+    """A handler that changes nothing, and sees what all others do: a range from the beginning to the end of each call.
+
+    Args:
+        recorder: Is told.
+    """
 
     is_watching = True
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begins a call."""
@@ -38,8 +43,9 @@ class Probe:
         """Ends a call that raised."""
         self.end(module, token)
 
-    def end(self, module: Any, token: Any) -> None:
+    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
         """Ends a call, however it went."""
+        self._recorder.pop(token)
 
 
 class PipelineProbe(Probe):
@@ -51,7 +57,7 @@ class PipelineProbe(Probe):
     """
 
     def __init__(self, recorder: Recorder, prepare: Callable[[], None]) -> None:
-        self._recorder = recorder
+        super().__init__(recorder)
         self._prepare = prepare
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:  # noqa: ARG002
@@ -88,7 +94,7 @@ class StageProbe(Probe):
     """
 
     def __init__(self, recorder: Recorder, pipe: Any, stage: str, label: str) -> None:
-        self._recorder = recorder
+        super().__init__(recorder)
         self._pipe = pipe
         self._stage = stage
         self._label = label
@@ -101,24 +107,13 @@ class StageProbe(Probe):
         name = self._label if recorder.is_inside else f"stage_{stages.sglang_name(self._stage)}"
         return recorder.push("stage", name, stage=self._stage, label=self._label)
 
-    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
-        """Ends it."""
-        self._recorder.pop(token)
-
 
 class SchedulerProbe(Probe):
     """In front of a scheduler's `step`; after the last one the denoising loop is over."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Range | None:  # noqa: ARG002
         """Begins a step of the scheduler, inside a denoising loop alone."""
         return self._recorder.push("scheduler", "scheduler") if self._recorder.loop is not None else None
-
-    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
-        """Ends it."""
-        self._recorder.pop(token)
 
     def leave(self, module: Any, token: Any, output: Any) -> Any:
         """Ends it, and with the last one the loop."""
@@ -133,29 +128,28 @@ class LoopProbe(Probe):
 
     Args:
         recorder: Is told.
-        runs: The runs that are under way, shared by the probes of a profile.
+        session: The runs that are under way, shared by the probes of a profile.
+        component: What is called, such as `"transformer_2"`.
         watch: Called with the scheduler of a new run.
     """
 
-    def __init__(self, recorder: Recorder, runs: Runs, watch: Callable[[Any], None]) -> None:
-        self._recorder = recorder
-        self._runs = runs
+    def __init__(self, recorder: Recorder, session: Session, component: str, watch: Callable[[Any], None]) -> None:
+        super().__init__(recorder)
+        self._session = session
+        self._component = component
         self._watch = watch
 
-    def locate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, int, str] | None:
+    def locate(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Where | None:
         """Tells the run, step and branch of a call, and begins the step; None outside of any loop."""
-        module = unwrap(module)
-        call = locate(module, args, kwargs)
-        if not isinstance(call, LoopCall) or call.step >= call.total:
+        where = self._session.enter(self._component, module, args, kwargs)
+        if where is None:
             return None
-        run, is_new = self._runs.find(call)
-        step, branch = run.advance(module, call)
-        if is_new:
-            self._watch(call.scheduler)
+        if where.is_new:
+            self._watch(where.run.scheduler)
         if self._recorder.call is None:
-            self._recorder.begin_call(type(module).__name__, _device_of(args, kwargs), is_whole=False)
-        self._recorder.enter_step(run, step)
-        return run, step, branch
+            self._recorder.begin_call(model_class(unwrap(module)).__name__, _device_of(args, kwargs), is_whole=False)
+        self._recorder.enter_step(where.run, where.step)
+        return where
 
 
 class ControlProbe(LoopProbe):
@@ -166,51 +160,38 @@ class ControlProbe(LoopProbe):
         self.locate(module, args, kwargs)
         return self._recorder.push("control", "controlnet")
 
-    def end(self, module: Any, token: Any) -> None:  # noqa: ARG002
-        """Ends it."""
-        self._recorder.pop(token)
-
-
-class Blocks(Protocol):
-    """What a transformer's probe tells the probes of its blocks."""
-
-    def close(self) -> None:
-        """The transformer call is over: so is the block list that is under way."""
-
 
 class TransformerProbe(LoopProbe):
     """In front of a transformer: which branch of which step, and what a cache did in it.
 
     Args:
         recorder: Is told.
-        runs: The runs that are under way.
-        watch: Called with the scheduler of a new run.
+        session: The runs that are under way.
         component: Which transformer, such as `"transformer_2"`.
-        blocks: Of its blocks; None where they are not watched.
+        watch: Called with the scheduler of a new run.
+        marks: Of its blocks.
     """
 
     def __init__(
-        self, recorder: Recorder, runs: Runs, watch: Callable[[Any], None], component: str, blocks: Blocks | None
+        self, recorder: Recorder, session: Session, component: str, watch: Callable[[Any], None], marks: BlockMarks
     ) -> None:
-        super().__init__(recorder, runs, watch)
-        self._component = component
-        self._blocks = blocks
+        super().__init__(recorder, session, component, watch)
+        self._marks = marks
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Range | None:
         """Begins a call."""
         where = self.locate(module, args, kwargs)
         if where is None:
             return self._recorder.push("transformer", self._component, component=self._component, branch=None)
-        _, step, branch = where
-        name = f"{self._component} ({branch})"
-        return self._recorder.push("transformer", name, component=self._component, branch=branch, step=step)
+        name, branch = f"{self._component} ({where.branch})", where.branch
+        return self._recorder.push("transformer", name, component=self._component, branch=branch, step=where.step)
 
     def leave(self, module: Any, token: Range | None, output: Any) -> Any:
         """Ends it, with what the cache did."""
         if token is not None and token.facts["branch"] is not None:
             decision = decision_of(module, token.facts["step"], token.facts["branch"])
             token.facts["decision"] = decision
-            self._close()
+            self._marks.close()
             if decision is not None:
                 self._recorder.mark(f"cache: {'compute' if decision.computed else 'skip'} ({decision.reason})")
                 self._recorder.unmark()
@@ -219,63 +200,23 @@ class TransformerProbe(LoopProbe):
 
     def end(self, module: Any, token: Range | None) -> None:  # noqa: ARG002
         """Ends it."""
-        self._close()
+        self._marks.close()
         self._recorder.pop(token)
-
-    def _close(self) -> None:
-        if self._blocks is not None:
-            self._blocks.close()
-
-
-class _UnderWay(threading.local):
-    """The block list that is under way in one thread."""
-
-    name: str | None = None
-
-
-class BlockMarks:
-    """Marks the block lists and blocks of a transformer in traces. They are not timed.
-
-    Args:
-        recorder: Is told.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._under_way = _UnderWay()
-
-    def probe(self, list_name: str, index: int, count: int) -> BlockProbe:
-        """Makes the probe of one block."""
-        return BlockProbe(self, list_name, index, index == count - 1)
-
-    def open(self, list_name: str, index: int) -> bool:
-        """A block begins; outside of a pipeline call nothing does."""
-        if self._recorder.call is None:
-            return False
-        if self._under_way.name != list_name:
-            self.close()
-            self._under_way.name = list_name
-            self._recorder.mark(list_name)
-        self._recorder.mark(f"{list_name}.{index}")
-        return True
-
-    def shut(self, is_last: bool) -> None:
-        """A block ends, and with the last one its list."""
-        self._recorder.unmark()
-        if is_last:
-            self.close()
-
-    def close(self) -> None:
-        """The block list that is under way is over."""
-        if self._under_way.name is not None:
-            self._under_way.name = None
-            self._recorder.unmark()
 
 
 class BlockProbe(Probe):
-    """In front of one block."""
+    """In front of one block.
 
-    def __init__(self, marks: BlockMarks, list_name: str, index: int, is_last: bool) -> None:
+    Args:
+        recorder: Is told.
+        marks: Of its transformer.
+        list_name: Name of its list.
+        index: Its index there.
+        is_last: Whether the list ends with it.
+    """
+
+    def __init__(self, recorder: Recorder, marks: BlockMarks, list_name: str, index: int, is_last: bool) -> None:
+        super().__init__(recorder)
         self._marks = marks
         self._list_name = list_name
         self._index = index

@@ -8,9 +8,9 @@ from typing import Any
 
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.parts.stats import RunStats
-from sgl_diffusion_accel.comparing.work import BlockWork, is_compiled
+from sgl_diffusion_accel.comparing.measures.block_work import BlockWork, is_compiled
 from sgl_diffusion_accel.patch import patches_on
-from sgl_diffusion_accel.targets import find_transformers, unwrap
+from sgl_diffusion_accel.targets import find_targets
 
 Maps = Mapping[str, tuple[bool, ...]]
 """Branch to whether each denoising step was computed."""
@@ -40,16 +40,16 @@ class Computed:
     """
 
     def __init__(self, pipe: Any, count: bool) -> None:
-        transformers = list(find_transformers(pipe).values())
+        targets = find_targets(pipe)
         caches = {id(patch): patch for patch in patches_on(pipe) if isinstance(patch, CachePatch)}
         self._caches = [(cache, cache.stats.started) for cache in caches.values()]
-        covered = all(any(isinstance(patch, CachePatch) for patch in patches_on(part)) for part in transformers)
+        covered = all(any(isinstance(patch, CachePatch) for patch in patches_on(target.module)) for target in targets)
         self.counts_itself = covered
         self.share: float | None = None
         self.maps: Maps = {}
-        self.compiles = not covered and any(map(is_compiled, transformers))
+        self.compiles = not covered and any(is_compiled(target.wrapper) for target in targets)
         hooks = count and not covered and not self.compiles
-        self._work = [BlockWork(unwrap(part)) for part in transformers] if hooks else []
+        self._work = [BlockWork(target.module) for target in targets] if hooks else []
 
     def __enter__(self) -> Computed:
         for work in self._work:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgl_diffusion_accel.comparing.metrics import frames_of
-from sgl_diffusion_accel.comparing.outputs import Media
+from sgl_diffusion_accel.comparing.measures.metrics import frames_of
+from sgl_diffusion_accel.comparing.measures.read_output import Media
 
 _CALLS, _FRAMES, _SIDE = 4, 3, 384
 

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sgl_diffusion_accel.comparing.comparison_data import ComparisonData
+from sgl_diffusion_accel.comparing.comparison_tables import decibel
 from sgl_diffusion_accel.comparing.contenders import UNPATCHED
-from sgl_diffusion_accel.comparing.plots import FAINT, new_figure, save, shortened, style
-from sgl_diffusion_accel.comparing.shots import Gallery, Shot
-from sgl_diffusion_accel.comparing.tables import decibel
+from sgl_diffusion_accel.comparing.picture_gallery import Gallery, Shot
 from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.reporting.figure_style import FAINT, new_figure, save, shortened, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from sgl_diffusion_accel.comparing.report import ComparisonReport
 
 _MAGNIFICATIONS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000)
 _MOST = 0.98
@@ -29,7 +28,7 @@ _MOST = 0.98
 _COLUMN, _GAP, _MARGIN, _HEAD, _TITLE, _FOOT = 2.3, 0.18, 0.25, 0.55, 0.5, 0.4
 
 
-def side_by_side(report: ComparisonReport, path: str | Path | None) -> Figure:
+def side_by_side(report: ComparisonData, path: str | Path | None) -> Figure:
     """Draws the outputs; see `ComparisonReport.plot_pictures`."""
     gallery = report.gallery
     if not gallery.shots:
@@ -73,7 +72,7 @@ def magnification(gallery: Gallery) -> int:
     return fitting[-1] if fitting and largest else 1
 
 
-def _head(figure: Figure, left: float, top: float, report: ComparisonReport, name: str) -> None:
+def _head(figure: Figure, left: float, top: float, report: ComparisonData, name: str) -> None:
     width, height = figure.get_size_inches()
     if name == UNPATCHED:
         title, numbers = name, f"{report.unpatched.seconds.median:.3g} s"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sgl_diffusion_accel.profiling import memory
-from sgl_diffusion_accel.profiling.clocks import DeviceClock, HostClock, clock_for, synchronise
-from sgl_diffusion_accel.profiling.memory import host_anonymous_mb, reset_peak, take_checkpoint
+from sgl_diffusion_accel.clocks import DeviceClock, HostClock, clock_for, synchronise
+from sgl_diffusion_accel.profiling.recording import memory
+from sgl_diffusion_accel.profiling.recording.memory import host_anonymous_mb, reset_peak, take_checkpoint
 
 CPU = torch.device("cpu")
 

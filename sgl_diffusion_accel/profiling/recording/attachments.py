@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sgl_diffusion_accel.intercept import intercept, release
-from sgl_diffusion_accel.profiling.probes import Probe
+from sgl_diffusion_accel.profiling.recording.probes import Probe
 from sgl_diffusion_accel.shadow import restore, shadow
 from sgl_diffusion_accel.slots import CALL, slot_of
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sgl_diffusion_accel.profiling import stages
-from sgl_diffusion_accel.profiling.recorder import Call, Range
-from sgl_diffusion_accel.profiling.report import BranchTiming, CallReport, StageTiming, StepTiming
+from sgl_diffusion_accel.profiling.recording import stages
+from sgl_diffusion_accel.profiling.recording.recorder import Call, Range
+from sgl_diffusion_accel.profiling.results.timings import BranchTiming, CallReport, StageTiming, StepTiming
 
 Within = Callable[[Range], tuple[float, float]]
 

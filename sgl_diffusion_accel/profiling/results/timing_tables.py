@@ -1,4 +1,4 @@
-"""A report as a table: with rich where it is installed, in plain text elsewhere, as HTML in a notebook."""
+"""The tables of a profile: with rich where it is installed, in plain text elsewhere, as HTML in a notebook."""
 
 from __future__ import annotations
 
@@ -6,37 +6,24 @@ import importlib.util
 import io
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from sgl_diffusion_accel.profiling.memory import MemoryCheckpoint
-from sgl_diffusion_accel.profiling.report import CallReport, ProfileReport, StepTiming
+from sgl_diffusion_accel.profiling.recording.memory import MemoryCheckpoint
+from sgl_diffusion_accel.profiling.results.timings import CallReport, ProfileData, StepTiming
+from sgl_diffusion_accel.reporting.tables import Table
 
 _MOST_STEPS = 60
 _WIDTH = 110
 COMPUTED, SKIPPED, TRACED = "█", "·", "T"
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table before it is drawn.
-
-    Attributes:
-        title: Above it.
-        head: Names of the columns; all but the first are right-aligned, and the last is not if it is `"cache"`.
-        rows: Cells.
-    """
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def text(report: ProfileReport) -> str:
+def text(report: ProfileData) -> str:
     """The report as text."""
     if importlib.util.find_spec("rich") is None or not report.calls:
-        return "\n".join(_plain(report))
+        tables = [f"\n{table.title}\n{table.to_text()}" for table in _tables(report)]
+        foot = _foot(report)
+        return "\n".join([*_head(report), *tables, *([""] if foot else []), *foot])
     from rich.console import Console
 
     sheet = io.StringIO()
@@ -46,59 +33,23 @@ def text(report: ProfileReport) -> str:
     return "\n".join(line.rstrip() for line in sheet.getvalue().splitlines())
 
 
-def rich_group(report: ProfileReport) -> Any:
+def rich_group(report: ProfileData) -> Any:
     """The report for `rich.print`."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table as RichTable
     from rich.text import Text
 
-    parts: list[Any] = [Text(line, style="bold" if not index else "") for index, line in enumerate(_head(report))]
-    for table in _tables(report):
-        drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, name in enumerate(table.head):
-            is_number = index > 0 and name != "cache"
-            width = max(len(row[index]) for row in table.rows) if is_number else None  # words may be broken, no number
-            drawn.add_column(name, justify="right" if is_number else "left", min_width=width)
-        for row in table.rows:
-            drawn.add_row(*map(Text, row))
-        parts.append(drawn)
-    return Group(*parts, *map(Text, _foot(report)))
+    head = [Text(line, style="" if index else "bold") for index, line in enumerate(_head(report))]
+    return Group(*head, *(table.to_rich() for table in _tables(report)), *map(Text, _foot(report)))
 
 
-def html(report: ProfileReport) -> str:
+def html(report: ProfileData) -> str:
     """The report for a notebook."""
-    parts = [f"<b>{escape(line)}</b><br>" for line in _head(report)]
-    for table in _tables(report):
-        head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in table.head)
-        rows = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in table.rows
-        )
-        parts.append(f"<i>{escape(table.title)}</i><table><tr>{head}</tr>{rows}</table>")
-    return f"<div>{''.join(parts)}{'<br>'.join(map(escape, _foot(report)))}</div>"
+    head = "".join(f"<b>{escape(line)}</b><br>" for line in _head(report))
+    tables = "".join(table.to_html() for table in _tables(report))
+    return f"<div>{head}{tables}{'<br>'.join(map(escape, _foot(report)))}</div>"
 
 
-def _plain(report: ProfileReport) -> Iterator[str]:
-    yield from _head(report)
-    for table in _tables(report):
-        yield ""
-        yield table.title
-        rows = [table.head, *table.rows]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(table.head))]
-        for row in rows:
-            cells = [
-                cell.ljust(width) if not index or table.head[index] == "cache" else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            yield "  ".join(cells).rstrip()
-    foot = _foot(report)
-    if foot:
-        yield ""
-        yield from foot
-
-
-def _head(report: ProfileReport) -> list[str]:
+def _head(report: ProfileData) -> list[str]:
     if not report.calls:
         return ["profile: nothing has been measured yet"]
     call = report.last
@@ -109,26 +60,25 @@ def _head(report: ProfileReport) -> list[str]:
     return lines
 
 
-def _foot(report: ProfileReport) -> list[str]:
+def _foot(report: ProfileData) -> list[str]:
     lines = [*report.remarks, *(report.last.remarks if report.calls else ())]
     if report.calls and report.last.traced_steps:
         lines.append(f"traced, and so slower than the others: steps {spans(report.last.traced_steps)}")
     return lines + [f"trace: {path}" for path in report.traces]
 
 
-def _tables(report: ProfileReport) -> Iterator[Table]:
+def _tables(report: ProfileData) -> Iterator[Table]:
     if not report.calls:
         return
     call = report.last
-    yield Table("stages", ("stage", "ms", "share"), tuple(_stage_rows(call)))
+    yield Table(("stage", "ms", "share"), list(_stage_rows(call)), title="stages")
     if call.steps:
-        yield Table("denoising steps", ("", "steps", "median ms", "min", "max"), tuple(_summary(call)))
-        title = "every step, ms" if len(call.steps) <= _MOST_STEPS else f"the first {_MOST_STEPS} steps, ms"
-        yield Table(title, *_step_table(call))
+        yield Table(("", "steps", "median ms", "min", "max"), list(_summary(call)), title="denoising steps")
+        yield _step_table(call)
     peaks = [each for each in call.memory if each.reserved_mb]
     if peaks:
         head = ("memory, MiB", "allocated", "reserved", "peak allocated", "peak reserved")
-        yield Table("memory", head, tuple((each.name, *map(_number, counts(each))) for each in peaks))
+        yield Table(head, [(each.name, *map(_number, counts(each))) for each in peaks], title="memory")
 
 
 def counts(checkpoint: MemoryCheckpoint) -> tuple[float, ...]:
@@ -157,14 +107,15 @@ def _summary(call: CallReport) -> Iterator[tuple[str, ...]]:
         yield name, str(len(times)), *map(_number, (statistics.median(times), min(times), max(times)))
 
 
-def _step_table(call: CallReport) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+def _step_table(call: CallReport) -> Table:
     has_control = any(step.control_ms for step in call.steps)
     has_cache = any(step.computed is not None for step in call.steps)
     head = ["step", "timestep", "total", *call.branches, *(["controlnet"] if has_control else []), "scheduler", "other"]
     head += ["cache"] if has_cache else []
-    return tuple(head), tuple(
-        _step_row(step, call.branches, has_control, has_cache) for step in call.steps[:_MOST_STEPS]
-    )
+    words = (0, len(head) - 1) if has_cache else (0,)
+    title = "every step, ms" if len(call.steps) <= _MOST_STEPS else f"the first {_MOST_STEPS} steps, ms"
+    rows = [_step_row(step, call.branches, has_control, has_cache) for step in call.steps[:_MOST_STEPS]]
+    return Table(head, rows, words, title)
 
 
 def _step_row(step: StepTiming, branches: Sequence[str], has_control: bool, has_cache: bool) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sgl_diffusion_accel.slots import CALL
-from sgl_diffusion_accel.targets import find_transformers
+from sgl_diffusion_accel.targets import find_targets
 
 TEXT, IMAGE, ENCODE, PREPARE = "text encoding", "image encoding", "VAE encoding", "preprocessing"
 DENOISING, DECODE, FINISH = "denoising", "decoding", "postprocessing"
@@ -72,7 +72,7 @@ def find_places(pipe: Any) -> Iterator[Place]:
         for method, stage in _PROCESSOR_METHODS.items():
             if not isinstance(processor, nn.Module) and callable(getattr(type(processor), method, None)):
                 yield Place(processor, method, stage, f"{name}.{method}")
-    transformers = find_transformers(pipe)
+    transformers = find_targets(pipe).names
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in transformers:
             yield from _places_of(name, part)

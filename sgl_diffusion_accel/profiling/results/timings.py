@@ -1,4 +1,4 @@
-"""What was measured, as data: pipeline calls, their stages, their denoising steps, memory."""
+"""What a profile measured, as plain data: pipeline calls, their stages, their denoising steps, memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.profiling.memory import MemoryCheckpoint
+from sgl_diffusion_accel.profiling.recording.memory import MemoryCheckpoint
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class CallReport:
 
 
 @dataclass(frozen=True)
-class ProfileReport:
-    """What a profile measured. `print` shows its last call as a table.
+class ProfileData:
+    """The timings of a profile.
 
     Attributes:
         calls: The pipeline calls, in order.
@@ -204,41 +204,13 @@ class ProfileReport:
         """Duration of every denoising step of the last call."""
         return self.last.denoise_steps_ms
 
-    def plot(self, path: str | Path, call: int = -1) -> Path:
-        """Draws the timeline of a call: its stages, its steps, what the cache did.
-
-        Args:
-            path: PNG to write.
-            call: Which call.
-
-        Returns:
-            The path.
+    def call(self, index: int) -> CallReport:
+        """One of the calls.
 
         Raises:
-            MissingPackageError: matplotlib is not installed.
-            ConfigError: Nothing was measured.
+            ConfigError: Nothing was measured, or there is no such call.
         """
-        from sgl_diffusion_accel.profiling.timeline import draw
-
-        return draw(self._call(call), Path(path))
-
-    def _call(self, index: int) -> CallReport:
         self.last  # noqa: B018  # raises if there is none
         if not -len(self.calls) <= index < len(self.calls):
             raise ConfigError(f"call={index}; measured: {len(self.calls)} calls, 0 to {len(self.calls) - 1}.")
         return self.calls[index]
-
-    def __str__(self) -> str:
-        from sgl_diffusion_accel.profiling.table import text
-
-        return text(self)
-
-    def __rich__(self) -> object:
-        from sgl_diffusion_accel.profiling.table import rich_group
-
-        return rich_group(self)
-
-    def _repr_html_(self) -> str:
-        from sgl_diffusion_accel.profiling.table import html
-
-        return html(self)

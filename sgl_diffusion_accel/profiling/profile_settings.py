@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
-from sgl_diffusion_accel.profiling.nvtx import refuse_without_cuda
-from sgl_diffusion_accel.profiling.trace import default_directory
+from sgl_diffusion_accel.profiling.recording.nvtx import refuse_without_cuda
+from sgl_diffusion_accel.profiling.recording.torch_trace import default_directory
 
 _SWITCHES = ("all_stages", "nvtx", "trace", "record_shapes", "with_stack", "profile_memory")
 _ALL = -1

@@ -1,0 +1,1 @@
+"""What all reports share: tables, the look of figures, the spread of repeated timings."""
