@@ -109,8 +109,8 @@ def _check_left_as_found(pipe: Any, name: str, components: Mapping[str, Any]) ->
     for target in find_targets(pipe):
         if has_foreign_cache(target.module):
             raise VariantError(
-                f"variant {name!r} left one of diffusers' own caches on pipe.{target.name}. Take it off at the end: write "
-                f"the variant as a context manager that calls pipe.{target.name}.disable_cache()."
+                f"variant {name!r} left one of diffusers' own caches on pipe.{target.name}. Take it off at the end: "
+                f"write the variant as a context manager that calls pipe.{target.name}.disable_cache()."
             )
 
 
