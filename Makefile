@@ -40,7 +40,7 @@ test-all: $(READY)
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
 	zoo exact order branches blocks skipped_blocks wiring wiring_oracle odd_models targets loop context_loop own_loops \
 	step_proof given second_denoiser modulated teacache_models teacache_fit apply_plan calibrate magnitude_record \
-	response few_steps export attention_sites attention_parity attention_patch attention_select attention_unseen \
+	response few_steps attention_sites attention_parity attention_patch attention_select attention_unseen \
 	compare public))
 
 test-oldest: $(READY_OLDEST)
