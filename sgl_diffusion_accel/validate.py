@@ -107,12 +107,23 @@ def check_names(kind: str, given: Sequence[str], known: Sequence[str], where: st
 
 
 def names_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function, without `**`, that tells the nearest known name where one of its arguments is misspelt."""
-    known = list(inspect.signature(function).parameters)
+    """A front door that says what to type where an argument is misspelt, or given by its place and has none.
+
+    Where a function takes any names (`**`), it checks them itself.
+    """
+    parameters = inspect.signature(function).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    by_place = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        check_names("argument", list(kwargs), known, function.__name__)
+        if not takes_any:
+            check_names("argument", list(kwargs), list(parameters), function.__name__)
+        if len(args) > len(by_place):
+            raise ConfigTypeError(
+                f"{function.__name__} takes {', '.join(by_place)} by their place, and got {len(args)} arguments. Give the "
+                f"others by name: {function.__name__}({', '.join(by_place[:1])}, name=value)"
+            )
         return function(*args, **kwargs)
 
     return checked

@@ -139,3 +139,10 @@ def test_misspelt_argument_gets_the_nearest_name(name: str) -> None:
     known = list(inspect.signature(function).parameters)[-1]
     with pytest.raises(ConfigError, match=rf"unknown argument '{known}s' in {name}. Did you mean '{known}'"):
         function(torch.nn.Linear(1, 1), **{f"{known}s": True})
+
+
+@pytest.mark.parametrize("apply", [apply_teacache, apply_magcache, apply_cache_dit, apply_adaptive_cache])
+def test_what_has_no_place_is_told_to_go_by_name(apply: Any) -> None:
+    words = rf"{apply.__name__} takes pipe, config by their place, and got 3 arguments.*{apply.__name__}\(pipe, name="
+    with pytest.raises(ConfigTypeError, match=words):
+        apply(torch.nn.Linear(1, 1), 0.1, [0, 0, 0, 1, 0])

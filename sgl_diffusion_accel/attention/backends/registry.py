@@ -11,6 +11,7 @@ from sgl_diffusion_accel.attention.backends.backend_table import NOT_OFFERED, TA
 from sgl_diffusion_accel.attention.backends.packages import installed_version
 from sgl_diffusion_accel.attention.backends.requirements import Requirements
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
+from sgl_diffusion_accel.validate import names_checked
 
 _BEST_FLASH = ("flash4", "flash3", "flash", "sdpa_flash")
 
@@ -68,6 +69,7 @@ def flash_family() -> list[Backend]:
 _OWN = {"mask", "is_causal", "scale", "enable_gqa"}
 
 
+@names_checked
 def register_attention_backend(
     name: str, function: Callable[..., Any], *, is_exact: bool = True, **requirements: Any
 ) -> None:

@@ -13,11 +13,13 @@ from sgl_diffusion_accel.caching.magcache.magnitude_policy import MagnitudePolic
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.parts.predictors import taylor
 from sgl_diffusion_accel.targets import Pipe, Target
+from sgl_diffusion_accel.validate import names_checked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@names_checked
 def apply_magcache(
     pipe: Pipe,
     config: MagCacheConfig | MagnitudeRatios | Sequence[float] | None = None,
