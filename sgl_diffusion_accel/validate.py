@@ -121,8 +121,8 @@ def names_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
             check_names("argument", list(kwargs), list(parameters), function.__name__)
         if len(args) > len(by_place):
             raise ConfigTypeError(
-                f"{function.__name__} takes {', '.join(by_place)} by their place, and got {len(args)} arguments. Give the "
-                f"others by name: {function.__name__}({', '.join(by_place[:1])}, name=value)"
+                f"{function.__name__} takes {', '.join(by_place)} by their place, and got {len(args)} arguments. Give "
+                f"the others by name: {function.__name__}({', '.join(by_place[:1])}, name=value)"
             )
         return function(*args, **kwargs)
 
