@@ -86,7 +86,7 @@ def test_everything_public_is_documented():
         f"{module}: {name}"
         for module in MODULES
         for name, found in objects(importlib.import_module(module))
-        if not (found.__doc__ or "").strip() or found.__doc__.startswith(f"{name}(")
+        if not (inspect.getdoc(found) or "").strip() or inspect.getdoc(found).startswith(f"{name}(")
     ]
     assert missing == []
 

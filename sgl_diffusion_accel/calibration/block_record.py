@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.blocks.cached_model import Parts
+from sgl_diffusion_accel.caching.blocks.cached_model import Parts, Recorder
 from sgl_diffusion_accel.caching.blocks.layout import divide
 from sgl_diffusion_accel.caching.blocks.parallel import signal_reduction
 from sgl_diffusion_accel.caching.cache_patch import put_on_blocks
@@ -47,7 +47,7 @@ Trace = list[tuple[int, float, float]]
 
 
 @dataclass
-class _Recorder:
+class _Recorder(Recorder):
     """Collects what is wanted of one transformer, by run and branch.
 
     Attributes:
@@ -61,7 +61,6 @@ class _Recorder:
     changes: dict[tuple[int, str], dict[int, float]] = field(default_factory=dict)
 
     def saw_output(self, run: int, branch: str, step: int, output: Any) -> None:
-        """See `cached_model.Recorder`."""
         if not self.signals:
             return
         now = _first_tensor(output).detach()
@@ -73,7 +72,6 @@ class _Recorder:
         self.outputs[key] = now.clone()
 
     def saw_residuals(self, run: int, branch: str, step: int, residuals: Sequence[Tensor]) -> None:
-        """See `cached_model.Recorder`."""
         if self.magnitudes is not None:
             self.magnitudes.add(run, branch, step, residuals)
 

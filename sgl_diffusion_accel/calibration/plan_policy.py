@@ -52,7 +52,6 @@ class PlanPolicy(CallPolicy):
         }
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
-        """See `Policy.decide`."""
         step = position.step
         if self._instead is not None:
             return self._instead.decide(position, tally, change)
@@ -61,20 +60,17 @@ class PlanPolicy(CallPolicy):
         return Decision(self._design.mask[step], "plan", self._design.errors[step])
 
     def weights(self, step: int, nodes: Sequence[int]) -> Weights:
-        """See `CallPolicy.weights`."""
         if self._instead is not None:
             return self._instead.weights(step, nodes)
         return self._design.weights[step]
 
     def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
-        """See `CallPolicy.predicted`."""
         if not self.needs_error:
             return None
         earlier = [node for node in nodes if node < step]
         return extrapolate(earlier, step) if len(earlier) > 1 else None
 
     def observe(self, step: int, error: float) -> None:
-        """See `Policy.observe`."""
         if self._instead is not None:
             self._instead.observe(step, error)
         elif self._guard is not None and not error <= self._guard * self.foreseen(step):
@@ -119,7 +115,6 @@ class PlanPolicy(CallPolicy):
         return float(np.sqrt(max(difference @ gram @ difference, 0.0) / max(gram[step, step], 1e-30)))
 
     def needs_later(self, step: int) -> bool:
-        """See `CallPolicy.needs_later`."""
         if self._instead is not None:
             return self._instead.needs_later(step)
         return self._last_use.get(step, step) > step or (self._guard is not None and step < len(self._design.mask) - 1)

@@ -12,14 +12,14 @@ from sgl_diffusion_accel.caching.blocks.entry import Entry
 from sgl_diffusion_accel.caching.blocks.modulated import modulated_input
 from sgl_diffusion_accel.caching.blocks.parallel import local_part, signal_reduction
 from sgl_diffusion_accel.caching.blocks.wiring import Call, elements, form_of
-from sgl_diffusion_accel.caching.parts.signals import Changes, Reduce
+from sgl_diffusion_accel.caching.parts.signals import Changes, Reduce, Seen
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.loop.host_copy import HostCopy
 from sgl_diffusion_accel.loop.session import Where
 from sgl_diffusion_accel.targets import unwrap
 
 
-class Measurement:
+class Measurement(Seen):
     """How much has changed at one transformer call. It is what its signal can look at (`signals.Seen`).
 
     Args:
@@ -45,12 +45,12 @@ class Measurement:
 
     @property
     def reference(self) -> Tensor | None:
-        """See `signals.Seen`."""
+        """The signal that was kept."""
         return self._branch.signal
 
     @property
     def reduce(self) -> Reduce | None:
-        """See `signals.Seen`."""
+        """By the ranks of the transformer."""
         return signal_reduction(self._module)
 
     def before(self, list_index: int, index: int, block: nn.Module, call: Call) -> None:
@@ -109,23 +109,19 @@ class Measurement:
         return local_part(wiring.get(self._entry.call, key), parts[index], self._module), parts[index]
 
     def modulated_input(self) -> Tensor:
-        """See `signals.Seen`."""
         if self._first is None:
             raise self._blind()
         return modulated_input(*self._first)
 
     def taken(self) -> Tensor | None:
-        """See `signals.Seen`."""
         if self._taken is None and self._signal is not None:
             self._taken = self._signal.take(self)
         return self._taken
 
     def queue_schedule(self, changes: Changes) -> None:
-        """See `signals.Seen`."""
         self._schedule(changes)
 
     def of_schedule(self, changes: Changes) -> float:
-        """See `signals.Seen`."""
         return self._schedule(changes)[self._step] if self._branch.seen else float("inf")
 
     def _schedule(self, changes: Changes) -> HostCopy:

@@ -63,7 +63,6 @@ class MagnitudePolicy(Policy):
         return self.threshold > 0 and self.max_skip_steps > 0 and max(start, position.step) < stop
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:  # noqa: ARG002
-        """See `Policy.decide`."""
         start, stop = self._bounds(position.total)
         if not start <= position.step < stop:
             return Decision(True, "retention step" if position.step < start else "last step")

@@ -29,7 +29,7 @@ class Decider:
         return self._error.nbytes()
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
-        """See `Policy.decide`."""
+        """What the policy decides, once it has seen the errors of the step before."""
         if self._step != position.step:
             error = self._error.take(self._reduce)
             if error is not None:
@@ -37,7 +37,7 @@ class Decider:
         return self.policy.decide(position, tally, change)
 
     def restart(self, position: Position) -> None:
-        """See `Policy.restart`. What was seen before is of no use."""
+        """Tells the policy of a branch of which nothing is known: what was seen before is of no use."""
         self._error.forget()
         self.policy.restart(position)
 

@@ -137,7 +137,6 @@ class GapControl(CallPolicy):
         return Decision(False, "estimated error within tolerance", estimate)
 
     def weights(self, step: int, nodes: Sequence[int]) -> Weights:
-        """See `CallPolicy.weights`."""
         if step != nodes[0]:
             taken = self._skipped[step] = extrapolate(nodes, step)
             return taken
@@ -148,12 +147,10 @@ class GapControl(CallPolicy):
         return correct(nodes, skipped, self.final.tolist()) if self.corrects and known else {step: 1.0}
 
     def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
-        """See `CallPolicy.predicted`."""
         earlier = [node for node in nodes if node < step]
         return extrapolate(earlier, step) if len(earlier) > 1 else None
 
     def observe(self, step: int, error: float) -> None:
-        """See `Policy.observe`."""
         earlier = [node for node in self._computed if node < step]
         growth = self.growth(earlier, step) if earlier else 0.0
         curvature = error / growth if growth else np.inf
@@ -175,10 +172,8 @@ class GapControl(CallPolicy):
         self.observe(computed[0], error)
 
     def restart(self, position: Position) -> None:
-        """See `Policy.restart`."""
         step = position.step
         self._computed, self._skipped, self._curvature, self._begin = [step], {}, None, step
 
     def needs_later(self, step: int) -> bool:
-        """See `CallPolicy.needs_later`."""
         return self._skips and step < len(self.final) - 1

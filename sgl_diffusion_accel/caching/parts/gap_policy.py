@@ -61,7 +61,6 @@ class GapPolicy(Policy):
         self._decision = Decision(True, "first step")
 
     def prepare(self, total: int) -> str | None:
-        """See `Policy.prepare`."""
         return self._limits.prepare(total)
 
     def may_skip(self, position: Position) -> bool:
@@ -84,7 +83,6 @@ class GapPolicy(Policy):
             self._gaps.restart(position)
 
     def observe(self, step: int, error: float) -> None:
-        """See `Policy.observe`."""
         self._gaps.observe(step, error)
 
     def _next(self, position: Position, change: Change) -> Decision:

@@ -156,7 +156,6 @@ class ThresholdPolicy(Policy):
         return self.threshold > 0
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
-        """See `Policy.decide`."""
         if position.local_step < self.max_warmup_steps and position.local_step % self.warmup_interval == 0:
             return Decision(True, "warm-up")
         if self.threshold <= 0:
@@ -204,7 +203,6 @@ class MaskPolicy(Policy):
         return 0 in left and (self.inner is None or self.inner.may_skip(position))
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
-        """See `Policy.decide`."""
         if self.mask.resolve(position.total)[position.step]:
             return Decision(True, "mask")
         if self.inner is None:

@@ -69,7 +69,6 @@ class AccumulatingPolicy(Policy):
         return start <= position.step < stop
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
-        """See `Policy.decide`."""
         if not self.may_measure(position):
             return Decision(True, "outside the window")
         moved = change()
