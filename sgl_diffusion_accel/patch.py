@@ -15,7 +15,7 @@ from torch import nn
 
 from sgl_diffusion_accel.intercept import intercept, release
 from sgl_diffusion_accel.slots import Handler, slot_of
-from sgl_diffusion_accel.targets import Target, Targets, components_of, unwrap
+from sgl_diffusion_accel.targets import Pipe, Target, Targets, components_of, unwrap
 
 _Self = TypeVar("_Self", bound="Patch")
 
@@ -207,7 +207,7 @@ def patches_of(module: nn.Module) -> Iterator[Patch]:
             yield handler.patch
 
 
-def patches_on(pipe: object) -> list[Patch]:
+def patches_on(pipe: Pipe) -> list[Patch]:
     """The patches of this library on a pipeline or a module, each once, newest of each component first.
 
     Args:
@@ -219,7 +219,7 @@ def patches_on(pipe: object) -> list[Patch]:
     return list(dict.fromkeys(patch for module in _modules(pipe) for patch in patches_of(module)))
 
 
-def remove(pipe: object) -> None:
+def remove(pipe: Pipe) -> None:
     """Undoes everything that this library did to a pipeline or a transformer, newest first.
 
     Harmless when nothing was done.

@@ -120,6 +120,15 @@ Pipe: TypeAlias = "HasComponents | nn.Module"
 """What a patch is applied to: a diffusers pipeline, or its transformer by itself."""
 
 
+class Pipeline(HasComponents, Protocol):
+    """A pipeline that is called by this library: what calibration and comparison need."""
+
+    scheduler: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Target:
     """A component that is patched.

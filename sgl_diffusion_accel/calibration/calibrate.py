@@ -24,7 +24,7 @@ from sgl_diffusion_accel.calls import read_calls
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.pipeline_frames import guidance_of
 from sgl_diffusion_accel.loop.scheduler_response import adds_noise, response_of
-from sgl_diffusion_accel.targets import Target, find_targets
+from sgl_diffusion_accel.targets import Pipeline, Target, find_targets
 from sgl_diffusion_accel.validate import names_checked
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _GUIDANCE = ("true_cfg_scale", "guidance_scale")
 
 @names_checked
 def calibrate(
-    pipe: Any,
+    pipe: Pipeline,
     calls: Iterable[Mapping[str, Any]],
     path: str | Path | None = None,
     *,

@@ -17,7 +17,7 @@ from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import Check
 from sgl_diffusion_accel.calls import Call, read_calls
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.targets import find_targets
+from sgl_diffusion_accel.targets import Pipeline, find_targets
 from sgl_diffusion_accel.validate import names_checked, of_type, real
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ SPEEDUPS = (2.0, 3.0, 5.0)
 
 @names_checked
 def check_plan(
-    pipe: Any, plan: CachePlan, calls: Iterable[Mapping[str, Any]], speedups: Iterable[float] = SPEEDUPS
+    pipe: Pipeline, plan: CachePlan, calls: Iterable[Mapping[str, Any]], speedups: Iterable[float] = SPEEDUPS
 ) -> CachePlan:
     """Runs calls with and without a plan, and enters into it how far its runs were off.
 

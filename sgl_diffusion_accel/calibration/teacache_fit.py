@@ -19,7 +19,7 @@ from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
 from sgl_diffusion_accel.calibration.block_record import BlockRecording, Trace
 from sgl_diffusion_accel.calls import read_calls
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.targets import Target, find_targets
+from sgl_diffusion_accel.targets import Pipeline, Target, find_targets
 from sgl_diffusion_accel.validate import names_checked
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _POOR = 0.5  # R² below which the user is warned
 
 @names_checked
 def fit_teacache(
-    pipe: Any, calls: Iterable[Mapping[str, Any]], use_ret_steps: bool | None = None
+    pipe: Pipeline, calls: Iterable[Mapping[str, Any]], use_ret_steps: bool | None = None
 ) -> TeaCacheCoefficients:
     """Fits TeaCache's polynomial to a model, on uncached runs of calls like those that will be made later.
 

@@ -14,12 +14,13 @@ from sgl_diffusion_accel.comparing.measures.read_output import Decode
 from sgl_diffusion_accel.comparing.runner import Runner
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 from sgl_diffusion_accel.patch import patches_on
+from sgl_diffusion_accel.targets import Pipeline
 from sgl_diffusion_accel.validate import count, names_checked
 
 
 @names_checked
 def compare(
-    pipe: Any,
+    pipe: Pipeline,
     variants: Mapping[str, Variant],
     calls: Iterable[Mapping[str, Any]],
     *,
