@@ -63,7 +63,7 @@ def assert_free(pipe: Any) -> None:
 # Outputs, and what is left behind
 
 
-@families()
+@families("wan", "wan22", "flux", "sd3", "zimage", "kandinsky5", "ideogram4", matrix=FAMILIES)
 def test_output_is_bitwise_the_same_and_nothing_stays(family: Family) -> None:
     family, pipe = ready(family)
     expected, before = family.run(pipe), Snapshot(pipe)
@@ -122,9 +122,7 @@ def planned(pipe: Any) -> Any:
     return apply_cache_plan(pipe, plan, speedup=2.0)
 
 
-@pytest.mark.parametrize("cache", [adaptive, planned])
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("order", ["cache first", "profile first"])
+@cross("cache, whole, order", [adaptive, planned], [True, False], ["cache first", "profile first"])
 def test_step_at_which_a_cache_answers_for_the_transformer_is_listed(cache: Any, whole: bool, order: str) -> None:
     family, pipe = ready("wan")
     profiled = pipe if whole else pipe.transformer
