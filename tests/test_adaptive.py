@@ -15,7 +15,7 @@ import torch
 
 import miniatures
 from invariants import TWO_BRANCH, FixedPath, Interrupted, Snapshot, assert_same, chosen, families, transformer_outputs
-from invariants.families import present
+from invariants.families import few_blocks, present
 from sgl_diffusion_accel import (
     CachePatch,
     ConfigError,
@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
 
 @families("wan", "cogvideox", matrix=FAMILIES)
 def test_tolerance_0_changes_no_bit(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=12)
     patch = apply_adaptive_cache(pipe, 0)
     assert torch.equal(family.run(pipe, steps=12), expected)
@@ -72,7 +72,7 @@ def test_tolerance_0_changes_no_bit(family: Family) -> None:
 
 @families("wan", "wan22", "flux", "zimage", "cogvideox", matrix=FAMILIES)
 def test_skips_at_every_family_and_stays_close(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=STEPS)
     before = Snapshot(pipe)
     patch = apply_adaptive_cache(pipe, LOOSE)
@@ -89,7 +89,7 @@ def test_skips_at_every_family_and_stays_close(family: Family) -> None:
 
 @families("wan", "cogvideox", matrix=["flux"])
 def test_larger_tolerance_computes_fewer_steps(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=STEPS)
     shares, errors = [], []
     for tolerance in (1e-5, 1e-3, 1e-2, 1e-1):
@@ -103,7 +103,7 @@ def test_larger_tolerance_computes_fewer_steps(family: Family) -> None:
 
 def test_default_is_told_and_steers() -> None:
     family = present("flux")
-    one, other = family.make(), family.make()
+    one, other = few_blocks(family), few_blocks(family)
     patch = apply_adaptive_cache(one)
     assert "0.001" in str(patch)
     apply_adaptive_cache(other, 0.001)
@@ -113,7 +113,7 @@ def test_default_is_told_and_steers() -> None:
 @pytest.mark.parametrize("steps", chosen(range(1, 10), "1", "2", "9"))
 def test_few_steps_change_no_bit(steps: int) -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=steps)
     patch = apply_adaptive_cache(pipe, 1.0)
     assert torch.equal(family.run(pipe, steps=steps), expected)
@@ -148,7 +148,7 @@ def test_something_that_is_no_pipeline_is_refused() -> None:
 
 @families("wan", "qwen", "lumina2")
 def test_guidance_1_has_one_branch(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=STEPS, guidance=1.0)
     patch = apply_adaptive_cache(pipe, LOOSE)
     assert off(family.run(pipe, steps=STEPS, guidance=1.0), expected) < 0.05
@@ -158,7 +158,7 @@ def test_guidance_1_has_one_branch(family: Family) -> None:
 
 def test_batches_and_several_pictures_of_a_prompt() -> None:
     family = present("flux")
-    pipe = family.make()
+    pipe = few_blocks(family)
     latents = torch.cat([family.call(pipe, seed=seed)["latents"] for seed in (0, 1)])
     given = {"latents": latents, "num_images_per_prompt": 2}
     expected = family.run(pipe, steps=STEPS, **given)
@@ -169,7 +169,7 @@ def test_batches_and_several_pictures_of_a_prompt() -> None:
 
 def test_guidance_that_ends_and_comes_back_in_mid_run() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
 
     def callback(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         pipe._guidance_scale = 1.0 if 4 <= step < 11 else 4.0
@@ -186,7 +186,7 @@ def test_guidance_that_ends_and_comes_back_in_mid_run() -> None:
 
 def test_guidance_that_ends_in_mid_run_by_two_calls() -> None:
     family = present("lumina2")
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=STEPS, cfg_trunc_ratio=0.5)
     patch = apply_adaptive_cache(pipe, LOOSE)
     assert off(family.run(pipe, steps=STEPS, cfg_trunc_ratio=0.5), expected) < 0.12
@@ -196,7 +196,7 @@ def test_guidance_that_ends_in_mid_run_by_two_calls() -> None:
 def test_guidance_that_ends_in_mid_run_in_one_batched_call() -> None:
     family = present("zimage")
     for steps in (STEPS, 30):
-        pipe = family.make()
+        pipe = few_blocks(family)
         expected = family.run(pipe, steps=steps, cfg_truncation=0.5)
         apply_adaptive_cache(pipe, LOOSE)
         assert off(family.run(pipe, steps=steps, cfg_truncation=0.5), expected) < 0.12
@@ -204,7 +204,7 @@ def test_guidance_that_ends_in_mid_run_in_one_batched_call() -> None:
 
 def test_latents_that_a_callback_changes() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
 
     def callback(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         return {"latents": values["latents"] + 1.0} if step == 9 else values
@@ -299,7 +299,7 @@ def test_tolerance_0_changes_no_bit_under_a_stochastic_scheduler() -> None:
 @pytest.mark.parametrize(("name", "strength"), [("wan_v2v", 0.5), ("flux_img2img", 0.6)])
 def test_part_of_the_steps(name: str, strength: float) -> None:
     family = present(name)
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=30, strength=strength)
     patch = apply_adaptive_cache(pipe, LOOSE)
     assert off(family.run(pipe, steps=30, strength=strength), expected) < 0.05
@@ -326,7 +326,7 @@ def test_part_of_the_steps_is_corrected() -> None:
 
 def test_each_expert_predicts_from_its_own_outputs() -> None:
     family = present("wan22")
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=STEPS)
     patch = apply_adaptive_cache(pipe, LOOSE)
     assert off(family.run(pipe, steps=STEPS), expected) < 0.05
@@ -348,7 +348,7 @@ def test_no_expert_ends_with_a_skipped_step() -> None:
 
 def test_one_expert_alone() -> None:
     family = present("wan22")
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=STEPS)
     for name in family.transformers:
         with apply_adaptive_cache(getattr(pipe, name), LOOSE) as patch:
@@ -395,7 +395,7 @@ def test_run_after_an_error(place: str, error: type[BaseException]) -> None:
 
 def test_interrupted_run() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     patch = apply_adaptive_cache(pipe, LOOSE)
     expected = family.run(pipe, steps=STEPS)
     family.run(
@@ -407,7 +407,7 @@ def test_interrupted_run() -> None:
 
 def test_memory_in_a_run_is_bounded_and_given_back() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     patch = apply_adaptive_cache(pipe, LOOSE)
     held: list[int] = []
     family.run(pipe, steps=STEPS, callback_on_step_end=stepping(lambda _: held.append(patch.held_bytes())))
@@ -419,7 +419,7 @@ def test_memory_in_a_run_is_bounded_and_given_back() -> None:
 
 def test_patch_is_removed_or_replaced_in_mid_run() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=STEPS)
     before = Snapshot(pipe)
     first = apply_adaptive_cache(pipe, LOOSE)
@@ -440,7 +440,7 @@ def test_patch_is_removed_or_replaced_in_mid_run() -> None:
 
 def test_two_pipelines_share_a_transformer_in_turn_nested_and_in_threads() -> None:
     family = present("wan")
-    pipe, other = family.make(), family.make()
+    pipe, other = few_blocks(family), few_blocks(family)
     other.transformer = pipe.transformer
     patch = apply_adaptive_cache(pipe, LOOSE)
     expected = [family.run(pipe, steps=STEPS), family.run(other, steps=STEPS, seed=1)]
@@ -467,10 +467,10 @@ def test_two_pipelines_share_a_transformer_in_turn_nested_and_in_threads() -> No
 
 def test_cache_replaces_a_cache_either_way() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     family.run(pipe, steps=STEPS)
     before = Snapshot(pipe)
-    alone = family.make()
+    alone = few_blocks(family)
     apply_adaptive_cache(alone, LOOSE)
     expected = family.run(alone, steps=STEPS)
     blocks = apply_cache_dit(pipe)
@@ -487,7 +487,7 @@ def test_cache_replaces_a_cache_either_way() -> None:
 
 def test_diffusers_own_cache_is_refused() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(UnsupportedModelError, match="disable_cache"):
         apply_adaptive_cache(pipe)
@@ -499,8 +499,8 @@ def test_diffusers_own_cache_is_refused() -> None:
 
 def test_copy_is_unpatched() -> None:
     family = present("wan")
-    expected = family.run(family.make(), steps=STEPS)
-    pipe = family.make()
+    expected = family.run(few_blocks(family), steps=STEPS)
+    pipe = few_blocks(family)
     patch = apply_adaptive_cache(pipe, LOOSE)
     assert torch.equal(family.run(copy.deepcopy(pipe), steps=STEPS), expected)
     assert not patch.stats.runs
@@ -532,7 +532,7 @@ def test_whole_transformer_is_compiled_without_a_graph_break(first: str) -> None
 @pytest.mark.parametrize("dtype", chosen([torch.bfloat16, torch.float16], "torch.bfloat16"))
 def test_half_precision(dtype: torch.dtype) -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     pipe.transformer.to(dtype)
     given = family.call(pipe, steps=STEPS)
     given = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
@@ -550,7 +550,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def test_pipeline_that_writes_into_outputs() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     apply_adaptive_cache(pipe, LOOSE)
     expected = family.run(pipe, steps=STEPS)
     step = pipe.scheduler.step
@@ -568,7 +568,7 @@ def test_pipeline_that_writes_into_outputs() -> None:
 
 def test_inference_mode() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     apply_adaptive_cache(pipe, LOOSE)
     expected = family.run(pipe, steps=STEPS)
     with torch.inference_mode():
@@ -578,7 +578,7 @@ def test_inference_mode() -> None:
 
 def test_outputs_that_are_not_finite_are_never_predicted_from() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     patch = apply_adaptive_cache(pipe, 1.0)
     given = family.call(pipe)["latents"]
     given[0, 0, 0, 0, 0] = float("nan")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from invariants import Interrupted, Snapshot, assert_same, families
-from invariants.families import present
+from invariants.families import few_blocks, present
 from sgl_diffusion_accel import (
     CachePlan,
     ConfigError,
@@ -56,7 +56,7 @@ def given_to_the_scheduler(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
 
 @families("wan", "flux", "sana", "zimage", matrix=["qwen", "cogvideox", "hunyuan15"])
 def test_products_are_those_of_what_the_scheduler_is_given(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     given = calls(family, 2, pipe)
     plan = calibrate(pipe, given, teacache=False)
     seen = [given_to_the_scheduler(pipe, call) for call in given]
@@ -72,7 +72,7 @@ def test_products_are_those_of_what_the_scheduler_is_given(family: Family) -> No
 
 def test_experts_are_planned_together() -> None:
     family = present("wan22")
-    plan = calibrate(family.make(), calls(family, steps=16))
+    plan = calibrate(few_blocks(family), calls(family, steps=16))
     assert plan.transformers == ("WanTransformer3DModel",) * 2
     assert plan.steps == 16
     assert plan.teacache_coefficients.secondary is not None
@@ -90,7 +90,7 @@ def test_three_branches() -> None:
         def cleanup_models(self, denoiser: Any) -> None:
             pass
 
-    pipe = family.make()
+    pipe = few_blocks(family)
     pipe.guider = Third(
         guidance_scale=4.0,
         skip_layer_guidance_start=0.0,
@@ -103,7 +103,7 @@ def test_three_branches() -> None:
 
 @families("wan22", "ltx", matrix=["wan", "flux"])
 def test_nothing_is_changed(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=STEPS)
     before, scheduler = Snapshot(pipe), set(vars(pipe.scheduler))
     seen = {}
@@ -123,7 +123,7 @@ def test_nothing_is_changed(family: Family) -> None:
 
 @families("wan", "flux")
 def test_recorded_runs_are_bitwise_those_of_the_unpatched_pipeline(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     call = family.call(pipe, steps=STEPS)
     expected = given_to_the_scheduler(pipe, call)
     seen: list[torch.Tensor] = []
@@ -142,7 +142,7 @@ def test_recorded_runs_are_bitwise_those_of_the_unpatched_pipeline(family: Famil
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
 def test_pipeline_is_put_back_after_an_error(error: type[BaseException]) -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
 
     def fail(*_: Any) -> Any:
         raise error
@@ -158,7 +158,7 @@ def test_pipeline_is_put_back_after_an_error(error: type[BaseException]) -> None
 
 @families("wan22", matrix=["wan", "flux"])
 def test_coefficients_are_those_of_fit_teacache(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     given = calls(family, 2, pipe, steps=12)
     plan = calibrate(pipe, given)
     assert plan.teacache_coefficients == fit_teacache(pipe, given)
@@ -167,7 +167,7 @@ def test_coefficients_are_those_of_fit_teacache(family: Family) -> None:
 
 def test_too_few_steps_for_coefficients_leave_a_plan_without() -> None:
     family = present("wan")
-    plan = calibrate(family.make(), calls(family, steps=2))
+    plan = calibrate(few_blocks(family), calls(family, steps=2))
     with pytest.raises(ConfigError, match="no TeaCache coefficients"):
         _ = plan.teacache_coefficients
     assert plan.steps == 2
@@ -184,8 +184,8 @@ def test_calls_that_are_in_the_file_are_not_run_again(tmp_path: Path) -> None:
     family = present("flux")
     path = tmp_path / "plan.json"
     given = calls(family, 3)
-    whole = calibrate(family.make(), given, teacache=False)
-    pipe = family.make()
+    whole = calibrate(few_blocks(family), given, teacache=False)
+    pipe = few_blocks(family)
     ran = counted(pipe)
     first = calibrate(pipe, given[:2], path, teacache=False)
     assert CachePlan.load(path) == first
@@ -205,7 +205,7 @@ def test_interrupted_calibration_goes_on_where_it_was(tmp_path: Path) -> None:
     def fail(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    pipe = family.make()
+    pipe = few_blocks(family)
     with pytest.raises(KeyboardInterrupt):
         calibrate(pipe, [given[0], {**given[1], "callback_on_step_end": fail}], path)
     assert CachePlan.load(path).calls == 1
@@ -217,19 +217,19 @@ def test_interrupted_calibration_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_resumed_calibration_has_the_coefficients_of_its_larger_part(tmp_path: Path) -> None:
     family, path = present("flux"), tmp_path / "plan.json"
     given = calls(family, 3, steps=12)
-    first = calibrate(family.make(), given[:1], path)
-    rest = calibrate(family.make(), given[1:])
+    first = calibrate(few_blocks(family), given[:1], path)
+    rest = calibrate(few_blocks(family), given[1:])
     assert first.teacache is not None
-    assert calibrate(family.make(), given, path).teacache == rest.teacache != first.teacache
+    assert calibrate(few_blocks(family), given, path).teacache == rest.teacache != first.teacache
     assert CachePlan.load(path).teacache == rest.teacache
 
 
 def test_resumed_calibration_has_the_ratios_of_all_calls(tmp_path: Path) -> None:
     family, path = present("wan"), tmp_path / "plan.json"
     given = calls(family, 3)
-    whole = calibrate(family.make(), given, teacache=False).magnitude_ratios
-    calibrate(family.make(), given[:1], path, teacache=False)
-    resumed = calibrate(family.make(), given, path, teacache=False).magnitude_ratios
+    whole = calibrate(few_blocks(family), given, teacache=False).magnitude_ratios
+    calibrate(few_blocks(family), given[:1], path, teacache=False)
+    resumed = calibrate(few_blocks(family), given, path, teacache=False).magnitude_ratios
     assert resumed.calls == whole.calls == 3
     assert resumed.spread["transformer"]["cond"] == pytest.approx(whole.spread["transformer"]["cond"])
     assert resumed.of("transformer", "uncond")[1:-1] == pytest.approx(whole.of("transformer", "uncond")[1:-1])
@@ -239,7 +239,7 @@ def test_resumed_calibration_has_the_ratios_of_all_calls(tmp_path: Path) -> None
 def test_interrupted_calibration_keeps_the_coefficients_of_what_it_has_seen(tmp_path: Path) -> None:
     family, path = present("flux"), tmp_path / "plan.json"
     with pytest.raises(TypeError):
-        calibrate(family.make(), [*calls(family, 1, steps=12), {"no_such_argument": 1}], path)
+        calibrate(few_blocks(family), [*calls(family, 1, steps=12), {"no_such_argument": 1}], path)
     assert CachePlan.load(path).teacache is not None
 
 
@@ -256,7 +256,7 @@ def test_file_of_another_setting_is_refused(other: str, tmp_path: Path) -> None:
     calibrate(present("wan").make(), calls(present("wan")), path)
     name, kw = OTHERS[other]()
     family = present(name)
-    pipe = family.make()
+    pipe = few_blocks(family)
     with pytest.raises(ConfigError):
         calibrate(pipe, calls(family, **{"steps": STEPS, **kw}), path)
 
@@ -265,7 +265,7 @@ def test_file_of_another_setting_is_refused_before_anything_runs(tmp_path: Path)
     path = tmp_path / "plan.json"
     calibrate(present("wan").make(), calls(present("wan")), path)
     family = present("flux")
-    pipe = family.make()
+    pipe = few_blocks(family)
     ran = counted(pipe)
     with pytest.raises(ConfigError):
         calibrate(pipe, calls(family, 2), path)
@@ -275,7 +275,7 @@ def test_file_of_another_setting_is_refused_before_anything_runs(tmp_path: Path)
 def test_damaged_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
     family = present("flux")
     (tmp_path / "plan.json").write_text("{")
-    pipe = family.make()
+    pipe = few_blocks(family)
     ran = counted(pipe)
     with pytest.raises(ConfigError, match="not JSON"):
         calibrate(pipe, calls(family), tmp_path / "plan.json")
@@ -287,7 +287,7 @@ def test_damaged_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
 )
 def test_calls_that_differ_are_refused(other: dict[str, Any], named: str) -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     with pytest.raises(ConfigError, match=named):
         calibrate(pipe, [family.call(pipe, steps=STEPS), family.call(pipe, **{"steps": STEPS, **other})])
     assert "step" not in vars(pipe.scheduler)
@@ -304,7 +304,7 @@ def test_calls_of_a_wrong_kind_are_refused(given: Any, error: type[Exception]) -
 
 def test_something_that_is_no_pipeline_is_refused() -> None:
     family = present("wan")
-    for other in (None, object(), family.make().transformer):
+    for other in (None, object(), few_blocks(family).transformer):
         with pytest.raises(ConfigTypeError, match="pipeline"):
             calibrate(other, calls(family))
 
@@ -312,7 +312,7 @@ def test_something_that_is_no_pipeline_is_refused() -> None:
 @pytest.mark.parametrize("apply", [apply_adaptive_cache, apply_cache_dit])
 def test_cache_on_the_pipeline_is_refused(apply: Any) -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     patch = apply(pipe)
     with pytest.raises(ConfigError, match=r"remove\(pipe\)"):
         calibrate(pipe, calls(family))
@@ -339,7 +339,7 @@ def test_stochastic_scheduler_is_refused_before_anything_runs() -> None:
 @pytest.mark.parametrize(("name", "strength"), [("wan_v2v", 0.5), ("flux_img2img", 0.6)])
 def test_picture_to_picture(name: str, strength: float) -> None:
     family = present(name)
-    plan = calibrate(family.make(), calls(family, steps=12, strength=strength))
+    plan = calibrate(few_blocks(family), calls(family, steps=12, strength=strength))
     assert 5 <= plan.steps <= 8
 
 
@@ -373,7 +373,7 @@ class TwoAtOnce(diffusers.DiffusionPipeline):  # type: ignore[misc]
 
 def two_at_once(copied: bool) -> tuple[Any, dict[str, Any]]:
     family = present("wan")
-    made = family.make()
+    made = few_blocks(family)
     call = family.call(made, steps=STEPS)
     call = {"latents": call["latents"], "text": call["prompt_embeds"], "steps": STEPS, "copied": copied}
     return TwoAtOnce(made.transformer, made.scheduler), call
@@ -428,7 +428,7 @@ def test_frames_with_a_scheduler_each_are_refused() -> None:
 
 def test_run_that_is_not_finite_is_refused() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     call = family.call(pipe, steps=STEPS)
     call["latents"][0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(ConfigError, match="not finite"):
@@ -437,7 +437,7 @@ def test_run_that_is_not_finite_is_refused() -> None:
 
 def test_model_that_says_nothing_is_refused() -> None:
     family = present("flux")
-    pipe = family.make()
+    pipe = few_blocks(family)
     for parameter in pipe.transformer.proj_out.parameters():
         parameter.data.zero_()
     with pytest.raises(ConfigError):
@@ -447,16 +447,16 @@ def test_model_that_says_nothing_is_refused() -> None:
 def test_progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     family = present("flux")
     with caplog.at_level(logging.INFO, logger="sgl_diffusion_accel"):
-        calibrate(family.make(), calls(family, 2), teacache=False)
+        calibrate(few_blocks(family), calls(family, 2), teacache=False)
         assert [each for each in caplog.messages if "call 2 of 2" in each]
         caplog.clear()
-        calibrate(family.make(), calls(family, 2), teacache=False, progress=False)
+        calibrate(few_blocks(family), calls(family, 2), teacache=False, progress=False)
         assert not [each for each in caplog.messages if "call" in each]
 
 
 def test_calls_may_be_given_one_by_one() -> None:
     family = present("flux")
-    assert calibrate(family.make(), iter(calls(family, 2)), teacache=False).calls == 2
+    assert calibrate(few_blocks(family), iter(calls(family, 2)), teacache=False).calls == 2
 
 
 def test_another_scheduler_has_the_same_interface() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from invariants import Interrupted, Snapshot, assert_same, chosen, families
-from invariants.families import present
+from invariants.families import few_blocks, present
 from sgl_diffusion_accel import (
     CachePlan,
     ConfigError,
@@ -35,12 +35,12 @@ def calls(family: Family, pipe: Any, seeds: range, steps: int = STEPS) -> list[d
 
 
 def learned(family: Family) -> tuple[Any, CachePlan]:
-    return family.make(), _plan(family.name)
+    return few_blocks(family), _plan(family.name)
 
 
 @functools.cache
 def _plan(name: str) -> CachePlan:
-    pipe = present(name).make()
+    pipe = few_blocks(present(name))
     with torch.no_grad():
         return calibrate(pipe, calls(present(name), pipe, range(2)), teacache=False)
 

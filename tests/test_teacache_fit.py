@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from invariants import Interrupted, Snapshot, assert_same, chosen, cross, families
-from invariants.families import present
+from invariants.families import few_blocks, present
 from sgl_diffusion_accel import (
     ConfigError,
     ConfigTypeError,
@@ -110,7 +110,7 @@ MODELS = ["wan", "wan_v2v", "cogvideox", "flux", "qwen", "hunyuan", "ltx", "lumi
 @pytest.mark.parametrize("name", chosen(MODELS, "wan", "cogvideox", "flux", "lumina2"))
 def test_fit_is_numpy_s_on_what_hooks_see_in_uncached_runs(name: str) -> None:
     family = present(name)
-    pipe = family.make()
+    pipe = few_blocks(family)
     [points] = observed(family, pipe, two_calls(family, pipe))
     fit = fit_teacache(pipe, two_calls(family, pipe))
     assert points.shape[1] == 2 * len(family.branches) * (STEPS - 1)
@@ -121,7 +121,7 @@ def test_fit_is_numpy_s_on_what_hooks_see_in_uncached_runs(name: str) -> None:
 
 def test_fit_for_retention_steps_is_on_the_projected_time_embedding() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     [points] = observed(family, pipe, two_calls(family, pipe), retains=True)
     fit = fit_teacache(pipe, two_calls(family, pipe), use_ret_steps=True)
     check_fit(fit, points)
@@ -131,7 +131,7 @@ def test_fit_for_retention_steps_is_on_the_projected_time_embedding() -> None:
 
 def test_each_of_two_experts_has_a_fit_of_its_own() -> None:
     family = present("wan22")
-    pipe = family.make()
+    pipe = few_blocks(family)
     calls = two_calls(family, pipe, 24)
     first, second = observed(family, pipe, calls)
     fit = fit_teacache(pipe, two_calls(family, pipe, 24))
@@ -145,7 +145,7 @@ def test_each_of_two_experts_has_a_fit_of_its_own() -> None:
 
 def test_calls_may_come_one_by_one() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     assert fit_teacache(pipe, iter(two_calls(family, pipe))) == fit_teacache(pipe, two_calls(family, pipe))
 
 
@@ -169,7 +169,7 @@ def remade(pipe: Any, cls: type) -> Any:
 
 def test_call_with_two_loops_pairs_signal_and_output_of_the_same_loop() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     call = family.call(pipe, steps=STEPS)
     [points] = observed(family, pipe, [other_call(call), call])
     twice = remade(pipe, Twice)
@@ -188,7 +188,7 @@ def computed_steps(family: Family, pipe: Any, wanted: float, fit: TeaCacheCoeffi
 
 @families("cogvideox", "flux", matrix=["wan", "hunyuan"])
 def test_thresholds_give_about_the_promised_speedup_on_the_same_call(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     fit = fit_teacache(pipe, [family.call(pipe, steps=20)])
     assert set(fit.thresholds) >= {1.25, 1.5, 2.0, 2.5}
     assert list(fit.thresholds.values()) == sorted(fit.thresholds.values())
@@ -199,7 +199,7 @@ def test_thresholds_give_about_the_promised_speedup_on_the_same_call(family: Fam
 
 @families("wan", "cogvideox")
 def test_threshold_keeps_its_promise_where_the_signal_does_not_depend_on_what_is_skipped(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     fit = fit_teacache(pipe, [family.call(pipe, steps=20)])
     for wanted in fit.thresholds:
         for computed in computed_steps(family, pipe, wanted, fit, 20):
@@ -208,7 +208,7 @@ def test_threshold_keeps_its_promise_where_the_signal_does_not_depend_on_what_is
 
 def test_fit_can_be_applied_to_two_experts_by_speedup() -> None:
     family = present("wan22")
-    pipe = family.make()
+    pipe = few_blocks(family)
     fit = fit_teacache(pipe, [family.call(pipe, steps=24)])
     wanted = max(set(fit.thresholds) & set(fit.secondary.thresholds))
     for computed in computed_steps(family, pipe, wanted, fit, 24):
@@ -218,7 +218,7 @@ def test_fit_can_be_applied_to_two_experts_by_speedup() -> None:
 def test_speedups_that_the_window_forbids_have_no_threshold() -> None:
     """With retention steps six of twelve are computed whatever the threshold, else two."""
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     assert max(fit_teacache(pipe, two_calls(family, pipe), use_ret_steps=True).thresholds) == 2.0
     assert max(fit_teacache(pipe, two_calls(family, pipe)).thresholds) == 4.0
 
@@ -242,7 +242,7 @@ def test_poor_fit_is_said(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("retains", [False, True])
 def test_signal_of_the_fit_is_the_one_that_is_applied(retains: bool) -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     fit = fit_teacache(pipe, two_calls(family, pipe), use_ret_steps=retains)
     signal = "projected time embedding" if retains else "time embedding"
     for stated in (None, retains):
@@ -255,7 +255,7 @@ def test_signal_of_the_fit_is_the_one_that_is_applied(retains: bool) -> None:
 @families("wan22", "flux", matrix=["wan"])
 def test_recording_changes_no_bit_of_the_runs(family: Family) -> None:
     def outputs(run: Any) -> list[torch.Tensor]:
-        pipe = family.make()
+        pipe = few_blocks(family)
         seen: list[torch.Tensor] = []
         for name in family.transformers:
             getattr(pipe, name).register_forward_hook(lambda *call: seen.append(tensor_of(call[2][0]).clone()))
@@ -270,7 +270,7 @@ def test_recording_changes_no_bit_of_the_runs(family: Family) -> None:
 
 @families("wan22", "flux", matrix=["wan", "cogvideox"])
 def test_pipeline_is_left_as_it_was(family: Family) -> None:
-    pipe = family.make()
+    pipe = few_blocks(family)
     family.run(pipe, steps=STEPS)
     before = Snapshot(pipe)
     fit_teacache(pipe, two_calls(family, pipe))
@@ -280,7 +280,7 @@ def test_pipeline_is_left_as_it_was(family: Family) -> None:
 @cross("at, error", {"second call": STEPS + 3, "later step": 7, "first step": 0}, [Interrupted, KeyboardInterrupt])
 def test_error_in_a_call_comes_out_and_leaves_the_pipeline_as_it_was(at: int, error: type[BaseException]) -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     expected = family.run(pipe, steps=STEPS)
     before, steps = Snapshot(pipe), itertools.count()
 
@@ -333,7 +333,7 @@ def test_calls_that_are_no_list_of_dicts_are_refused_before_any_runs(
 )
 def test_too_few_steps_are_refused_with_how_many_to_give(steps: int, match: str) -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     family.run(pipe, steps=steps)
     unchanged_refusal(pipe, ConfigError, match, [family.call(pipe, steps=steps)])
 
@@ -342,7 +342,7 @@ def test_too_few_steps_are_refused_with_how_many_to_give(steps: int, match: str)
 @pytest.mark.parametrize("component", ["transformer", "transformer_2"])
 def test_pipeline_with_a_cache_is_refused_and_keeps_it(apply: Any, component: str) -> None:
     family = present("wan22")
-    pipe = family.make()
+    pipe = few_blocks(family)
     patch = apply(getattr(pipe, component))
     unchanged_refusal(pipe, ConfigError, r"cache is on this pipeline.*Type: remove\(pipe\)", [family.call(pipe)])
     assert patch.active
@@ -350,7 +350,7 @@ def test_pipeline_with_a_cache_is_refused_and_keeps_it(apply: Any, component: st
 
 def test_cache_of_diffusers_is_refused() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
     unchanged_refusal(pipe, UnsupportedModelError, "disable_cache", [family.call(pipe)])
 
@@ -390,7 +390,7 @@ def test_expert_that_hardly_runs_is_refused_by_name() -> None:
 
 def test_cache_that_is_applied_within_a_call_is_noticed() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
 
     def apply(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step == 6:
@@ -403,6 +403,6 @@ def test_cache_that_is_applied_within_a_call_is_noticed() -> None:
 
 def test_fit_knows_how_many_steps_its_calls_had() -> None:
     family = present("wan")
-    pipe = family.make()
+    pipe = few_blocks(family)
     assert fit_teacache(pipe, [family.call(pipe, steps=12)]).steps == 12
     assert fit_teacache(pipe, [family.call(pipe, steps=steps) for steps in (10, 12)]).steps is None

@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from invariants import FixedPath, chosen, cross, families, family_params
-from invariants.families import present
+from invariants.families import few_blocks, present
 from sgl_diffusion_accel import CachePatch, apply_teacache
 from sgl_diffusion_accel.caching.teacache.teacache_models import VARIANTS
 from zoo import Family
@@ -27,14 +27,6 @@ from zoo.base import build, flow_euler, normal
 
 TOTAL = 20
 LINEAR = [0, 0, 0, 1, 0]
-
-
-def small(family: Family, **given: Any) -> Any:
-    """A pipeline whose transformer has two blocks in each list: decisions do not depend on how many there are."""
-    if family.name == "zimage":
-        return family.make(n_layers=2, **given)
-    lists = {"num_layers": 2} if len(family.block_lists) == 1 else {"num_layers": 2, "num_single_layers": 2}
-    return family.make(**lists, **given)
 
 
 # Where the signals can be seen
@@ -249,7 +241,7 @@ POLYNOMIALS = {
 
 @families("wan", "cogvideox")
 def test_time_embedding_is_followed_in_every_window(family: Family) -> None:
-    pipe = small(family)
+    pipe = few_blocks(family)
     source = output_of("time_embedding") if family.name == "cogvideox" else TEMB
     signals = unpatched_signals(family, pipe, source, steps=TOTAL)
     free = []
@@ -264,7 +256,7 @@ def test_time_embedding_is_followed_in_every_window(family: Family) -> None:
 @pytest.mark.parametrize("retains", [False, True])
 def test_both_signals_of_wan(retains: bool, coefficients: list[float]) -> None:
     family = present("wan")
-    pipe = small(family)
+    pipe = few_blocks(family)
     signals = unpatched_signals(family, pipe, TIMESTEP_PROJ if retains else TEMB, steps=TOTAL)
     other = unpatched_signals(family, pipe, TEMB if retains else TIMESTEP_PROJ, steps=TOTAL)
     free = []
@@ -282,7 +274,7 @@ def test_both_signals_of_wan(retains: bool, coefficients: list[float]) -> None:
 @pytest.mark.parametrize("retains", [False, True])
 def test_negative_estimates_count_as_nothing(retains: bool) -> None:
     family = present("wan")
-    pipe = small(family)
+    pipe = few_blocks(family)
     signals = unpatched_signals(family, pipe, TIMESTEP_PROJ if retains else TEMB, steps=TOTAL)
     window = (5 if retains else 1, 19)
     changes = [c for c in decided(signals[0], {"transformer": (LINEAR, 1.0)}, window).changes if c is not None]
@@ -303,7 +295,7 @@ def test_negative_estimates_count_as_nothing(retains: bool) -> None:
 def test_published_coefficients(variant: str, retains: bool) -> None:
     """With the published polynomials the model is another one, but the arithmetic is the same."""
     family = present("wan")
-    pipe = small(family)
+    pipe = few_blocks(family)
     published = VARIANTS[variant].retained if retains else VARIANTS[variant].fit
     assert published is not None
     signals = unpatched_signals(family, pipe, TIMESTEP_PROJ if retains else TEMB, steps=30, guidance=1)
@@ -317,7 +309,7 @@ def test_published_coefficients(variant: str, retains: bool) -> None:
 @families("wan", "cogvideox")
 @pytest.mark.parametrize("guidance", [None, 1.0])
 def test_fifty_steps_with_and_without_guidance(family: Family, guidance: float | None) -> None:
-    pipe = small(family)
+    pipe = few_blocks(family)
     source = TEMB if family.name == "wan" else output_of("time_embedding")
     signals = unpatched_signals(family, pipe, source, steps=50, guidance=guidance)
     assert len(signals) == (2 if family.name == "wan" and guidance is None else 1)
@@ -330,7 +322,7 @@ def test_fifty_steps_with_and_without_guidance(family: Family, guidance: float |
 def test_two_experts_with_settings_of_their_own(retains: bool) -> None:
     """The signal of the second starts with its own first step, and the window counts the steps of both."""
     family = present("wan22")
-    pipe = small(family)
+    pipe = few_blocks(family)
     signals = unpatched_signals(family, pipe, TIMESTEP_PROJ if retains else TEMB, steps=TOTAL)
     assert {component for _, component, _ in signals[0]} == {"transformer", "transformer_2"}
     quadratic = [0, 0, 20, 1, 0]
@@ -456,7 +448,7 @@ def test_time_embedding_of_models_outside_the_zoo(
 
 @families("flux", "hunyuan", "zimage", "ltx", matrix=["qwen", "mochi"])
 def test_modulated_input_is_followed_on_a_fixed_path(family: Family) -> None:
-    pipe = small(family, scheduler=FixedPath())
+    pipe = few_blocks(family, scheduler=FixedPath())
     signals = unpatched_signals(family, pipe, MODULATED[family.name], steps=TOTAL)
     changes = decided(signals[0], {"transformer": (LINEAR, 1.0)}, (1, TOTAL - 1)).changes
     typical = float(np.median([change for change in changes if change is not None]))
@@ -505,7 +497,7 @@ def test_modulated_input_is_followed_where_the_cached_run_goes(name: str, kw: di
     family = present(name)
     if name == "flux" and "guidance" in kw and family.other_guidance is None:
         pytest.skip("this diffusers has no true guidance for FLUX by embeddings")
-    pipe, twin, free = small(family), small(family), []
+    pipe, twin, free = few_blocks(family), few_blocks(family), []
     for threshold in (0.06, 0.12):
         with apply_teacache(pipe, threshold, LINEAR, 2, -2) as patch:
             signals = replayed_signals(family, pipe, twin, MODULATED[name], steps=14, **kw)
@@ -517,7 +509,7 @@ def test_modulated_input_is_followed_where_the_cached_run_goes(name: str, kw: di
 def test_a_batch_that_shrinks_has_nothing_to_be_compared_with() -> None:
     """Guidance that ends, in one batched call: that step is computed, and its signal is the next one's reference."""
     family = present("zimage")
-    pipe, twin = small(family), small(family)
+    pipe, twin = few_blocks(family), few_blocks(family)
     with apply_teacache(pipe, 0.06, LINEAR) as patch:
         (signals,) = replayed_signals(family, pipe, twin, MODULATED["zimage"], steps=TOTAL, cfg_truncation=0.2)
         sizes = [signal.shape[0] for _, _, signal in signals]
@@ -546,7 +538,7 @@ def test_three_branches() -> None:
         def cleanup_models(self, denoiser: Any) -> None:
             pass
 
-    pipe, twin = small(family), small(family)
+    pipe, twin = few_blocks(family), few_blocks(family)
     pipe.guider = Third(
         guidance_scale=4.0,
         skip_layer_guidance_start=0.0,

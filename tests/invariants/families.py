@@ -45,3 +45,11 @@ def present(name: str) -> Family:
     if found.missing:
         pytest.skip(found.missing)
     return found
+
+
+def few_blocks(family: Family, **given: Any) -> Any:
+    """A pipeline whose transformer has two blocks in each list, for what does not depend on how many there are."""
+    if family.name == "zimage":
+        return family.make(n_layers=2, **given)
+    lists = {"num_layers": 2} if len(family.block_lists) == 1 else {"num_layers": 2, "num_single_layers": 2}
+    return family.make(**lists, **given)
