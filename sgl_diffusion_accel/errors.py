@@ -46,7 +46,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") ->
     nearest = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
     hint = ""
     if nearest:
-        original = next(n for n in names if n.lower() == nearest[0])
+        alike = [n for n in names if n.lower() == nearest[0]]  # a name and its alias may differ in case alone
+        original = max(alike, key=lambda n: difflib.SequenceMatcher(None, name, n).ratio())
         hint = f" Did you mean {original!r}?"
     place = f" in {where}" if where else ""
     return ConfigError(f"unknown {kind} {name!r}{place}.{hint} Known: {', '.join(names)}.")

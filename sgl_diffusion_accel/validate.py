@@ -6,7 +6,7 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
 
@@ -42,9 +42,14 @@ def count(name: str, value: Any, lowest: int, highest: int | None = None) -> int
     return number
 
 
+def is_number(value: object) -> TypeGuard[Any]:
+    """Whether something is a real number, Python's or NumPy's; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def real(name: str, value: Any, allowed: str = "a number") -> float:
     """Returns a number as a float, or raises; too large a whole number is infinity."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise ConfigTypeError(f"{name} has {value!r}, a {type(value).__name__}; allowed: {allowed}.")
     try:
         return float(value)
@@ -62,12 +67,17 @@ def within(name: str, value: Any, allowed: str, lowest: float = 0.0, highest: fl
         lowest: Lower bound.
         highest: Upper bound.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: {allowed}.")
     found = real(name, value)
     if not lowest <= found <= highest or abs(found) == _INFINITE:
         raise ConfigError(f"{name}={value!r}; allowed: {allowed}.")
     return found
+
+
+def finite(name: str, value: Any, allowed: str = "a finite number") -> float:
+    """Returns a finite number, or raises."""
+    return within(name, value, allowed, lowest=-_INFINITE)
 
 
 def positive(name: str, value: Any, allowed: str) -> float:
@@ -99,6 +109,32 @@ def of_type(name: str, value: Any, kind: type | tuple[type, ...], allowed: str) 
     return value
 
 
+def text(name: str, value: Any) -> str:
+    """Returns a string, or raises."""
+    if not isinstance(value, str):
+        raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: text.")
+    return value
+
+
+def listed(
+    name: str, value: Any, each: Callable[[str, Any], _R], allowed: str, shortest: int = 0, longest: float = _INFINITE
+) -> tuple[_R, ...]:
+    """Returns what a list or a tuple holds as a tuple, or raises.
+
+    Args:
+        name: What it is.
+        value: What was given.
+        each: Checks one element, given its name, such as `"latents[0]"`, and the element; returns what is kept of it.
+        allowed: What is allowed, in words.
+        shortest: Fewest elements.
+        longest: Most elements.
+    """
+    of_type(name, value, (list, tuple), allowed)
+    if not shortest <= len(value) <= longest:
+        raise ConfigError(f"{name} has {len(value)} elements; allowed: {allowed}.")
+    return tuple(each(f"{name}[{index}]", element) for index, element in enumerate(value))
+
+
 def check_names(kind: str, given: Sequence[str], known: Sequence[str], where: str) -> None:
     """Raises ConfigError for the first name that is not known, with the nearest one that is."""
     for name in given:
@@ -119,6 +155,9 @@ def names_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not takes_any:
             check_names("argument", list(kwargs), list(parameters), function.__name__)
+        twice = [name for name in by_place[: len(args)] if name in kwargs]
+        if twice:
+            raise ConfigError(f"{twice[0]} is given twice, by its place and by its name. Give it once.")
         if len(args) > len(by_place):
             raise ConfigTypeError(
                 f"{function.__name__} takes {', '.join(by_place)} by their place, and got {len(args)} arguments. Give "

@@ -88,7 +88,7 @@ REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"skip_first_steps": "2"}, ConfigTypeError, "skip_first_steps='2' is a str"),
     ({"on_unsupported": "natve"}, ConfigError, r"unknown value of on_unsupported 'natve'. Did you mean 'native'\?"),
     ({"on_unsupported": None}, ConfigError, "unknown value of on_unsupported 'None'"),
-    ({"verify": 1}, ConfigTypeError, "verify=1: allowed are True and False"),
+    ({"verify": 1}, ConfigTypeError, "verify=1: allowed are True, False and None"),
     ({"allow_quantised": "yes"}, ConfigTypeError, "allow_quantised='yes'"),
     ({"backend": "sage"}, MissingPackageError, "'sage' cannot be used: the package sageattention is not installed"),
     (
@@ -132,7 +132,8 @@ def test_layers_and_components_are_names_and_at_least_one(given: dict[str, Any])
 def test_what_is_no_pipeline_is_refused(thing: Any) -> None:
     for call in (lambda: set_attention_backend(thing, "math"), lambda: attention_backends(thing)):
         with pytest.raises(
-            ConfigTypeError, match=r"expected a diffusers pipeline .* Type: set_attention_backend\(pipe"
+            ConfigTypeError,
+            match=r"expected a diffusers pipeline or its transformer.* Hand over pipe, or pipe.transformer",
         ):
             call()
 

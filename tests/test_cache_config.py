@@ -146,3 +146,8 @@ def test_what_has_no_place_is_told_to_go_by_name(apply: Any) -> None:
     words = rf"{apply.__name__} takes pipe, config by their place, and got 3 arguments.*{apply.__name__}\(pipe, name="
     with pytest.raises(ConfigTypeError, match=words):
         apply(torch.nn.Linear(1, 1), 0.1, [0, 0, 0, 1, 0])
+
+
+def test_config_by_its_place_and_by_its_name_is_one_too_many() -> None:
+    with pytest.raises(ConfigError, match="config is given twice"):
+        apply_teacache(torch.nn.Linear(1, 1), 0.1, config=TeaCacheConfig())

@@ -27,6 +27,7 @@ from sgl_diffusion_accel import (
     set_attention_backend,
 )
 from sgl_diffusion_accel.patch import patches_on
+from sgl_diffusion_accel.targets import Target
 from zoo import Family
 
 Apply = Callable[[Any], Patch]
@@ -175,10 +176,10 @@ def test_old_patch_is_back_where_the_new_one_fails(
     """Half of the new one is on: the second expert refuses."""
     attach, expected = CachePatch.attach, output_with(family, WHOLE)
 
-    def fails(self: CachePatch, name: str, *rest: Any) -> None:
-        if name == "transformer_2":
+    def fails(self: CachePatch, target: Target, *rest: Any) -> None:
+        if target.name == "transformer_2":
             raise RuntimeError("cannot")
-        attach(self, name, *rest)
+        attach(self, target, *rest)
 
     with WHOLE(pipe) if is_open else contextlib.nullcontext(WHOLE(pipe)) as old:
         monkeypatch.setattr(CachePatch, "attach", fails)

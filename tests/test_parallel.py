@@ -14,7 +14,7 @@ import torch.distributed as dist
 from invariants.families import present
 from invariants.ranks import on_ranks
 from sgl_diffusion_accel import CachePatch, apply_cache_dit, apply_teacache, calibrate
-from sgl_diffusion_accel.caching.blocks import measuring
+from sgl_diffusion_accel.caching.parts import signals
 from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
 
 CASES = {
@@ -97,7 +97,7 @@ def one_case(name: str, cache: str, order: str) -> dict[str, Any]:
 def patched_run(name: str, cache: str, order: str, threshold: float) -> dict[str, Any]:
     """A cached run; `alone` is what this rank's own part would have said, of the signal or of the error."""
     alone: list[float] = []
-    measure, take = measuring.relative_l1, PredictionError.take
+    measure, take = signals.relative_l1, PredictionError.take
 
     def listen(now: Any, reference: Any, reduce: Any = None) -> float:
         alone.append(measure(now, reference))
@@ -110,7 +110,7 @@ def patched_run(name: str, cache: str, order: str, threshold: float) -> dict[str
         return whole
 
     errors: list[float] = []
-    measuring.relative_l1 = listen
+    signals.relative_l1 = listen
     PredictionError.take = listen_to_errors  # type: ignore[method-assign]
     try:
         pipe = present(name).make()
@@ -121,7 +121,7 @@ def patched_run(name: str, cache: str, order: str, threshold: float) -> dict[str
             parallel(pipe)
         output = run(name, cache, pipe).numpy()
     finally:
-        measuring.relative_l1 = measure
+        signals.relative_l1 = measure
         PredictionError.take = take  # type: ignore[method-assign]
     branches = patch.stats.runs[-1].branches.values()
     changes = [change for branch in branches for change in branch.changes]

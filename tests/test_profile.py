@@ -33,7 +33,7 @@ from sgl_diffusion_accel import (
 )
 from sgl_diffusion_accel.profiling.recording.torch_trace import is_recording
 from sgl_diffusion_accel.slots import slot_of
-from zoo import Family
+from zoo import FAMILIES, Family
 
 CACHED = CACHES["reuse"]
 

@@ -207,7 +207,7 @@ class Bare(nn.Module):
 def test_model_without_attention_is_refused_by_the_name_of_its_block() -> None:
     transformer = Bare()
     with pytest.raises(UnsupportedModelError, match=r"ModuleDict has no attention.*apply_cache_dit"):
-        apply_teacache(transformer, 0.1, LINEAR)
+        apply_teacache(transformer, 0.1, coefficients=LINEAR)
     assert type(transformer) is Bare
 
 
@@ -224,11 +224,11 @@ def test_cache_of_diffusers_is_refused() -> None:
 def test_threshold_may_be_given_by_position_by_name_and_in_a_config() -> None:
     family = present("wan")
     given: list[Callable[[Any], CachePatch]] = [
-        lambda pipe: apply_teacache(pipe, 0.06, LINEAR),
+        lambda pipe: apply_teacache(pipe, 0.06, coefficients=LINEAR),
         lambda pipe: apply_teacache(pipe, teacache_thresh=0.06, coefficients=LINEAR),
         lambda pipe: apply_teacache(pipe, config=TeaCacheConfig(0.06, LINEAR)),
-        lambda pipe: apply_teacache(pipe, 0.06, config=TeaCacheConfig(0.9, LINEAR)),
-        lambda pipe: apply_teacache(pipe, "1.5x", TeaCacheCoefficients(LINEAR, {1.5: 0.06, 3.0: 0.9})),
+        lambda pipe: apply_teacache(pipe, TeaCacheConfig(0.9, LINEAR), teacache_thresh=0.06),
+        lambda pipe: apply_teacache(pipe, "1.5x", coefficients=TeaCacheCoefficients(LINEAR, {1.5: 0.06, 3.0: 0.9})),
     ]
     outputs, patterns = [], set()
     for apply in given:
@@ -302,7 +302,7 @@ def test_fit_of_two_experts_gives_each_its_own() -> None:
     family = present("wan22")
     pipe = family.make()
     fit = TeaCacheCoefficients((0, 0, 0, 0, 0.1), {2.0: 0.15}, secondary=TeaCacheCoefficients(LINEAR, {2.0: 9.0}))
-    patch = apply_teacache(pipe, "2x", fit)
+    patch = apply_teacache(pipe, "2x", coefficients=fit)
     family.run(pipe, steps=12)
     assert marks(patch) == "#.#.#." + "#....#"
 
@@ -483,7 +483,7 @@ def test_image_to_video_pipeline() -> None:
 def test_short_runs_compute_the_first_and_the_last_step(family: Family) -> None:
     pipe = family.make()
     unpatched = {steps: family.run(pipe, steps=steps) for steps in (1, 2)}
-    patch = apply_teacache(pipe, 0.5, [0, 0, 0, 0, 0])
+    patch = apply_teacache(pipe, 0.5, coefficients=[0, 0, 0, 0, 0])
     expected = {1: "#", 2: "##", 3: "#.#", 4: "#..#", 8: "#......#"}
     for steps, pattern in expected.items():
         output = family.run(pipe, steps=steps)
@@ -503,7 +503,7 @@ def test_short_runs_compute_the_first_and_the_last_step(family: Family) -> None:
 def test_retention_steps_leave_nothing_to_skip_in_six_steps_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
     family = present("wan22")
     pipe = family.make()
-    patch = apply_teacache(pipe, 0.5, [0, 0, 0, 0, 0], use_ret_steps=True)
+    patch = apply_teacache(pipe, 0.5, coefficients=[0, 0, 0, 0, 0], use_ret_steps=True)
     with caplog.at_level(logging.WARNING, "sgl_diffusion_accel"):
         for _ in range(2):
             family.run(pipe)
@@ -527,8 +527,8 @@ def test_picture_for_a_notebook() -> None:
     family.run(pipe)
     page = patch._repr_html_()
     assert "<b>TeaCache (own coefficients, threshold 0.25, modulated input" in page
-    assert page.count("background:#0072b2") == 3
-    assert page.count("background:#e8e4d9") == 3
+    assert page.count("background:#0072B2") == 3
+    assert page.count("background:#DCE2E7") == 3
     assert "title='step 1: accumulated change below threshold'" in page
     assert "title='step 3: accumulated change'" in page
     patch.remove()
@@ -596,7 +596,7 @@ def test_config_of_the_other_cache_is_refused() -> None:
     pipe = present("wan").make()
     from sgl_diffusion_accel import CacheDiTConfig
 
-    with pytest.raises(ConfigTypeError, match="config is a CacheDiTConfig; allowed: a TeaCacheConfig"):
+    with pytest.raises(ConfigTypeError, match="the second argument is a CacheDiTConfig; allowed: a TeaCacheConfig"):
         apply_teacache(pipe, config=CacheDiTConfig())
     with pytest.raises(ConfigTypeError):
         apply_cache_dit(pipe, TeaCacheConfig())

@@ -246,7 +246,7 @@ def test_time_embedding_is_followed_in_every_window(family: Family) -> None:
     signals = unpatched_signals(family, pipe, source, steps=TOTAL)
     free = []
     for (start, end), window in WINDOWS.items():
-        with apply_teacache(pipe, 0.035, LINEAR, start, end) as patch:
+        with apply_teacache(pipe, 0.035, coefficients=LINEAR, start_skipping=start, end_skipping=end) as patch:
             family.run(pipe, steps=TOTAL)
             free += check(patch, signals, {"transformer": (LINEAR, 0.035)}, window)
     check_both_happen(free)
@@ -261,7 +261,7 @@ def test_both_signals_of_wan(retains: bool, coefficients: list[float]) -> None:
     other = unpatched_signals(family, pipe, TEMB if retains else TIMESTEP_PROJ, steps=TOTAL)
     free = []
     for threshold in (0.03, 0.06, 0.1):
-        with apply_teacache(pipe, threshold, coefficients, use_ret_steps=retains) as patch:
+        with apply_teacache(pipe, threshold, coefficients=coefficients, use_ret_steps=retains) as patch:
             family.run(pipe, steps=TOTAL)
             settings, window = {"transformer": (coefficients, threshold)}, (5 if retains else 1, 19)
             free += check(patch, signals, settings, window)
@@ -282,7 +282,9 @@ def test_negative_estimates_count_as_nothing(retains: bool) -> None:
     would_differ = False
     for share in (0.5, 1.0, 2.0):
         settings = {"transformer": (coefficients, share * float(np.std(changes)))}
-        with apply_teacache(pipe, settings["transformer"][1], coefficients, use_ret_steps=retains) as patch:
+        with apply_teacache(
+            pipe, settings["transformer"][1], coefficients=coefficients, use_ret_steps=retains
+        ) as patch:
             family.run(pipe, steps=TOTAL)
             check_both_happen(check(patch, signals, settings, window))
         unlimited = decided(signals[0], settings, window, least=-np.inf)
@@ -313,7 +315,7 @@ def test_fifty_steps_with_and_without_guidance(family: Family, guidance: float |
     source = TEMB if family.name == "wan" else output_of("time_embedding")
     signals = unpatched_signals(family, pipe, source, steps=50, guidance=guidance)
     assert len(signals) == (2 if family.name == "wan" and guidance is None else 1)
-    with apply_teacache(pipe, 0.016, LINEAR) as patch:
+    with apply_teacache(pipe, 0.016, coefficients=LINEAR) as patch:
         family.run(pipe, steps=50, guidance=guidance)
         check_both_happen(check(patch, signals, {"transformer": (LINEAR, 0.016)}, (1, 49)))
 
@@ -327,7 +329,9 @@ def test_two_experts_with_settings_of_their_own(retains: bool) -> None:
     assert {component for _, component, _ in signals[0]} == {"transformer", "transformer_2"}
     quadratic = [0, 0, 20, 1, 0]
     for own in ({"teacache_thresh": 0.05}, {"coefficients": quadratic}, {"teacache_thresh": 0.02}):
-        with apply_teacache(pipe, 0.03, LINEAR, 2, 17, retains, secondary=own) as patch:
+        with apply_teacache(
+            pipe, 0.03, coefficients=LINEAR, start_skipping=2, end_skipping=17, use_ret_steps=retains, secondary=own
+        ) as patch:
             family.run(pipe, steps=TOTAL)
             settings = {
                 "transformer": (LINEAR, 0.03),
@@ -436,7 +440,7 @@ def test_time_embedding_of_models_outside_the_zoo(
     assert len(seen) == TOTAL
     free = []
     for threshold in (0.02, 0.05):
-        with apply_teacache(pipe, threshold, LINEAR, 3, 0.9) as patch:
+        with apply_teacache(pipe, threshold, coefficients=LINEAR, start_skipping=3, end_skipping=0.9) as patch:
             assert not torch.equal(pipe(TOTAL, name, **given), unpatched)
             free += check(patch, [seen], {"transformer": (LINEAR, threshold)}, (3, 18))
     check_both_happen(free)
@@ -455,7 +459,7 @@ def test_modulated_input_is_followed_on_a_fixed_path(family: Family) -> None:
     free = []
     for threshold in (1.5 * typical, 4 * typical):
         for start, end in ((None, None), (-15, 12)):
-            with apply_teacache(pipe, threshold, LINEAR, start, end) as patch:
+            with apply_teacache(pipe, threshold, coefficients=LINEAR, start_skipping=start, end_skipping=end) as patch:
                 family.run(pipe, steps=TOTAL)
                 free += check(patch, signals, {"transformer": (LINEAR, threshold)}, WINDOWS[start, end])
     check_both_happen(free)
@@ -499,7 +503,7 @@ def test_modulated_input_is_followed_where_the_cached_run_goes(name: str, kw: di
         pytest.skip("this diffusers has no true guidance for FLUX by embeddings")
     pipe, twin, free = few_blocks(family), few_blocks(family), []
     for threshold in (0.06, 0.12):
-        with apply_teacache(pipe, threshold, LINEAR, 2, -2) as patch:
+        with apply_teacache(pipe, threshold, coefficients=LINEAR, start_skipping=2, end_skipping=-2) as patch:
             signals = replayed_signals(family, pipe, twin, MODULATED[name], steps=14, **kw)
             assert len(signals) == branches
             free += check(patch, signals, {"transformer": (LINEAR, threshold)}, (2, 12))
@@ -510,7 +514,7 @@ def test_a_batch_that_shrinks_has_nothing_to_be_compared_with() -> None:
     """Guidance that ends, in one batched call: that step is computed, and its signal is the next one's reference."""
     family = present("zimage")
     pipe, twin = few_blocks(family), few_blocks(family)
-    with apply_teacache(pipe, 0.06, LINEAR) as patch:
+    with apply_teacache(pipe, 0.06, coefficients=LINEAR) as patch:
         (signals,) = replayed_signals(family, pipe, twin, MODULATED["zimage"], steps=TOTAL, cfg_truncation=0.2)
         sizes = [signal.shape[0] for _, _, signal in signals]
         switch = sizes.index(1)
@@ -545,7 +549,7 @@ def test_three_branches() -> None:
         skip_layer_guidance_stop=1.0,
         skip_layer_config=diffusers.LayerSkipConfig(indices=[2], fqn="transformer_blocks"),
     )
-    with apply_teacache(pipe, 0.05, LINEAR) as patch:
+    with apply_teacache(pipe, 0.05, coefficients=LINEAR) as patch:
         signals = replayed_signals(family, pipe, twin, MODULATED["hunyuan15"], steps=TOTAL)
         assert [len(branch) for branch in signals] == [TOTAL, TOTAL, TOTAL - 1]
         check_both_happen(check(patch, signals, {"transformer": (LINEAR, 0.05)}, (1, TOTAL - 1)))

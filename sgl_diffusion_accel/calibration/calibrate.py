@@ -65,7 +65,7 @@ def calibrate(
         The plan, for `apply_cache_plan`.
 
     Raises:
-        ConfigError: No calls, calls that differ in their steps, or a cache is on the pipeline.
+        ConfigError: No calls, calls that differ in their steps, timesteps that rise, or a cache is on the pipeline.
         ConfigTypeError: `pipe` cannot be called, or a call is no dict.
         UnsupportedModelError: The scheduler adds noise of its own, or the pipeline has no diffusion transformer.
 

@@ -48,8 +48,8 @@ def check_plan(
         The plan with its checks, in the place of earlier ones.
 
     Raises:
-        ConfigError: No calls, no speed-ups or impossible ones, calls that are unlike those of the calibration, or a
-            cache is on the pipeline.
+        ConfigError: No calls, no speed-ups or impossible ones, calls that are unlike those of the calibration, a cache
+            is on the pipeline, or its latents were not finite.
         ConfigTypeError: Something has a wrong type.
         UnsupportedModelError: The plan is of another model.
 

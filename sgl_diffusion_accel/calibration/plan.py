@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +15,10 @@ from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficien
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
 from sgl_diffusion_accel.calibration.plan_checks import Check, factor_at
-from sgl_diffusion_accel.calibration.plan_file import check, number, read, refuse, text, triangle, whole
-from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
+from sgl_diffusion_accel.calibration.plan_fields import checked, symmetric
+from sgl_diffusion_accel.calibration.plan_file import parts, read, refuse, write
+from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import count, real
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,11 @@ class CachePlan:
         teacache: Coefficients for `apply_teacache` from the same runs, None if they were not recorded.
         magnitudes: Magnitude ratios for `apply_magcache` from the same runs, None if they were not recorded.
         library: Version of this library that made it.
+
+    Raises:
+        ConfigError: A number that cannot be, timesteps that rise, triangles of another number of steps, a `gram` that
+            is no Gram matrix, or a `response` without any weight.
+        ConfigTypeError: Something has a wrong type.
     """
 
     pipeline: str
@@ -62,6 +62,10 @@ class CachePlan:
     magnitudes: MagnitudeRatios | None = None
     library: str = __version__
 
+    def __post_init__(self) -> None:
+        for name, value in checked(vars(self)).items():
+            object.__setattr__(self, name, value)
+
     @property
     def steps(self) -> int:
         """Denoising steps of the runs."""
@@ -78,9 +82,7 @@ class CachePlan:
     @property
     def gram_matrix(self) -> Matrix:
         """The products as a matrix, `[S, S]`."""
-        upper = np.zeros((self.steps, self.steps))
-        upper[np.triu_indices(self.steps)] = self.gram
-        return upper + np.triu(upper, 1).T
+        return symmetric(self.gram, self.steps)
 
     @property
     def teacache_coefficients(self) -> TeaCacheCoefficients:
@@ -176,25 +178,17 @@ class CachePlan:
                 )
         plans = (self, *others)
         calls = sum(plan.calls for plan in plans)
-        products = np.sum([np.asarray(plan.gram) * (plan.calls / calls) for plan in plans], axis=0)
+        gram = np.sum([np.asarray(plan.gram) * (plan.calls / calls) for plan in plans], axis=0).tolist()
         teacache = max(plans, key=lambda plan: plan.calls if plan.teacache else 0).teacache
         checks = () if others else self.checks
         ratios = [plan.magnitudes for plan in plans if plan.magnitudes is not None]
         magnitudes = ratios[0].merge(*ratios[1:]) if ratios else None
-        gram = tuple(products.tolist())
         return replace(self, calls=calls, gram=gram, checks=checks, teacache=teacache, magnitudes=magnitudes)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, of some tens of kilobytes."""
-        teacache = None if self.teacache is None else _teacache_fields(self.teacache)
-        fields = {**{key: value for key, value in asdict(self).items() if key != "teacache"}, "teacache": teacache}
-        target = Path(path)
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")  # so that a write that breaks leaves the old file
-        try:
-            part.write_text(json.dumps({"format": FORMAT, **fields}, allow_nan=False) + "\n", encoding="utf-8")
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        fields = {name: value for name, value in asdict(self).items() if name != "teacache"}
+        write(path, {**fields, "teacache": None if self.teacache is None else self.teacache.to_json()})
 
     @classmethod
     def load(cls, path: str | Path) -> CachePlan:
@@ -207,29 +201,11 @@ class CachePlan:
         Example:
             >>> plan = CachePlan.load("plan.json")  # doctest: +SKIP
         """
-        fields = read(path, FORMAT, set(cls.__dataclass_fields__))
-        steps = len(fields["timesteps"])
+        fields = read(path, cls.__dataclass_fields__)
         try:
-            return cls(
-                pipeline=text(path, "pipeline", fields["pipeline"]),
-                transformers=tuple(text(path, "transformers", each) for each in _list(path, fields, "transformers")),
-                config=text(path, "config", fields["config"]),
-                scheduler=text(path, "scheduler", fields["scheduler"]),
-                timesteps=_falling(path, fields["timesteps"]),
-                guidance=None if fields["guidance"] is None else number(path, "guidance", fields["guidance"]),
-                latents=tuple(whole(path, "latents", each) for each in _list(path, fields, "latents")),
-                calls=whole(path, "calls", fields["calls"]),
-                gram=triangle(path, "gram", fields["gram"], steps),
-                response=triangle(path, "response", fields["response"], steps),
-                checks=tuple(check(path, each) for each in _list(path, fields, "checks")),
-                teacache=_teacache(fields["teacache"]),
-                magnitudes=_magnitudes(path, fields["magnitudes"]),
-                library=text(path, "library", fields["library"]),
-            )
-        except (TypeError, ValueError, KeyError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise refuse(path, f"a field is damaged ({error})") from error
+            return cls(**{**fields, **parts(fields)})
+        except (TypeError, ValueError) as error:
+            raise refuse(path, error) from error
 
     def __str__(self) -> str:
         budgets = sorted({max(1, round(self.steps / ratio)) for ratio in (1.5, 2, 3, 4, 5)}, reverse=True)
@@ -251,41 +227,3 @@ def _designed(plan: CachePlan, computed: int) -> Design:
 
 def _short(value: Any) -> str:
     return f"{len(value)} values from {value[0]:g}" if isinstance(value, tuple) and len(value) > 4 else repr(value)
-
-
-def _falling(path: str | Path, values: Sequence[float]) -> tuple[float, ...]:
-    times = tuple(number(path, "timesteps", value) for value in values)
-    if any(before < after for before, after in pairwise(times)):
-        raise refuse(path, "its timesteps do not fall")
-    return times
-
-
-def _list(path: str | Path, fields: dict[str, Any], name: str) -> list[Any]:
-    values = fields[name]
-    if not isinstance(values, list):
-        raise refuse(path, f"{name} is damaged: it is no list")
-    return values
-
-
-def _teacache_fields(fit: TeaCacheCoefficients) -> dict[str, Any]:
-    fields = {name: getattr(fit, name) for name in fit.__dataclass_fields__}
-    secondary = fields.pop("secondary")
-    fields["thresholds"] = sorted(map(list, fit.thresholds.items()))
-    return {**fields, "secondary": None if secondary is None else _teacache_fields(secondary)}
-
-
-def _magnitudes(path: str | Path, fields: dict[str, Any] | None) -> MagnitudeRatios | None:
-    try:
-        return None if fields is None else MagnitudeRatios(**fields)
-    except (ConfigError, ConfigTypeError) as error:
-        raise refuse(path, f"magnitudes is damaged: {error}") from error
-
-
-def _teacache(fields: dict[str, Any] | None) -> TeaCacheCoefficients | None:
-    if fields is None:
-        return None
-    known = dict(fields)
-    known["thresholds"] = {float(speedup): float(value) for speedup, value in known["thresholds"]}
-    known["coefficients"] = tuple(map(float, known["coefficients"]))
-    known["secondary"] = _teacache(known["secondary"])
-    return TeaCacheCoefficients(**known)

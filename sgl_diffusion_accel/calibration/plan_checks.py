@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sgl_diffusion_accel.validate import count, within
+
 
 @dataclass(frozen=True)
 class Check:
@@ -17,12 +19,22 @@ class Check:
         expected: Error that the design expects (root mean square).
         measured: Error that was found, over all runs (root mean square).
         calls: How many runs were made.
+
+    Raises:
+        ConfigError: No steps or no calls, or an error that is negative or not finite.
+        ConfigTypeError: Something is not a number.
     """
 
     computed_steps: int
     expected: float
     measured: float
     calls: int
+
+    def __post_init__(self) -> None:
+        for name in ("computed_steps", "calls"):
+            object.__setattr__(self, name, count(name, getattr(self, name), 1))
+        for name in ("expected", "measured"):
+            object.__setattr__(self, name, within(name, getattr(self, name), "a finite number from 0"))
 
     @property
     def factor(self) -> float:

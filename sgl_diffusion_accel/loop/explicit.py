@@ -14,8 +14,6 @@ there alone.
 from __future__ import annotations
 
 import itertools
-import math
-import numbers
 import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -30,7 +28,7 @@ from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 from sgl_diffusion_accel.frames import Locals, Place, asking, entering, frames_from
 from sgl_diffusion_accel.loop.code_loops import loops_around
 from sgl_diffusion_accel.loop.step_proof import Schedule
-from sgl_diffusion_accel.validate import names_checked, real
+from sgl_diffusion_accel.validate import finite, is_number, names_checked
 
 _TYPE = "for t in denoising_steps(scheduler.timesteps, scheduler=scheduler):"
 _ALLOWED = "a tensor of one dimension, such as scheduler.timesteps, or a list of numbers, one a step"
@@ -219,12 +217,7 @@ def _kind(given: object) -> str:
 
 
 def _number(name: str, given: Any) -> float | None:
-    if given is None:
-        return None
-    value = real(name, given, "a number, or None")
-    if not math.isfinite(value):
-        raise ConfigError(f"{name}={given!r}; allowed: a finite number, or None.")
-    return value
+    return None if given is None else finite(name, given, "a finite number, or None")
 
 
 def _schedule(given: Any) -> Tensor:
@@ -237,7 +230,7 @@ def _schedule(given: Any) -> Tensor:
             raise ConfigTypeError(f"timesteps has {shown}; allowed: {_ALLOWED}.")
         schedule = given
     elif isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
-        wrong = [each for each in given if isinstance(each, bool) or not isinstance(each, numbers.Real)]
+        wrong = [each for each in given if not is_number(each)]
         if wrong:
             raise ConfigTypeError(f"timesteps holds {wrong[0]!r}, which is no number; allowed: {_ALLOWED}.")
         schedule = torch.tensor([float(each) for each in given], dtype=torch.float32)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sgl_diffusion_accel.caching.parts.mask_presets import PRESETS, alternate, late_steps, preset_steps
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError, unknown_name
+from sgl_diffusion_accel.validate import is_number
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class StepsMask:
             >>> StepsMask.late(0.5).resolve(12)
             (1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0, 1)
         """
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        if not is_number(share) or not 0 < share <= 1:
             raise ConfigError(f"share={share!r}; allowed: a number above 0 and up to 1, such as 0.34.")
         return cls(_share=float(share))
 

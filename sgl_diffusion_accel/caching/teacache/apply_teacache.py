@@ -86,11 +86,15 @@ def _plan(target: Target, config: TeaCacheConfig) -> tuple[Parts, str]:
     words = [f"{name}, threshold {threshold:g}{source}" for name, (_, threshold, source) in fits.items()]
     sizes = [VARIANTS[name].pixels for name in _names(transformer, family, config)]
 
+    told: set[int] = set()
+
     def by_resolution(run: Run, _: str) -> Policy:
         index = 0 if run.latents is None else nearest_size(sizes, run.latents)
         chosen = f"by the resolution: {words[index]}"
-        if run.stats is not None and (target.name, chosen) not in run.stats.remarks:
+        if run.stats is not None:
             run.stats.remark(target.name, chosen)
+        if index not in told:
+            told.add(index)
             logger.info("%s: %s", target.name, chosen)
         return policies[index]
 

@@ -25,7 +25,7 @@ class TeaCacheCoefficients:
     """A fitted polynomial of TeaCache, and the thresholds that go with it.
 
     Wherever coefficients are taken, five plain numbers do as well; see `fit_teacache` for how to get them for a model.
-    To keep a fit, write `json.dumps(dataclasses.asdict(fit))`; `TeaCacheCoefficients(**json.loads(text))` reads it.
+    To keep a fit, write `json.dumps(fit.to_json())`; `TeaCacheCoefficients.from_json(json.loads(text))` reads it.
 
     Attributes:
         coefficients: c₀ … c₄ of c₀x⁴ + c₁x³ + c₂x² + c₃x + c₄, highest degree first, as `numpy.polyfit` gives them.
@@ -121,6 +121,29 @@ class TeaCacheCoefficients:
         if not speedup / _SLACK <= nearest <= speedup * _SLACK:
             logger.warning("no threshold is known for %gx: taken is that for %gx. Known: %s.", speedup, nearest, known)
         return self.thresholds[nearest], f" for {nearest:g}x"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON can hold them; the thresholds are pairs, since a key of JSON is a string."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "secondary"}
+        fields["thresholds"] = sorted(map(list, self.thresholds.items()))
+        return {**fields, "secondary": None if self.secondary is None else self.secondary.to_json()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> TeaCacheCoefficients:
+        """Makes them of what `to_json` returned.
+
+        Raises:
+            ConfigError: A value that is not allowed, see the class.
+            KeyError, TypeError, ValueError: They are no such fields.
+
+        Example:
+            >>> fit = TeaCacheCoefficients((0, 0, 0, 2, 0.5), thresholds={2.0: 0.1})
+            >>> TeaCacheCoefficients.from_json(fit.to_json()) == fit
+            True
+        """
+        other = fields["secondary"]
+        secondary = None if other is None else cls.from_json(other)
+        return cls(**{**fields, "thresholds": dict(fields["thresholds"]), "secondary": secondary})
 
     def __iter__(self) -> Iterator[float]:
         return iter(self.coefficients)

@@ -7,6 +7,7 @@ import numbers
 from dataclasses import dataclass
 
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
+from sgl_diffusion_accel.validate import is_number
 
 _ROUNDING = 1e-6  # 0.29 of 100 steps are 29, though the product is a little less
 
@@ -56,7 +57,7 @@ class Window:
 
 
 def _bound(name: str, value: object) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise ConfigTypeError(
             f"{name}={value!r} is a {type(value).__name__}; allowed: a step as a whole number (negative from the end) "
             "or a share of the steps as a float from 0.0 to 1.0."
