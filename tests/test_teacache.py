@@ -110,15 +110,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     ),
     "config of another type": (
         "wan",
-        {"config": "teacache"},
+        {"config": 0.1j},
         ConfigTypeError,
-        r"config is a str; allowed: a TeaCacheConfig.*apply_teacache\(pipe, teacache_thresh=0\.1\)",
+        r"teacache_thresh=0\.1j is a complex; allowed: a positive number",
     ),
     "config in place of the threshold": (
         "wan",
         {"teacache_thresh": TeaCacheConfig()},
         ConfigTypeError,
-        r"apply_teacache\(pipe, config=\.\.\.\)",
+        r"teacache_thresh=.* is a TeaCacheConfig; allowed: a positive number",
     ),
     "coefficients without a threshold": (
         "wan",
