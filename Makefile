@@ -20,7 +20,7 @@ READY_OLDEST := $(VENV_OLDEST)/.ready
 READY_BENCH := $(VENV_BENCH)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest test-pythons test-floors lint format bench table clean
+.PHONY: help demo test test-all test-oldest test-pythons test-floors lint format mutants bench table clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -76,6 +76,10 @@ lint: $(READY)
 format: $(READY)
 	@$(VENV)/bin/ruff check --quiet --fix .
 	@$(VENV)/bin/ruff format --quiet .
+
+# Whether the tests find deliberate faults (tests/mutants.json), one after another.
+mutants: $(READY)
+	@$(ONE_THREAD) $(VENV)/bin/python -m benchmarks.mutants $(ARGS)
 
 bench: $(READY_BENCH)
 	@$(VENV_BENCH)/bin/python -m benchmarks.overhead
