@@ -51,6 +51,7 @@ def listening_cache_context(base: Any) -> Callable[..., Any]:
             with base.cache_context(self, name, *args, **kwargs) as entered:
                 yield entered
         finally:
+            # Not by a token: a generator may be closed in another context than it was begun in.
             _contexts.set(tuple(each for each in _contexts.get() if each is not entry))
 
     cache_context.__doc__ = base.cache_context.__doc__

@@ -16,6 +16,7 @@ from typing import Any
 FrameKey = tuple[int, int]
 """Identities of a frame and of its code."""
 
+# Not coroutines: a task that waits keeps its context to itself.
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _ENTERING = ("__enter__", "__aenter__")
 _PASSING_ON = ("tqdm", "rich.progress", "fastprogress", "alive_progress", "progressbar")
@@ -75,6 +76,7 @@ def _enters_for_another(frame: FrameType) -> bool:
 
 
 def _passes_on(frame: FrameType) -> bool:
+    # A progress bar is a generator of its own: it asks for the step in place of the loop.
     module = str(frame.f_globals.get("__name__", ""))
     return frame.f_code.co_name == "<genexpr>" or module.startswith(_PASSING_ON)
 

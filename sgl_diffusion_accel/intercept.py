@@ -33,6 +33,7 @@ _REASON = (
 
 
 _disable: Any = torch.compiler.disable
+# Private to torch; without it the public decorator does the same, for a call more.
 _skip: Any = getattr(decorators, "skip", functools.partial(_disable, recursive=False))
 
 
@@ -75,6 +76,8 @@ def _acting(module: nn.Module, handlers: tuple[Handler, ...]) -> tuple[Handler, 
 _acting = eager(_acting)
 
 
+# Handlers stay out of the graph with all that they call. `_run` alone is skipped, so that the module between them is
+# still compiled.
 _enter = _eager(lambda handler, *rest: handler.enter(*rest))
 _leave = _eager(lambda handler, *rest: handler.leave(*rest))
 _fail = _eager(lambda handler, *rest: handler.fail(*rest))
@@ -96,6 +99,7 @@ def _run(
         return token.output
     try:
         output = _run(module, handlers[1:], call, args, kwargs)
+    # Interrupts as well: a run that was stopped must not go on with what it had kept.
     except BaseException:
         _fail(handler, module, token)
         raise
@@ -145,6 +149,7 @@ def _settle(module: Any, slot: Slot) -> None:
         _CLASS.__set__(module, wanted)
 
 
+# The true class, past the property that our own classes have under this name.
 _CLASS: Any = vars(object)["__class__"]
 
 
@@ -221,6 +226,7 @@ def _intercepted_call(base: Any) -> Callable[..., Any]:
         slot = self.__dict__.get(SLOT)
         if slot is None:
             return base.__call__(self, *args, **kwargs)
+        # In front of all else: tens of blocks of a skipped step come by here, and each Python call more costs the host.
         detour = slot.detour
         if detour is not None:
             answer = detour.answer

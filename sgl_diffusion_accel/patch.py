@@ -105,6 +105,7 @@ class Patch:
         for old in waiting:
             if not old.is_open:
                 old.remove()
+            # What waited for a patch that is gone for good now waits for this one.
             self._waiting += [old] if old.is_open else old._waiting
         self._belongs_to(targets.pipe)
 
@@ -126,6 +127,7 @@ class Patch:
         self._undone = True
         self._interceptions.clear()
         self._on_removed()
+        # A patch that is itself waiting has no place to give back. Its turn comes in `_come_back`.
         if not self._is_suspended:
             self._let_back()
 
@@ -190,6 +192,7 @@ class Patch:
 
 def _still_has(pipe: object, name: str, part: weakref.ref[nn.Module]) -> bool:
     present = getattr(pipe, name, None)
+    # Unwrapped: torch.compile's wrapper around the same model replaces nothing.
     return isinstance(present, nn.Module) and unwrap(present) is part()
 
 
@@ -236,6 +239,7 @@ def remove(pipe: Pipe) -> None:
     for module in _modules(pipe):
         while patches := list(patches_of(module)):  # one may come back where another is removed
             patches[0].remove()
+    # Also those on a component that the pipeline has exchanged since, which is not among its modules any more.
     for patch in list(_applied_to(pipe)):
         patch.remove()
 

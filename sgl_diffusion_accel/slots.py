@@ -95,6 +95,7 @@ class Slot:
             if not slot:
                 del self.methods[method]
             return
+        # Out first, so that a handler that takes another one's place is the newest, and outermost.
         self.kinds.pop(kind, None)
         if handler is not None:
             self.kinds[kind] = handler
@@ -119,11 +120,13 @@ def original_class(module: object) -> type:
 
 def slot_of(module: object) -> Slot | None:
     """Returns the handlers of a module, None if it is not intercepted."""
+    # Not `getattr`: torch.compile's wrapper hands on the attributes of what it holds.
     slot = module.__dict__.get(SLOT)
     return slot if isinstance(slot, Slot) else None
 
 
 def base_of(cls: type) -> type | None:
     """What an intercepted class was made of, None for any other class."""
+    # Not inherited: a class that others derive from ours stands in for no original.
     base: type | None = vars(cls).get(BASE)
     return base

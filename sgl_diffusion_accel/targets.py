@@ -57,6 +57,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
     if len(parts) != 1 or module._parameters:
         return None
     ((name, part),) = parts.items()
+    # DataParallel's wrappers hold theirs under `module`, which is a name in models too: they are known by their class.
     is_wrapper = name in _WRAPPED or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     return part if is_wrapper else None
 

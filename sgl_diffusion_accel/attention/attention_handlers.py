@@ -65,9 +65,12 @@ class ComponentHandler(PatchHandler):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outer, Any] | None:
         """Begins a call of the component."""
+        # Asked of the model alone: a call cut off by Ctrl-C leaves `is_inside` set, and the wrapper begins the next
+        # one.
         if self._has_wrapper and self._redirect.call.is_inside and unwrap(module) is module:
             return None  # the wrapper has entered this call already
         is_on = True
+        # Without a step window no call has to be placed: the backend acts in loops that are not known, too.
         if self._steps:
             where = self._session.enter(self._component, module, args, kwargs)
             is_on = where is not None and self._steps.includes(where.step, where.run.total)

@@ -98,6 +98,7 @@ class MeasuredChoice:
         identity = _identity(label, sides[0], usable)
         known = _read(self._store).get(identity)
         remembered = next((each for each in usable if each.name == known), None)
+        # Looked at again: a backend of one's own may have been registered anew under its name.
         if remembered is not None and self._is_right(remembered, sides, more):
             self.picks[label] = remembered.name
             return remembered
@@ -115,6 +116,7 @@ class MeasuredChoice:
     def _may_run(self, backend: Backend, facts: AttentionFacts) -> bool:
         if not (backend.is_exact or self._allow_quantised):
             return False
+        # Kernels of the Hub are fetched only when they are set by name.
         return backend.hub is None and not (backend.lacks() or backend.requirements.refuses(facts))
 
     def _is_right(self, backend: Backend, sides: tuple[Tensor, Tensor, Tensor], more: dict[str, Any]) -> bool:
@@ -129,6 +131,7 @@ class MeasuredChoice:
             kernel = backend.load()
             output = kernel(*sides, **more)
             error = relative_error(output, sides, more)
+            # `not <=`, so that NaN is out as well.
             if not error <= tolerance(backend, sides[0].dtype):
                 return Timing(backend.name, None, error, f"error {error:.2g}")
             del output
@@ -192,6 +195,7 @@ def _write(store: Path | None, identity: str, name: str) -> None:
         return
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
+        # Beside it and then moved: another process never reads half a file.
         with tempfile.NamedTemporaryFile("w", dir=store.parent, delete=False) as file:
             json.dump(_read(store) | {identity: name}, file, indent=1)
         Path(file.name).replace(store)

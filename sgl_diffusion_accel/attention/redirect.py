@@ -176,6 +176,7 @@ class Redirect:
         native: Callable[[], Tensor],
         transposed: bool = False,
     ) -> Tensor:
+        # Somebody may have kept a redirected processor longer than the patch lasted.
         if not (self.is_on and self.call.is_on):
             return native()
         sides = _broadcast(_autocast(sides), enable_gqa)
@@ -192,6 +193,7 @@ class Redirect:
         if dropout_p > 0:  # PyTorch's own has it
             return native()
         output = self._kernel_of(backend)(*sides, **more)
+        # A lock, or a value that is looked at, would break the graph.
         if not torch.compiler.is_compiling():
             self._seen(backend, output, sides, more)
         return output.transpose(1, 2) if transposed else output
@@ -212,6 +214,7 @@ class Redirect:
         with self._lock:
             self.calls[backend.name] += 1
         if self._first is not None:
+            # Found only if it is asked for: the walk takes longer than a kernel's start.
             self._first.check(lambda: layer_in_call(self.component), backend, output, sides, more)
 
     def _fall_back(
@@ -277,6 +280,7 @@ def layer_in_call(component: str) -> str:
         if frame.f_back is None:
             break
         frame = frame.f_back
+        # Asked of the code first: reading a frame's locals makes a snapshot of all of them.
         if frame.f_code.co_varnames[:1] == ("self",):
             layer = getattr(frame.f_locals.get("self"), LAYER, None)
             if layer is not None:

@@ -60,6 +60,7 @@ def find_sites(module: nn.Module) -> Iterator[Site]:
 
 def processor_of(layer: nn.Module) -> Any:
     """The processor of a layer, None where there is none."""
+    # One that is a module lives among the layer's parts.
     return vars(layer).get("processor") or layer._modules.get("processor")
 
 
@@ -71,6 +72,7 @@ def _exchangeable(processor: Any) -> bool:
 
 def _methods(cls: type) -> dict[str, FunctionType]:
     """The plain methods of a processor's class, with what it inherits, but not those of `nn.Module`."""
+    # From the base on, so that what a class overrides counts.
     classes = [each for each in reversed(cls.__mro__) if not each.__module__.startswith("torch.")]
     found = {name: value for each in classes for name, value in vars(each).items()}
     return {name: value for name, value in found.items() if isinstance(value, FunctionType)}
@@ -146,6 +148,7 @@ def redirected(site: Site, redirect: Redirect, classes: dict[type, type]) -> Any
         }
         make: Any = type(base)
         classes[base] = make(base.__name__, (base,), namespace)
+    # Shallow: one that is a module shares its weights with the original.
     made = copy.copy(site.processor)
     object.__setattr__(made, "__class__", classes[base])
     object.__setattr__(made, LAYER, site.name)
@@ -189,6 +192,7 @@ def _exchanged(
         meaning = function.__globals__[name]
         if name == _DISPATCHER:
             found[name] = redirect and redirect.dispatch
+        # `F.scaled_dot_product_attention` is looked up in `F` at the call, so that the module is exchanged as a whole.
         elif meaning is F:
             if _SDPA in used:
                 found[name] = redirect and _functional(redirect)

@@ -44,13 +44,17 @@ def relative_error(output: Tensor, sides: tuple[Tensor, ...], more: dict[str, An
     for some, of_key in _heads_at_a_time(query, key, value):
         parts = (query[:, some][:, :, index].float(), key[:, of_key].float(), value[:, of_key].float())
         own = mask[..., some, :, :] if mask is not None and mask.ndim > 2 and mask.shape[-3] > 1 else mask
+        # Beside sides in float32 PyTorch's function takes a mask of float32 or of bools.
         own = own.float() if own is not None and own.dtype != torch.bool else own
+        # Autocast would bring the reference down to half precision.
         with torch.autocast(query.device.type, enabled=False):
             reference = F.scaled_dot_product_attention(*parts, own, scale=more["scale"], enable_gqa=more["enable_gqa"])
         wrongs.append((output[:, some][:, :, index].float() - reference).norm())
         sizes.append(reference.norm())
+    # One wait for the device, for all heads together.
     wrong, size = torch.stack([torch.stack(wrongs).norm(), torch.stack(sizes).norm()]).tolist()
     error: float = wrong / size if size else wrong
+    # Infinity as well: `error != error` tells both.
     return error if isfinite(error) else nan
 
 

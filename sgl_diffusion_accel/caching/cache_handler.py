@@ -73,8 +73,10 @@ class CacheHandler(PatchHandler, Generic[_Call]):
         where = self._session.enter(self._component, module, args, kwargs)
         if where is None:
             return None
+        # Once a run: it looks through all modules of the transformer.
         if where.step == 0:
             refuse_late_cache(module)
+        # Such a call is not even kept: its blocks are not those of other steps, or have a cache of their own to write.
         argument = full_call_argument(kwargs)
         if argument is not None:
             self._log.decided(where, Decision(True, "arguments forbid skipping"))
@@ -95,6 +97,7 @@ class CacheHandler(PatchHandler, Generic[_Call]):
         try:
             return token.finish(output)
         except BaseException:
+            # What is kept by half must not serve a later step.
             self._drop(token)
             raise
 

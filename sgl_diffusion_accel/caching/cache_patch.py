@@ -63,6 +63,7 @@ class CachePatch(Patch):
         self.stand_before(target, handler)
         for list_index, blocks in enumerate(find_block_lists(target.module).values()):
             for index, block in enumerate(blocks):
+                # All blocks, not the span alone: the first give the signal, and `BlockOrder` has to see each of them.
                 self.intercept(block, BlockHandler(handler, list_index, index))
 
     def attach_whole(self, target: Target, policy: MakeCallPolicy) -> None:
@@ -93,6 +94,7 @@ def put_on_blocks(targets: Targets, title: str, parts: Mapping[str, Parts], conf
         config: The settings that it was made from.
     """
     patch = CachePatch(title, config)
+    # Before they are replaced: afterwards they are not found on the modules any more.
     _tell_of_replaced(targets)
     with patch.applying(targets):
         for target in targets:

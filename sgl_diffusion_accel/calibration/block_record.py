@@ -69,6 +69,7 @@ class _Recorder(Recorder):
         if before is not None and before.shape == now.shape:
             self.changes.setdefault(key, {})[step] = relative_l1(now, before)
         self.outputs = {each: kept for each, kept in self.outputs.items() if each[0] >= run - 1}
+        # Pipelines may write into what they get.
         self.outputs[key] = now.clone()
 
     def saw_residuals(self, run: int, branch: str, step: int, residuals: Sequence[Tensor]) -> None:
@@ -180,6 +181,7 @@ class BlockRecording:
             raise UnsupportedModelError(
                 f"{type(self._pipe).__name__} ran without a denoising loop that is known: nothing was recorded."
             )
+        # From the end: the statistics keep the last runs alone, and go on counting.
         runs = patch.stats.runs[started - patch.stats.started :]
         for number, run in enumerate(runs, patch.stats.started - len(runs) + 1):
             for name, recorder in self._recorders.items():
@@ -201,6 +203,7 @@ def _traces(run: RunStats, number: int, component: str, recorder: _Recorder) -> 
             for record in records.records
             if record.component == component and record.change is not None and record.step in moved
         ]
+        # The first step of a run has an infinite change: nothing comes before it.
         trace = [point for point in trace if math.isfinite(point[1]) and math.isfinite(point[2])]
         if trace:
             found.append((run.steps, trace))

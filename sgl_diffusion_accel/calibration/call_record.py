@@ -75,6 +75,8 @@ def _picked(elements: int) -> Tensor:
     """Which elements are kept: all of a small output, else a fixed random choice."""
     if elements <= SKETCH:
         return torch.arange(elements)
+    # A seed of its own: products are between steps and runs are averaged, so all have to pick the same elements; and
+    # the user's random state stays.
     return torch.randint(elements, (SKETCH,), generator=torch.Generator().manual_seed(0)).sort().values
 
 
@@ -146,6 +148,7 @@ def _watch(scheduler: Any, watch: _Watch) -> Callable[[], None]:
     if held is not None:  # somebody else has put a step on this instance
         vars(scheduler)["step"] = put = shadow(scheduler, held, watch)
         return partial(restore, scheduler, "step", put, held)
+    # Of a kind there is one handler at a time: two recordings at once must not replace each other.
     kind = f"recording {id(watch):x}"
     intercept(scheduler, kind, watch, "step")
     return partial(release, scheduler, kind, "step")

@@ -68,6 +68,7 @@ class Moments:
     def left(self) -> Matrix:
         """Share of the run that is left at each step, from 1 down; σ for Euler's method on flow matching. `[S]`."""
         share = np.abs(self.response[-1]) / np.abs(self.response[-1]).sum()
+        # It is divided by, and the last output may have no weight at all (DEIS).
         left: Matrix = np.maximum(np.cumsum(share[::-1])[::-1], 1e-6)
         return left
 
@@ -115,6 +116,7 @@ class Draft:
         self.mask: tuple[bool, ...] = ()
         self._moments, self._settings = moments, settings
         self._final = moments.response[-1].tolist()
+        # Relative to how far the latents move: with noise levels up to 15 the disturbance was overrated as many times.
         move = np.abs(moments.response[-1]).sum()
         self._disturbance = (settings.disturbance / (moments.left * move)) ** 2
         self._noise = np.zeros(steps)  # mean square of n
@@ -153,6 +155,7 @@ class Draft:
         skipped = {each: self._weights[each] for each in range(weighed + 1, step) if not self.mask[each]}
         nodes = ([step, *nodes] if computed else nodes)[: self._settings.depth]
         weights = self._prior(step, nodes, skipped)
+        # A computed step with nothing to put right gives its own output: exact until the first skipped step.
         if step and (not computed or skipped):
             weights = self._fit(step, nodes, weights)
         self._weights.append(weights)
@@ -175,15 +178,18 @@ class Draft:
         """Least squares for the latents of the next step and the final ones, with a ridge towards the prior."""
         settings, response, gram = self._settings, self._moments.response, self._moments.gram
         start = np.array([prior.get(node, 0.0) for node in nodes])
+        # The noise of the answers is independent of all else, and so adds to the diagonal alone.
         inner = gram[np.ix_(nodes, nodes)] + np.diag(self._noise[nodes])
         size, target = 0.0, np.zeros(len(nodes))
         for row, share in ((step + 1, 1 - settings.foresight), (-1, settings.foresight)):
             width = response[row, step]
             in_v, in_n = response[row, :step] @ self._off[:, :step]
+            # What the latents would be off by if this step gave nothing. The weights are to make up for it.
             in_v[step] -= width
             size += share * width * width
             target -= share * width * (gram[nodes] @ in_v + self._noise[nodes] * in_n[nodes])
         matrix = size * inner
+        # The floor keeps the matrix regular where the outputs of a run are all zero.
         weight = settings.ridge * max(matrix.trace() / len(nodes), 1e-30)
         solved = np.linalg.solve(matrix + weight * np.eye(len(nodes)), target + weight * start)
         return dict(zip(nodes, solved.tolist(), strict=True))

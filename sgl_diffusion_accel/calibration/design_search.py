@@ -48,11 +48,13 @@ def fewest_steps(error: Callable[[int], float], steps: int, wanted: float) -> in
 
 
 def _descend(draft: Draft) -> Draft:
+    # A fixed seed: the same plan and schedule must give the same steps in every run.
     random = np.random.default_rng(0)
     best = draft.design().error
     for _ in range(_ROUNDS):
         improved = False
         for step in random.permutation(
+            # The first step stays computed: there is nothing to predict it from.
             [step for step, computed in enumerate(draft.mask) if computed and step]
         ).tolist():
             free = [other for other, computed in enumerate(draft.mask) if not computed]

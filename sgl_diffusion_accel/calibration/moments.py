@@ -23,6 +23,7 @@ def carry_over(gram: Matrix, measured: Sequence[float], wanted: Sequence[float])
         Of the outputs at the wanted timesteps, `[S', S']`.
     """
     weights = np.stack([_weights(measured, float(np.clip(each, measured[-1], measured[0]))) for each in wanted])
+    # The outputs are interpolated, and not the entries: so the result is the Gram matrix of something.
     carried: Matrix = weights @ gram @ weights.T
     return carried
 
@@ -31,6 +32,7 @@ def _weights(measured: Sequence[float], wanted: float) -> Matrix:
     times = np.asarray(measured, dtype=np.float64)
     row = np.zeros(len(times))
     _, distinct = np.unique(-times, return_index=True)  # methods of second order come to a timestep twice
+    # Timesteps fall, and the search wants rising numbers.
     place = np.searchsorted(-times[distinct], -wanted) - _NODES // 2
     start = int(np.clip(place, 0, max(len(distinct) - _NODES, 0)))
     near = distinct[start : start + _NODES].tolist()

@@ -33,6 +33,7 @@ class PlanPolicy(CallPolicy):
         settings: Of the gap control that takes over.
     """
 
+    # Calibration records what the scheduler is given, whichever expert of Wan2.2 it comes from.
     spans_models = True
 
     def __init__(
@@ -73,6 +74,7 @@ class PlanPolicy(CallPolicy):
     def observe(self, step: int, error: float) -> None:
         if self._instead is not None:
             self._instead.observe(step, error)
+        # `not <=`, so that NaN is over it as well.
         elif self._guard is not None and not error <= self._guard * self.foreseen(step):
             self._hand_over().take_over(self._computed, error)
 
@@ -98,6 +100,7 @@ class PlanPolicy(CallPolicy):
         """Leaves the rest of the run to gap control."""
         response = self._moments.response
         self._instead = GapControl(self._settings, response[-1], passing=passing_influence(response))
+        # Gap control goes by errors, also where the plan had no guard.
         self.needs_error = self._instead.needs_error
         return self._instead
 
@@ -117,4 +120,5 @@ class PlanPolicy(CallPolicy):
     def needs_later(self, step: int) -> bool:
         if self._instead is not None:
             return self._instead.needs_later(step)
+        # The guard's line needs the two steps before each computed one, also where no weight of the plan does.
         return self._last_use.get(step, step) > step or (self._guard is not None and step < len(self._design.mask) - 1)

@@ -39,6 +39,7 @@ class CodeLoop:
 
 
 _MOST_KNOWN = 1024
+# The code is kept beside what is known of it, so that no other code gets its identity.
 _known: dict[tuple[int, int], tuple[CodeType, tuple[CodeLoop, ...] | None]] = {}
 
 
@@ -112,6 +113,8 @@ def _graph(code: CodeType) -> _Graph:
     ends: dict[int, set[int]] = {}  # head of each loop to where it is jumped back from
     for index in reached:
         for successor in following[index]:
+            # The compiler puts the head of a loop in front of its body: a jump back makes a loop, of `for` and `while`
+            # alike.
             if successor <= index:
                 ends.setdefault(successor, set()).add(index)
     loops = {head: _body(head, tails, following, reached) for head, tails in ends.items()}
@@ -167,10 +170,13 @@ def _loop(graph: _Graph, head: int, index: int) -> CodeLoop:
     for each in body:
         for name in _stored_by(instructions[each]):
             stores.setdefault(name, set()).add(each)
+    # Ways within one turn, never through the head again: what was set before it is of an earlier turn. A variable is
+    # fresh only if no way to the instruction leads around all places that set it; one set under an `if` is not.
     within = [[after for after in following if after in body and after != head] for following in graph.following]
     fresh = {name for name, where in stores.items() if index not in _reachable(within, head, where)}
     iterable = _iterable(instructions, begin) if is_for else []
     names = {str(one.argval) for one in iterable if one.opname.startswith(_LOADS)}
+    # `timesteps[1:]` and `enumerate(timesteps, 1)` do not count from the first step.
     is_plain = not any(
         "SLICE" in one.opname or (one.opname.startswith("LOAD_CONST") and isinstance(one.argval, (int, slice)))
         for one in iterable
@@ -213,6 +219,8 @@ def _iterable(instructions: list[dis.Instruction], head: int) -> list[dis.Instru
         one = instructions[index]
         if one.opcode in dis.hasjrel or one.opcode in dis.hasjabs:
             return []
+        # Backwards, until what was found leaves one value on the stack: the iterable. `stack_effect` refuses an
+        # argument for an opcode that takes none.
         has_argument = one.opcode >= dis.HAVE_ARGUMENT
         made += dis.stack_effect(one.opcode, one.arg if has_argument else None)
         found.append(one)

@@ -12,6 +12,7 @@ from collections.abc import MutableMapping
 
 from torch import nn
 
+# Two calls of one name in each step would have shown again at step 1.
 _SURE_FROM = 2
 """The step from which a loop that began with a name coming twice is believed to be one."""
 
@@ -50,6 +51,7 @@ class ContextLoop:
 
 class _Loops(threading.local):
     def __init__(self) -> None:
+        # Weak: nothing tells the end of such a loop, and it must not keep the model alive.
         self.of: MutableMapping[nn.Module, ContextLoop] = weakref.WeakKeyDictionary()
 
 
@@ -76,5 +78,6 @@ def loop_of_context(module: nn.Module, name: str, step: int, total: int) -> Cont
             loop = _loops.of[module] = ContextLoop(total, is_doubted=True)
             loop.enter(module, name, step)
         else:
+            # For good: what one tile returned must never stand in for another.
             loop.is_ambiguous = True
     return None if loop.is_ambiguous or (loop.is_doubted and step > 0) else loop

@@ -90,6 +90,7 @@ class StepIterator:
             _entered.set(others)
             raise StopIteration
         self.step += 1
+        # An element of a tensor is a view: it is known by its place in memory, to whatever function it is handed on.
         self.timestep = self._given[self.step]
         self.place = asking()
         self.moved = next(_moves)
@@ -117,10 +118,12 @@ class StepIterator:
         return any(self._is_at(value, schedule) for each in frames_from(frame) for value in _values_of(each))
 
     def _is_at(self, value: Any, schedule: Schedule) -> bool:
+        # As `enumerate` and `zip` hand it on.
         if type(value) is tuple and len(value) <= _MOST_IN_A_TUPLE:
             return any(self._is_at(each, schedule) for each in value)
         if isinstance(value, Tensor):
             return value is self.timestep or schedule.index_of(value) == self.step
+        # By identity: another variable may hold an equal number.
         return isinstance(value, float) and value is self.timestep
 
     def is_new(self, module: object) -> bool:
@@ -145,6 +148,7 @@ def _values_of(frame: FrameType) -> list[Any]:
         return list(local.values())
 
 
+# Weak: a loop that is left by `break` or an error does not say so. Its iterator goes then, and takes the run with it.
 _entered: ContextVar[tuple[weakref.ref[StepIterator], ...]] = ContextVar("denoising_steps", default=())
 
 
@@ -241,6 +245,7 @@ def _schedule(given: Any) -> Tensor:
         )
     if len(schedule) == 0:
         raise ConfigError(f"timesteps is empty; allowed: {_ALLOWED}.")
+    # On another device the check would wait for it.
     if schedule.device.type == "cpu" and not bool(schedule.isfinite().all()):
         raise ConfigError("timesteps holds a number that is not finite.")
     return schedule
@@ -251,6 +256,7 @@ class NamedBranch:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        # A stack: the same object may be entered again before it is left.
         self._places: list[Place] = []
 
     @property

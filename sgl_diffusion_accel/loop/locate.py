@@ -64,8 +64,10 @@ def locate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     """
     walk = _Walk(module, args, kwargs)
     own = walk.places
+    # From the inside out: a pipeline that runs inside another one has a run of its own.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        # What a loop says of itself counts before what could be read from the same method.
         if own and key_of(frame) in own:
             return walk.in_own_loop(frame)
         if may_be_loop(frame.f_code):
@@ -105,10 +107,13 @@ class _Walk:
             pipeline = pipeline_of(frame.f_code, local)
             if pipeline is None:
                 return None
+            # A callback runs inside the pipeline's frame. Without this its calls would be taken for calls of the step.
             callbacks = callback_codes(local)
             if callbacks and any(id(each.f_code) in callbacks for each in self.inner):
                 return Unplaced("a step callback makes it for its own ends")
             call = self._read(frame, pipeline, local)
+        # A method that tells less may be called by one that tells more, but only within one pipeline: another pipeline
+        # around it has steps of its own.
         if call is None or (self._helper is not None and pipeline is not self._helper[0]):
             return None
         if any(_share_memory(loop.timesteps, call.timesteps) for loop in self._loops):
@@ -129,6 +134,7 @@ class _Walk:
         if not is_timesteps(timesteps):
             self._miss(frame, pipeline, "has no timesteps that are a tensor")
             return None
+        # What the pipeline says of itself counts before what can be proved from outside.
         step = self._context[1].get("step_index") if self._context else None
         if type(step) is not int:
             step = proved_step(frame, local, schedule_of(timesteps, scheduler), self._times())
@@ -170,11 +176,14 @@ class _Walk:
     def _branch_entered(self, frame: FrameType) -> str | None:
         """The innermost branch that was entered in a frame, or inside of it."""
         entered = list(branches_entered())
+        # Only inside the loop: a branch that is entered around a whole pipeline would put its cond and uncond under one
+        # name.
         within = {key_of(each) for each in (*self.inner, frame)} if entered else set()
         return next((each.name for each in entered if each.place.key in within), None)
 
     def _branch_read(self, pipeline: Any, local: Mapping[str, Any]) -> str:
         """The branch by the name of the component that is called, else of the conditioning that it is given."""
+        # Ideogram 4 has a denoiser for each branch: which component is called tells the branch.
         for name, part in vars(pipeline).items():
             if is_negative(name) and isinstance(part, nn.Module) and unwrap(part) is self._module:
                 return "uncond"
@@ -184,6 +193,7 @@ class _Walk:
         """Where the call is when no frame has told it at once."""
         if self._helper is not None:
             return self._helper[1]
+        # The one that moved last first: it is the innermost of those around the call.
         for loop in reversed(self._loops):
             if loop.is_around(frame):
                 call = self._of_own_loop(loop, loop.step, self._branch_around())
@@ -192,6 +202,8 @@ class _Walk:
                     return call
         if self._loops and self._missing is None:
             return Unplaced(_NOT_OF_THE_LOOP)
+        # Many pipelines name their branches by a context that says nothing of steps. There the user is told what the
+        # loop lacks, and not what the context lacks.
         if self._context is not None and (self._missing is None or "num_inference_steps" in self._context[1]):
             return self._of_context(*self._context)
         return Unplaced(
@@ -202,6 +214,7 @@ class _Walk:
         """A call in a frame that runs a loop, or several, that say themselves where they are."""
         key = key_of(frame)
         loops = [loop for loop in self._loops if loop.place is not None and loop.place.key == key]
+        # Of nested loops the innermost began last, and none around it has moved since.
         loop = max(loops, key=lambda each: each.begun)
         if any(other.moved > loop.begun for other in loops if other is not loop):  # side by side, not in one another
             mine = [each for each in loops if _is_given_step_of(each, (*self._args, *self._kwargs.values()))]
@@ -257,6 +270,7 @@ class _Walk:
 
     def _tensors(self) -> tuple[Tensor, ...]:
         given = (*self._args, *self._kwargs.values())
+        # Some models take their prompts as a list of tensors.
         values = (one for value in given for one in (value if isinstance(value, list) else [value]))
         return tuple(value for value in values if isinstance(value, Tensor))
 

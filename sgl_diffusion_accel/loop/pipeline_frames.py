@@ -19,6 +19,7 @@ from sgl_diffusion_accel.loop.step_proof import Schedule, first_of
 
 _CALLBACKS = ("callback_on_step_end", "callback")
 _NEGATIVE = re.compile(r"(^|_)(neg|negative|uncond)", re.IGNORECASE)
+# In this order: where there is a true scale (FLUX), `guidance_scale` is an input of the model and combines nothing.
 _GUIDANCE = ("true_cfg_scale", "current_guidance_scale", "guidance_scale")
 _GUIDANCE_OF = ("_guidance_scale", "guidance_scale")
 _CONDITIONING = re.compile(r"prompt|embed|text|cond", re.IGNORECASE)
@@ -29,6 +30,8 @@ _MOST_KNOWN = 4096
 
 def may_be_loop(code: CodeType) -> bool:
     """Whether a function could be a denoising loop, without looking at its variables."""
+    # Asked for every frame on the stack at every call, and most frames belong to others. Code is cheap to look at;
+    # reading variables makes a snapshot of all of them.
     known = _known.get(id(code))
     if known is None:
         variables = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
@@ -65,6 +68,7 @@ def _is_method(code: CodeType, kind: type) -> bool:
 
 def callback_codes(local: Mapping[str, Any]) -> set[int]:
     """Identities of the code of the user's callback that a pipeline calls from within its loop."""
+    # By their code: a frame does not tell which function object it runs.
     codes: set[int] = set()
     for name in _CALLBACKS:
         callback = local.get(name)
@@ -87,6 +91,7 @@ def guidance_of(pipeline: Any, local: Mapping[str, Any]) -> float | None:
     Returns:
         The scale, 1 where guidance is off, None where nothing tells.
     """
+    # The scale alone does not tell: Qwen-Image keeps its 4.0 where no negative prompt is given, and runs one branch.
     if local.get("do_classifier_free_guidance", local.get("do_true_cfg")) is False:
         return 1.0
     values = [local.get(name) for name in _GUIDANCE] + [getattr(pipeline, name, None) for name in _GUIDANCE_OF]
@@ -113,6 +118,7 @@ def schedule_in(frame: FrameType, local: Mapping[str, Any], known: Any) -> Any:
     is_given = "timesteps" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     if is_given and not sets(code, "timesteps") and first_of(timesteps, known) is None:
         return None
+    # `timesteps = t.expand(batch)` inside the loop over the steps has the name of the schedule, and is one step of it.
     schedule = Schedule(known)
     loops = loops_around(code, frame.f_lasti) or ()
     over_steps = (loop for loop in loops if schedule.has_any(local.get(name) for name in loop.fresh))
@@ -128,6 +134,7 @@ def is_negative(name: str) -> bool:
 
 def branch_by_name(local: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Tells cond from uncond by the name under which the pipeline holds the conditioning tensor that it passes."""
+    # By identity: comparing values would wait for the device.
     passed = {id(value) for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, list))}
     names = [name for name, value in local.items() if id(value) in passed and _CONDITIONING.search(name)]
     return "uncond" if any(map(is_negative, names)) else "cond"

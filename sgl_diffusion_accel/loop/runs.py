@@ -79,6 +79,7 @@ class Run:
         if call.timesteps is not None:
             self.first = first_of(call.timesteps, getattr(call.scheduler, "timesteps", None))
         self.ends_with_loop = call.owner is call.loop
+        # All weak: the end of a run is noticed by these objects going, so that it must not keep them.
         self._loop = weakref.ref(call.loop)
         self._timesteps = weakref.ref(call.timesteps) if call.timesteps is not None else lambda: None
         self._scheduler = weakref.ref(call.scheduler) if call.scheduler is not None else lambda: None
@@ -126,6 +127,7 @@ class Run:
         """Whether the call belongs to this run: same loop, and not further back in it."""
         if self._loop() is not call.loop or self.total != call.total:
             return False
+        # The timesteps may outlive a run, after an error for example, and serve another one. Its progress bar does not.
         if self._owner is not None and self._owner() is not call.owner:
             return False
         return call.step >= self._step
@@ -140,6 +142,7 @@ class Run:
         if call.step != self._step:
             self._step = call.step
             self._called.clear()
+            # The latents of earlier steps are gone by now; what is noted of them would pile up.
             self._conditioning = {key: each for key, each in self._conditioning.items() if each.tensor() is not None}
         branch = self._branch_of(id(module), call)
         self._called.add((id(module), branch))
@@ -166,6 +169,7 @@ class Run:
         def free(label: str) -> bool:
             return (module, label) not in self._called and label not in others
 
+        # What several branches are given, such as the timestep, tells none of them.
         known = [each.branches for each in map(self._passed, call.passed) if len(each.branches) == 1]
         tied = {label for label in set().union(*known) if label.partition("#")[0] == call.branch and free(label)}
         if len(tied) == 1:
@@ -235,23 +239,27 @@ class Runs:
                 # It failed, and somebody keeps its traceback.
                 self.discard(older)
         run = self._runs[key] = Run(call)
+        # Whichever goes first: after an error the scheduler still holds the timesteps, and the progress bar is gone.
         for tied in {id(each): each for each in (call.loop, call.owner)}.values():
             run.end_with(tied, self._forgetter(key, run))
         return run, True
 
     def _forgetter(self, key: int, run: Run) -> Callable[[object], None]:
+        # Weak: the run holds this function, which must not hold the run and its tensors in turn.
         runs, this = weakref.ref(self), weakref.ref(run)
 
         def forget(_: object) -> None:
             registry, ended = runs(), this()
             if ended is not None:
                 ended.end()
+                # The key is an id: another run may have it by now.
                 if registry is not None and registry._runs.get(key) is ended:
                     del registry._runs[key]
 
         return forget
 
     def __iter__(self) -> Iterator[Run]:
+        # A copy: a run may end, and drop out, while they are gone through.
         return iter(list(self._runs.values()))
 
     def discard(self, run: Run) -> None:

@@ -57,6 +57,7 @@ def response_of(scheduler: Any, total: int, first: int | None = None) -> Respons
         output, timestep and sample.
     """
     try:
+        # A scheduler that adds noise draws random numbers; the user's must stay. The copy is on the host.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             small, large = (_respond(_fresh_copy(scheduler), total, impulse, first) for impulse in _IMPULSES)
     except Exception as error:  # a scheduler is code of others, which may do anything
@@ -64,6 +65,8 @@ def response_of(scheduler: Any, total: int, first: int | None = None) -> Respons
         return None
     if small is None or large is None or np.abs(small - large).max() > 1e3 * _NOISE * np.abs(small).max():
         return None
+    # Exactly 0, and not by rounding: weight 0 marks an output that only leads to a midpoint (`passing_influence`), and
+    # nothing may be divided by what is left of it (`correct`).
     small[np.abs(small) < _ROUNDING * np.abs(small).max(0)] = 0.0
     return small
 
@@ -117,6 +120,8 @@ def _fresh_copy(scheduler: Any) -> Any:
         if isinstance(value, Tensor):
             value = value.detach().to("cpu", copy=True)
         elif isinstance(value, list):
+            # A list of tensors is what a multistep method remembers of the run so far: emptied, a scheduler in mid-run
+            # gives the response of a fresh one.
             is_memory = any(isinstance(each, Tensor) for each in value)
             value = [None] * len(value) if is_memory else list(value)
         vars(twin)[name] = value

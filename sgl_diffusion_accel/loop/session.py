@@ -81,6 +81,7 @@ class Session:
         Returns:
             The place, None where there is none: the user is told once for each thing that is missing.
         """
+        # Cache contexts are entered on the model itself, whichever wrapper is called.
         module = unwrap(module)
         call = locate(module, args, kwargs)
         with self._lock:  # runs of several threads, and statistics that they share

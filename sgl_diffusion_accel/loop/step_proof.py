@@ -18,6 +18,8 @@ from torch import Tensor
 
 from sgl_diffusion_accel.loop.code_loops import CodeLoop, loops_around
 
+# All that an iterable which counts steps may be made of. Any other name may stand for something else that is counted:
+# tiles, frames, segments.
 _COUNTING = {"enumerate", "range", "len", "timesteps", "self", "scheduler", "tolist", "cpu", "progress_bar", "tqdm"}
 _COUNT = "num_inference_steps"
 _CURRENT = ("t", "timestep", "t_cur", "t_curr", "cur_t", "current_timestep", "sigma", "time")
@@ -46,10 +48,12 @@ class Schedule:
     def index_of(self, candidate: Tensor) -> int | None:
         """The step whose timestep or noise level a tensor is a view of, also where it is expanded."""
         size = candidate.numel()
+        # `t.expand(batch)` is still one element: all of its strides are 0.
         if size == 0 or candidate.layout is not torch.strided or (size > 1 and any(candidate.stride())):
             return None
         memory = _memory_of(candidate)
         for table, its_memory, before in self._tables:
+            # An address says nothing on another device, and an offset nothing in another dtype.
             if memory == its_memory and candidate.dtype == table.dtype and candidate.device == table.device:
                 offset, stride = int(candidate.storage_offset() - table.storage_offset()), table.stride(0)
                 index = offset // stride - before if stride and offset % stride == 0 else -1
@@ -103,6 +107,7 @@ def proved_step(frame: FrameType, local: Mapping[str, Any], schedule: Schedule, 
     given = _indices(schedule, passed)
     if len(targets) == 1 and (not given or targets[0] in given):  # a model may be told the next step as well
         return targets[0]
+    # Elements that disagree prove nothing: in `for k, following in enumerate(timesteps[1:])` it is the next one.
     if targets or given or loops is None:
         return given[0] if len(given) == 1 and not targets else None
     held = _by_name(loops, local, schedule)
@@ -117,6 +122,7 @@ def _by_name(loops: Sequence[CodeLoop], local: Mapping[str, Any], schedule: Sche
 
     It counts under a name that means the present step, or where it is the only one and a loop counts the same.
     """
+    # A helper without a loop of its own holds nothing of an earlier turn: all of its variables count.
     names: Iterable[str] = {name for loop in loops for name in loop.fresh} if loops else local
     held = {name: local[name] for name in names if isinstance(local.get(name), Tensor)}
     indices = {name: index for name, value in held.items() if (index := schedule.index_of(value)) is not None}
@@ -144,16 +150,20 @@ def _by_value(loops: Sequence[CodeLoop], local: Mapping[str, Any], timesteps: Te
 
 def _by_index(loops: Sequence[CodeLoop], local: Mapping[str, Any], schedule: Schedule) -> int | None:
     """The count of the only loop around the call, if that loop counts the timesteps."""
+    # Of two loops one counts something else, such as tiles, and nothing tells which.
     if len(loops) != 1 or not loops[0].is_plain:
         return None
     (loop,) = loops
     own = local.get("timesteps")
+    # A list of another length is a part of the schedule, or none of it: its count does not begin at the first step.
     lengths = [len(own) if isinstance(own, (Tensor, list, tuple)) else None] if "timesteps" in loop.names else []
     lengths += [local.get(_COUNT)] if _COUNT in loop.names else []
     is_over_steps = bool(lengths) and all(length in (None, len(schedule)) for length in lengths)
     if not is_over_steps or loop.names - _COUNTING - {_COUNT} or not {"enumerate", "range"} & loop.names:
         return None
     index = next((local[name] for name in loop.targets if type(local.get(name)) is int), None)
+    # A variable that holds an element of another step: the loop over the steps is then the caller's, and this one
+    # counts something else.
     speaks_against = any(found != index for found in _indices(schedule, local.values()))
     return index if index is not None and 0 <= index < len(schedule) and not speaks_against else None
 
@@ -168,6 +178,7 @@ _known_values: dict[int, tuple[weakref.ref[Tensor], list[float]]] = {}
 def _values_of(timesteps: Tensor) -> list[float]:
     """The timesteps on the host; copied once a run, by a pipeline that has copied them itself."""
     known = _known_values.get(id(timesteps))
+    # An id comes again with another tensor; the reference tells. The tensor cannot be the key: it compares by elements.
     if known is None or known[0]() is not timesteps:
         key = id(timesteps)
         known = _known_values[key] = (

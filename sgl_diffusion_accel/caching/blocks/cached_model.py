@@ -98,6 +98,8 @@ class Branch:
 
     def forget(self, signature: tuple[Any, ...] = ()) -> None:
         """Starts over, for inputs of another shape, dtype or device."""
+        # The limit on skipped steps is the run's, and holds over a change of the batch. The wiring goes too: a stream
+        # may end in mid-run.
         self.signature, self.signal, self.tally = signature, None, Tally(cached=self.tally.cached)
         self.recorded = 0
         self.histories.clear()

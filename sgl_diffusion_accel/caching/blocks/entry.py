@@ -22,6 +22,7 @@ class Entry:
         tensors = [value for value in (*call[0], *call[1].values()) if isinstance(value, Tensor)]
         copy = copy or any(tensor.is_inference() for tensor in tensors)
         self.call: Call = _copied(call) if copy else call
+        # Watched, and copied only where that is not enough: a copy would cost as much memory as a residual.
         self._versions = [] if copy else [(tensor, tensor._version) for tensor in tensors]
 
     def changed(self) -> bool:

@@ -70,6 +70,7 @@ def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]
     odd = ODD_MODELS.get(name, OddModel())
     if odd.refuse and (odd.only_with is None or getattr(transformer.config, odd.only_with, None)):
         raise UnsupportedModelError(f"{name} cannot be cached: {odd.refuse}.")
+    # As they are defined, which is how nearly all models run them. `BlockOrder` refuses the others at the first call.
     lists = {
         child_name: tuple(map(unwrap_but_compiled, child))
         for child_name, child in transformer.named_children()

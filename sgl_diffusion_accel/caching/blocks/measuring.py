@@ -60,8 +60,10 @@ class Measurement(Seen):
         if self._signal.needs_head:
             if list_index == 0 and self._model.parts.layout.fn:
                 self._entry = Entry(call, self._model.writes_inputs)
+        # Of whichever list runs first; that need not be the one that is defined first.
         elif self._first is None:
             self._first = (block, call)
+            # In front of the first block: what is queued now has arrived by the second step, and nothing waits for it.
             if self._branch.seen == 0:
                 self._signal.begin(self)
 
@@ -130,6 +132,7 @@ class Measurement(Seen):
         if name not in known:
             if self._first is None:
                 raise self._blind()
+            # The model embeds timesteps in the dtype of the hidden states, and so does the signal.
             like = next(v for v in (*self._first[1][0], *self._first[1][1].values()) if isinstance(v, Tensor))
             timesteps = torch.as_tensor(self._run.timesteps).to(like.device)
             known[name] = HostCopy(changes(unwrap(self._module), timesteps, like.dtype))

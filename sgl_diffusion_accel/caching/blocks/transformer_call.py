@@ -84,8 +84,10 @@ class TransformerCall:
         self._measurement.before(list_index, index, block, call)
         if not blocks.start <= index < blocks.end:
             return self
+        # Not before the span: until here the head has run, and there is something to measure.
         if self._decision is None:
             self._decision = self._decide(call)
+        # A list of which nothing could be kept, since its blocks wrote over their input, runs also in a skipped call.
         if not self._decision.compute and list_index in self._branch.histories:
             return Instead(self._skip(list_index, index, call))
         if index == blocks.start and self._keeps:
@@ -96,9 +98,11 @@ class TransformerCall:
         """Sees what a computed block returned."""
         blocks = self._parts.layout.lists[list_index]
         if not self._model.wiring(self._branch, list_index).complete:
+            # Only while there is something to learn from it: it keeps tensors alive.
             self._previous[list_index] = output
         self._measurement.after(list_index, index, output)
         if list_index in self._inputs:
+            # Apart from the last block's: the last one of Stable Diffusion 3 returns no text stream.
             if index == blocks.start < blocks.end - 1:
                 self._branch.forms[list_index, False] = form_of(output)
             if index == blocks.end - 1:
@@ -133,10 +137,12 @@ class TransformerCall:
     def _keep(self) -> None:
         branch, time = self._branch, self._time()
         if self._decider.policy.needs_error:
+            # Before the new residuals are in the history: they would predict themselves.
             self._compare(time)
         for list_index, residuals in self._residuals.items():
             history = branch.histories.setdefault(list_index, History(self._parts.predictor.depth))
             history.append(time, residuals)
+            # A slope of the first two residuals, at the highest noise, cost up to 9 dB after three steps of warm-up.
             if self._where.step < self._parts.settling:
                 history.keep_newest()
             elif branch.recorded == _FIRST_OUT and len(history) > _FIRST_OUT:
@@ -168,6 +174,7 @@ class TransformerCall:
             kept.clear()
         self._measurement.drop()
         self._decider.forget()
+        # Left open, they would answer for the blocks of the next call.
         for detours in self._model.detours:
             for detour in detours:
                 detour.close()
@@ -194,6 +201,7 @@ class TransformerCall:
         branch, decider, measurement = self._branch, self._decider, self._measurement
         policy = decider.policy
         signature = (*_signature(call), self.run.given)
+        # A batch shrinks where guidance ends, a ControlNet may begin: what was kept before is of no use then.
         if branch.histories and branch.signature != signature:
             branch.forget()
         branch.signature = signature
@@ -215,6 +223,7 @@ class TransformerCall:
         self._branch.forms[list_index, True] = form_of(output)
         if not wiring.complete:
             wiring.settle(entry.call, output)
+        # What came in is lost, and with it the residual of this step. From the next call on inputs are copied.
         if self._model.has_written(entry):
             return
         self._residuals[list_index] = tuple(
@@ -259,6 +268,7 @@ class TransformerCall:
         predicted, computed = [], []
         for list_index, residuals in self._residuals.items():
             history = self._branch.histories.get(list_index)
+            # With one step known Taylor can only reuse; that error says nothing of the line that it will follow.
             if history is None or len(history) < min(self._parts.predictor.depth, 2):
                 return
             if all(residual is None for residual in residuals):
@@ -288,6 +298,7 @@ def _handing_over(waiting: list[Any], detour: Detour) -> Callable[[tuple[Any, ..
     """Returns what the last skipped block of a span answers: what waits for it, once."""
 
     def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+        # At once: a second call of this block is out of turn, and has to come to `BlockOrder`.
         detour.answer = None
         return waiting.pop()
 

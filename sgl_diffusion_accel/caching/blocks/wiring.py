@@ -60,6 +60,7 @@ class Wiring:
             self.keys = [None] * len(parts)
         for index, part in enumerate(parts):
             for key, value in _arguments(following):
+                # By identity: equal tensors may be of different streams, and comparing would wait for the device.
                 if value is part:
                     self.keys[index] = key
         self.complete = all(
@@ -101,6 +102,7 @@ class Wiring:
 
     def get(self, call: Call, key: Key) -> Any:
         """The argument of a key, also where the call gives by name what others give by position, or the reverse."""
+        # With gradient checkpointing FLUX calls its blocks by position, without it by name.
         if isinstance(key, int):
             return call[0][key] if key < len(call[0]) else call[1][self._names[key]]
         return call[1][key] if key in call[1] else call[0][self._names.index(key)]
@@ -184,6 +186,7 @@ def passing(wiring: Wiring, form: Form) -> Callable[[tuple[Any, ...], dict[str, 
     It is the same as `form([wiring.get(call, key) for key in wiring.keys])`, in as little host time as may be.
     """
     plan: list[tuple[Any, Any, torch.dtype | None]] = [
+        # Position 0 is a key, though it is false.
         (None, None, None) if key is None else (*wiring.places(key), dtype)
         for key, dtype in zip(wiring.keys, form.dtypes, strict=True)
     ]

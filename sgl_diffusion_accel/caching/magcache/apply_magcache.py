@@ -78,6 +78,7 @@ def _parts(target: Target, config: MagCacheConfig, ratios: MagnitudeRatios) -> P
 
     policy("")  # refuses ratios of other transformers at once, and not in the first run
     return Parts(
+        # No head: nothing is measured, so that no first block has to run.
         layout=divide(target.module, 0, 0),
         policy=lambda _, branch: policy(branch),
         predictor=taylor(config.taylorseer_order),

@@ -55,6 +55,7 @@ class MagCacheConfig(CacheConfig):
         given: Any = self.magnitude_ratios
         if isinstance(given, MagnitudeRatios):
             return given
+        # No branch has this name: each takes the mean of those that are known, and this is the only one.
         return MagnitudeRatios({name: {"all": [None, *given[1:]]} for name in components})
 
 

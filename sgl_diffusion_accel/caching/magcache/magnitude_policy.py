@@ -69,6 +69,7 @@ class MagnitudePolicy(Policy):
         if tally.consecutive >= self.max_skip_steps:
             return Decision(True, "longest run of skipped steps")
         known = nearest(self.ratios, position.total)
+        # From the step behind the last computed one, c + 1 = s - consecutive.
         product = math.prod(known[position.step - tally.consecutive : position.step + 1])
         error = abs(1.0 - product)
         if tally.accumulated + error >= self.threshold:
@@ -77,4 +78,5 @@ class MagnitudePolicy(Policy):
 
     def _bounds(self, total: int) -> tuple[int, int]:
         """The first step that may be skipped and the one behind the last, never the first and never the last step."""
+        # Rounded as diffusers does; `round` would take the even neighbour of a half.
         return max(math.floor(self.retention_ratio * total + 0.5), 1), total - 1

@@ -149,6 +149,7 @@ def _pooled(parts: Sequence[tuple[int, Sequence[float | None], float]]) -> tuple
     """Mean ratios and spread of (calls, ratios, spread)."""
     weights, recorded, spreads = zip(*parts, strict=True)
     mean = tuple(_mean_of_known(step, weights) for step in zip(*recorded, strict=True))
+    # Total variance: what the calls of each part differ among themselves, and what the parts' means do.
     variance = 0.0
     for weight, ratios, spread in zip(weights, recorded, spreads, strict=True):
         pairs = [(ratio, at) for ratio, at in zip(ratios, mean, strict=True) if ratio is not None]

@@ -75,16 +75,20 @@ class OutputRun(Kept):
         if where.step != self._step:
             self._has_turned = turns
             self._begin(Position(where.step, where.run.total, where.step), component, where.latents)
+        # The step was decided by the branches before, whose inputs are as they were. This one is computed until it can
+        # be predicted.
         elif turns and not self._has_turned and branch in self._branches:
             self._branches[branch].outputs.clear()
         if self._decision.compute:
             return self._decision
+        # A branch that came late, or was away for some steps, lacks outputs that the weights are for.
         if not self._branches.setdefault(branch, _Branch()).has(list(self._weights or ())):
             return Decision(True, "nothing to predict from")
         return self._decision
 
     def _begin(self, position: Position, component: str, latents: Latents | None) -> None:
         policy, step = self._policy, position.step
+        # Only now: all branches of the step before have come, and the device is asked for one number.
         error = self._error.take()
         if error is not None:
             policy.observe(self._step, error)
@@ -129,6 +133,7 @@ class OutputRun(Kept):
             What the caller gets: `output` itself if nothing was skipped before.
         """
         tensors, form = take_apart(output)
+        # Where nothing is skipped before or after, the output goes through untouched: no copy, and bitwise equal.
         if not self._policy.needs_later(self._step) and self._weights == {self._step: 1.0}:
             self._branches.pop(branch, None)
             return output

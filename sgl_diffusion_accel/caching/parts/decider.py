@@ -30,6 +30,7 @@ class Decider:
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
         """What the policy decides, once it has seen the errors of the step before."""
+        # At the first branch of the next step the error is complete, with all branches of the step before.
         if self._step != position.step:
             error = self._error.take(self._reduce)
             if error is not None:

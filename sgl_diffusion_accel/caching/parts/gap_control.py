@@ -89,6 +89,7 @@ class GapControl(CallPolicy):
         self._left = np.cumsum(self._share[::-1])[::-1]
         self._influence = self._share if self.passing is None else self._share + self.passing
         self._skips = len(self.final) >= self.settings.fewest_steps and self.settings.tolerance > 0
+        # Where nothing is skipped, the device must not be asked for errors.
         self.needs_error = self._skips
 
     def prepare(self, total: int) -> str | None:  # noqa: ARG002
@@ -143,6 +144,7 @@ class GapControl(CallPolicy):
         if self.final[step] == 0:  # nothing can be put right here: the next computed step does it
             return {step: 1.0}
         skipped, self._skipped = self._skipped, {}
+        # Of the computed outputs only the last are kept: what was predicted from one that is gone cannot be put right.
         known = all(node in nodes for taken in skipped.values() for node in taken)
         return correct(nodes, skipped, self.final.tolist()) if self.corrects and known else {step: 1.0}
 
@@ -154,6 +156,8 @@ class GapControl(CallPolicy):
         earlier = [node for node in self._computed if node < step]
         growth = self.growth(earlier, step) if earlier else 0.0
         curvature = error / growth if growth else np.inf
+        # Two steps at one noise level (Heun) have no growth and tell nothing, nor does an error that is no number.
+        # Without a curvature the next steps are computed.
         if not np.isfinite(curvature):
             self._curvature = None
         elif self._curvature is None:

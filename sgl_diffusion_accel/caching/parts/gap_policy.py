@@ -77,6 +77,7 @@ class GapPolicy(Policy):
         """See `Policy.restart`. From a step with a branch that is new, all are computed until it can be predicted."""
         if position.step != self._step:
             self._enter(position.step, Decision(True, "nothing to reuse"))
+        # At the first step each branch is new in its turn, which takes nothing back.
         if self._seen == 1:
             self._gaps.compute(position.step)
         else:
@@ -86,10 +87,12 @@ class GapPolicy(Policy):
         self._gaps.observe(step, error)
 
     def _next(self, position: Position, change: Change) -> Decision:
+        # A branch that comes late has seen fewer steps; the limits count those of the decision that all share.
         mine = replace(position, local_step=self._seen)
         decision = self._limits.decide(mine, self._tally, _unchanged)
         if not decision.compute:
             return self._gaps.decide(mine, self._tally, change)
+        # Left out, the gap before this step would go on in gap control's memory, and end too early.
         self._gaps.compute(position.step)
         return decision
 

@@ -164,7 +164,9 @@ class ThresholdPolicy(Policy):
             return Decision(True, "longest run of skipped steps")
         if self.max_cached is not None and tally.cached >= self.max_cached:
             return Decision(True, "most skipped steps")
+        # Behind all limits, since it waits for the device.
         moved = change()
+        # NaN is not over the threshold: without this the step would be skipped.
         if not math.isfinite(moved):
             return Decision(True, "change not finite", moved)
         if moved >= self.threshold:

@@ -48,6 +48,7 @@ class PredictionError:
         if guidance is None or guidance <= 1:
             self._sum(pairs)
         elif branch in _GUIDED:
+            # u + g(c - u) = g·c + (1 - g)·u: so either branch may come first.
             self._meet(guidance if branch == "cond" else 1 - guidance, pairs)
         else:  # both in one batch, the unconditional half first
             halves = [[each.chunk(2) for each in pair] for pair in pairs]
@@ -110,6 +111,7 @@ def _ends(one: _Pair, other: _Pair) -> tuple[_Pair, _Pair]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
+    # In half precision the sum of squares overflows.
     exact = torch.promote_types(tensor.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=exact)
     return norm.float()

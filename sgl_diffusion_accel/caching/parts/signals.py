@@ -31,9 +31,11 @@ def relative_l1(now: Tensor, reference: Tensor, reduce: Reduce | None = None) ->
         >>> relative_l1(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]))
         0.5
     """
+    # A mean of large values in half precision would overflow.
     moved, size = (now - reference).abs().mean(dtype=torch.float32), reference.abs().mean(dtype=torch.float32)
     if reduce is None:
         return float(moved.div(size).detach())
+    # Over the devices first, and divided then: the mean of ratios is not the ratio of means. One all-reduce for both.
     means = torch.stack((moved, size)).detach()
     reduce(means)
     return float(means[0].div(means[1]))
