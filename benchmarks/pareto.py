@@ -8,30 +8,32 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from sgl_diffusion_accel.reporting.figure_style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+
 from .summary import FEWER, kind_of, title
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; markers differ too.
+# Markers differ as well as colours.
 STYLES: dict[str, dict[str, Any]] = {
-    "fewer steps": {"color": "#000000", "marker": ".", "linestyle": "-", "label": FEWER},
-    "plan": {"color": "#D55E00", "marker": "*", "linestyle": "-", "markersize": 11, "label": "plan"},
-    "carried plan": {"color": "#D55E00", "marker": "*", "fillstyle": "none", "label": "plan from one caption"},
+    "fewer steps": {"color": "black", "marker": ".", "linestyle": "-", "label": FEWER},
+    "plan": {"color": VERMILION, "marker": "*", "linestyle": "-", "markersize": 11, "label": "plan"},
+    "carried plan": {"color": VERMILION, "marker": "*", "fillstyle": "none", "label": "plan from one caption"},
     "plan of 50 Euler steps": {
-        "color": "#D55E00",
+        "color": VERMILION,
         "marker": "p",
         "fillstyle": "none",
         "label": "plan of 50 Euler steps",
     },
-    "adaptive": {"color": "#0072B2", "marker": "o", "linestyle": "-", "label": "adaptive"},
-    "gap control": {"color": "#0072B2", "marker": "o", "fillstyle": "none", "label": "gap control on residuals"},
-    "TeaCache": {"color": "#E69F00", "marker": "^", "label": "TeaCache with prediction"},
-    "TeaCache, reuse": {"color": "#CC79A7", "marker": "v", "label": "TeaCache as published"},
-    "MagCache": {"color": "#E69F00", "marker": "P", "label": "MagCache with prediction"},
-    "MagCache, reuse": {"color": "#CC79A7", "marker": "X", "label": "MagCache as published"},
-    "late masks": {"color": "#56B4E9", "marker": "D", "label": "late masks"},
-    "DBCache": {"color": "#56B4E9", "marker": "o", "fillstyle": "none", "label": "DBCache, the peers' settings"},
-    "DBCache, SGLang's defaults": {"color": "#56B4E9", "marker": "o", "label": "DBCache, SGLang's defaults"},
-    "cache-dit": {"color": "#000000", "marker": "+", "markeredgewidth": 1.6, "label": "cache-dit"},
-    "diffusers": {"color": "#009E73", "marker": "s", "fillstyle": "none", "label": "diffusers' own caches"},
+    "adaptive": {"color": BLUE, "marker": "o", "linestyle": "-", "label": "adaptive"},
+    "gap control": {"color": BLUE, "marker": "o", "fillstyle": "none", "label": "gap control on residuals"},
+    "TeaCache": {"color": ORANGE, "marker": "^", "label": "TeaCache with prediction"},
+    "TeaCache, reuse": {"color": PURPLE, "marker": "v", "label": "TeaCache as published"},
+    "MagCache": {"color": ORANGE, "marker": "P", "label": "MagCache with prediction"},
+    "MagCache, reuse": {"color": PURPLE, "marker": "X", "label": "MagCache as published"},
+    "late masks": {"color": SKY, "marker": "D", "label": "late masks"},
+    "DBCache": {"color": SKY, "marker": "o", "fillstyle": "none", "label": "DBCache, the peers' settings"},
+    "DBCache, SGLang's defaults": {"color": SKY, "marker": "o", "label": "DBCache, SGLang's defaults"},
+    "cache-dit": {"color": "black", "marker": "+", "markeredgewidth": 1.6, "label": "cache-dit"},
+    "diffusers": {"color": GREEN, "marker": "s", "fillstyle": "none", "label": "diffusers' own caches"},
 }
 """How each kind of row (`summary.kind_of`) is drawn: as points unless it has a line. Others' kinds have their name."""
 
