@@ -29,7 +29,7 @@ demo: $(READY)
 	@$(VENV)/bin/python -m examples.demo $(ARGS)
 
 test: $(READY)
-	@$(ONE_THREAD) $(VENV)/bin/python -m pytest -q -n $(JOBS) $(ARGS)
+	@$(ONE_THREAD) $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 # With the long matrix: the same on every family with every cache, which pyproject.toml leaves out of the default run.
 test-all: $(READY)
@@ -44,7 +44,7 @@ OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
 	compare public))
 
 test-oldest: $(READY_OLDEST)
-	@$(ONE_THREAD) $(VENV_OLDEST)/bin/python -m pytest -q -n $(JOBS) $(OLDEST_TESTS) $(ARGS)
+	@$(ONE_THREAD) $(VENV_OLDEST)/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(OLDEST_TESTS) $(ARGS)
 
 # The Pythons of setup.cfg beside the usual one; the oldest runs the lowest versions that setup.cfg allows.
 OLDEST_PYTHON := 3.10

@@ -34,7 +34,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(("model", "names"), [("wan", list(VARIANTS)), ("qwen", [STATIC]), ("flux", [STATIC])])
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [("wan", list(VARIANTS)), *(pytest.param(name, [STATIC], marks=pytest.mark.matrix) for name in ("qwen", "flux"))],
+)
 def test_compare_finds_the_figures_of_the_committed_benchmark(model, names):
     committed = json.loads((RESULTS / f"{model}.json").read_text())
     if committed["environment"]["packages"]["diffusers"] != diffusers.__version__:

@@ -59,7 +59,6 @@ WAYS = {"strict": exported(True), "not strict": exported(False), "traced": trace
 CASES = [
     *((name, "not strict") for name in PATCHES if name != "teacache"),
     *(("blocks", way) for way in ("strict", "traced")),
-    ("attention", "traced"),
     *(
         pytest.param(name, way, marks=pytest.mark.matrix)
         for name, way in (
@@ -67,6 +66,7 @@ CASES = [
             ("adaptive", "strict"),
             ("adaptive", "traced"),
             ("attention", "strict"),
+            ("attention", "traced"),
         )
     ),
 ]

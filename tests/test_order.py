@@ -108,7 +108,6 @@ BY_DEFAULT = {
     *(("wan", step, "taylor") for step in STEPS),
     ("wan", "leaf_offload", "gap control"),
     ("flux", "adapter", "taylor"),
-    ("wan", "sequential_offload", "teacache"),
     *(("flux", step, "teacache") for step in ("leaf_offload", "fused", "bfloat16")),
     ("wan", "sequential_offload", "magcache, Taylor"),
     ("ltx", "leaf_offload", "teacache, Taylor"),

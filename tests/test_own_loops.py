@@ -218,7 +218,7 @@ def test_profile_of_a_loop_of_one_s_own() -> None:
 
 
 def test_eight_threads_with_every_kind_of_patch_equal_serial_runs() -> None:
-    """80 runs in 8 threads over one transformer, told in three ways: each is bit by bit what it is alone."""
+    """48 runs in 8 threads over one transformer, told in three ways: each is bit by bit what it is alone."""
     family = present("wan")
     pipe = family.make()
     kinds: list[Callable[[Any, int], torch.Tensor]] = [
@@ -236,7 +236,7 @@ def test_eight_threads_with_every_kind_of_patch_equal_serial_runs() -> None:
                 twin = type(pipe).from_pipe(pipe)
                 twin.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
                 twin.set_progress_bar_config(disable=True)
-                for turn in range(5):
+                for turn in range(3):
                     kind, seed = (number + turn) % 3, (3 * number + turn) % 4
                     if not torch.equal(kinds[kind](twin, seed), expected[kind, seed]):
                         wrong.append((number, turn, kind, seed))

@@ -77,7 +77,14 @@ def test_output_is_bitwise_the_same_and_nothing_stays(family: Family) -> None:
     assert all(len(step.branches) == len(family.branches) for step in prof.report.steps)
 
 
-@pytest.mark.parametrize(("name", "all_stages"), [("wan", False), ("qwen", True), ("flux", False), ("wan22", True)])
+@pytest.mark.parametrize(
+    ("name", "all_stages"),
+    [
+        ("wan", False),
+        ("wan22", True),
+        *(pytest.param(*case, marks=pytest.mark.matrix) for case in (("qwen", True), ("flux", False))),
+    ],
+)
 def test_trace_changes_no_bit_and_leaves_nothing(name: str, all_stages: bool, folder: Path) -> None:
     family, pipe = ready(name)
     expected, before = family.run(pipe, steps=3), Snapshot(pipe)
