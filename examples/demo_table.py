@@ -37,6 +37,6 @@ def _cells(result: Result, name: str, runs: list[Run], style: str) -> list[str]:
 
 def _as_asked(result: Result, runs: list[Run]) -> str:
     """How many samples show all four words of their caption, as a rule-based checker sees them."""
-    world = spec_of(result.model).world
+    world = spec_of(result.model).drawn
     seen = [read(world, run.frames)[0] for run in runs]
     return f"{accuracy(world, result.captions, seen)['all'] * len(runs):.0f} of {len(runs)}"

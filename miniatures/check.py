@@ -12,7 +12,7 @@ import torch
 from .checker import accuracy, read
 from .checkpoint import read_card, write_card
 from .pipelines import call_kwargs, captions, load_miniature, to_frames
-from .specs import NAMES, spec_of
+from .specs import DRAWN, spec_of
 from .world import World
 
 
@@ -46,7 +46,7 @@ def renders(world: World, count: int, seed: int) -> tuple[list[str], npt.NDArray
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("name", choices=DRAWN)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale; usual one if left out")
@@ -57,13 +57,13 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     spec = spec_of(chosen.name)
-    truth, frames = renders(spec.world, 1000, chosen.seed)
-    on_truth = accuracy(spec.world, truth, read(spec.world, frames))
+    truth, frames = renders(spec.drawn, 1000, chosen.seed)
+    on_truth = accuracy(spec.drawn, truth, read(spec.drawn, frames))
     wanted = captions(chosen.name, chosen.samples, chosen.seed)
     pipe = load_miniature(chosen.name, scheduler=chosen.scheduler)
     guidance = spec.guidance if chosen.guidance is None else chosen.guidance
-    seen = read(spec.world, sample(pipe, chosen.name, wanted, steps=chosen.steps, guidance=guidance, seed=chosen.seed))
-    shares = accuracy(spec.world, wanted, seen)
+    seen = read(spec.drawn, sample(pipe, chosen.name, wanted, steps=chosen.steps, guidance=guidance, seed=chosen.seed))
+    shares = accuracy(spec.drawn, wanted, seen)
     print(f"{chosen.name}: {chosen.samples} samples, {chosen.steps} steps, {chosen.scheduler}, guidance {guidance:g}")
     for word, share in shares.items():
         print(f"  {word:7s} {share:7.1%}   (true scenes {on_truth[word]:.1%})")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: half-precision weights in safetensors, and facts beside them in JSON."""
+"""Checkpoints on disk: weights in safetensors, of 16 or 8 bits, and facts beside them in JSON."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ CURVE_POINTS = 200
 """Most points of a loss curve kept in the JSON."""
 
 Fact = str | int | float
+_SCALE = ".scale"
 
 
 def export(
@@ -53,7 +54,7 @@ def export(
             "config": dict(spec.config),
             "scheduler": dict(spec.scheduler),
             "guidance": spec.guidance,
-            "words": [list(slot) for slot in spec.world.slots],
+            "words": [list(slot) for slot in spec.drawn.slots],
             "frames": spec.world.frames,
             "training": {**facts, "torch": torch.__version__, "diffusers": diffusers.__version__},
             "loss_curve": curve,
@@ -63,9 +64,17 @@ def export(
 
 
 def read_weights(name: str, folder: Path = FOLDER) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint: `transformer.…` and `words.weight`, float16."""
+    """The tensors of a checkpoint: `transformer.…` and `words.weight`.
+
+    Returns:
+        float16, or float32 where the file holds eight bits a weight: a row of whole numbers from -127 to 127 is
+        multiplied by its scale, `[rows]`, which lies beside it as `….scale`.
+    """
     spec_of(name)
-    return load_file(folder / f"{name}.safetensors")
+    stored = load_file(folder / f"{name}.safetensors")
+    scales = {key.removesuffix(_SCALE): stored.pop(key) for key in list(stored) if key.endswith(_SCALE)}
+    whole = {key: stored[key].float() * scale.float()[:, None] for key, scale in scales.items()}
+    return stored | whole
 
 
 def read_card(name: str, folder: Path = FOLDER) -> dict[str, Any]:

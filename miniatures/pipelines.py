@@ -15,7 +15,6 @@ from diffusers import DiffusionPipeline
 from .checkpoint import read_card, read_weights
 from .latents import pack, unpack
 from .specs import Spec, spec_of
-from .world import SIDE
 
 SCHEDULERS = ("euler", "unipc")
 """Samplers that `load_miniature` offers; the second is what Wan's full-size pipeline comes with."""
@@ -31,7 +30,7 @@ def load_miniature(name: str, *, scheduler: str = "euler", dtype: torch.dtype = 
     vectors.
 
     Args:
-        name: "wan", "qwen" or "flux".
+        name: "wan", "qwen", "emoji" or "flux".
         scheduler: "euler" (flow-matching Euler), or "unipc" (UniPC of order 2, for "wan" alone).
         dtype: of the weights, which are stored as float16; modules that the class keeps in float32 stay so.
 
@@ -72,20 +71,21 @@ def call_kwargs(
     seed: int = 0,
     steps: int = 50,
     guidance: float | None = None,
-    size: tuple[int, int] = (SIDE, SIDE),
+    size: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Everything a miniature's pipeline is called with: `pipe(**call_kwargs(name, caption))`.
 
     Args:
-        name: "wan", "qwen" or "flux".
+        name: "wan", "qwen", "emoji" or "flux".
         caption: one caption, or a batch of them; see `captions`.
         seed: of the starting noise; the noise of caption i of a batch is that of `seed + i` alone.
         steps: denoising steps.
         guidance: guidance scale; the miniature's usual one if None. 1 leaves the unconditional branch out; "flux" was
             trained for 1 alone and ignores the argument.
-        size: height and width in pixels, both even; the miniatures were trained on 16 x 16 alone.
+        size: height and width in pixels, multiples of the patch; None for the one that it was trained on, 16 x 16 or
+            64 x 64.
         dtype: of the word vectors and the noise: that of the pipeline's weights.
         device: of the word vectors and the noise.
 
@@ -98,12 +98,14 @@ def call_kwargs(
     rows = spec.world.rows(torch.stack([spec.world.parse(one) for one in batch]))
     embeds = table[rows.to(device)]
     empty = table[-1].expand_as(embeds).contiguous()
+    size = size or (spec.world.side, spec.world.side)
+    factor = _VAE_FACTOR * 2 // spec.patch  # the pipeline packs 2 x 2 of its latents
     arguments: dict[str, Any] = {
         "prompt_embeds": embeds,
         "latents": _noise(spec, len(batch), seed, size).to(device, dtype),
         "num_inference_steps": steps,
-        "height": size[0] * _VAE_FACTOR,
-        "width": size[1] * _VAE_FACTOR,
+        "height": size[0] * factor,
+        "width": size[1] * factor,
         "output_type": "latent",
     }
     return arguments | _branches(spec, embeds, empty, spec.guidance if guidance is None else guidance)
@@ -116,28 +118,30 @@ def captions(name: str, count: int, seed: int) -> list[str]:
     return [world.caption(choice) for choice in choices]
 
 
-def to_frames(name: str, output: Any, size: tuple[int, int] = (SIDE, SIDE)) -> npt.NDArray[np.float32]:
+def to_frames(name: str, output: Any, size: tuple[int, int] | None = None) -> npt.NDArray[np.float32]:
     """Pixels of a pipeline's output.
 
     Args:
         name: which miniature's pipeline it was.
         output: what the pipeline returned (its output object, or the tuple that `return_dict=False` gives), or the
             latents themselves.
-        size: height and width in pixels.
+        size: height and width in pixels; None for the one that it was trained on.
 
     Returns:
         `[B, F, H, W, 3]` in [0, 1], float32; F is 1 for pictures.
     """
     latents = output if isinstance(output, torch.Tensor) else output[0]
     latents = latents.detach().float().cpu()
-    pixels = unpack(latents, size) if spec_of(name).packed else latents
+    spec = spec_of(name)
+    size = size or (spec.world.side, spec.world.side)
+    pixels = unpack(latents, size, spec.patch) if spec.packed else latents
     frames: npt.NDArray[np.float32] = (pixels.permute(0, 2, 3, 4, 1) / 2 + 0.5).clamp(0, 1).numpy()
     return frames
 
 
 @lru_cache
 def word_vectors(name: str) -> torch.Tensor:
-    """The learned table of word vectors, `[words + 1, 64]` float32; the last row is the empty caption's word."""
+    """The learned table of word vectors, `[words + 1, C]` float32; the last row is the empty caption's word."""
     return read_weights(name)["words.weight"].float()
 
 
@@ -153,7 +157,7 @@ def _noise(spec: Spec, count: int, seed: int, size: tuple[int, int]) -> torch.Te
     shape = (1, 3, spec.world.frames, *size)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    return pack(noise) if spec.packed else noise
+    return pack(noise, spec.patch) if spec.packed else noise
 
 
 def _branches(spec: Spec, embeds: torch.Tensor, empty: torch.Tensor, guidance: float) -> dict[str, Any]:

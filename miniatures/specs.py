@@ -1,4 +1,4 @@
-"""The three miniatures: which diffusers classes they are made of, and how their pipelines are called."""
+"""The miniatures: which diffusers classes they are made of, and how their pipelines are called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from .captioned import EMOJI, Captioned
 from .world import CLIPS, PICTURES, World
 
 TEXT_DIM = 64
@@ -28,21 +29,36 @@ class Spec:
         scheduler: arguments of `FlowMatchEulerDiscreteScheduler`, those of the full-size model.
         world: what it has learned to show.
         guidance: usual guidance scale; 1 means a single branch.
-        packed: whether the pipeline's latents are 2 x 2 patches in a row, `[B, 64, 12]`.
+        packed: whether the pipeline's latents are patches in a row, `[B, 64, 12]` for those of 2 x 2 pixels.
         timestep_scale: timestep that the transformer is given at sigma 1.
         dropout: share of the training samples without a caption.
+        patch: width of a packed patch in pixels.
     """
 
     pipeline: str
     transformer: str
     config: Mapping[str, Any]
     scheduler: Mapping[str, Any]
-    world: World
+    world: World | Captioned
     guidance: float
     packed: bool
     timestep_scale: float
     dropout: float = 0.15
+    patch: int = 2
     unipc: Mapping[str, Any] = field(default_factory=lambda: FLOW_UNIPC)
+
+    @property
+    def drawn(self) -> World:
+        """Its world, where that draws the pictures itself.
+
+        Raises:
+            TypeError: its pictures are given: there is nothing to draw, to train on without data, or to check.
+        """
+        if not isinstance(self.world, World):
+            raise TypeError(
+                "the pictures of this miniature are given, not drawn; expected one of specs.DRAWN"
+            )
+        return self.world
 
 
 SPECS: Mapping[str, Spec] = MappingProxyType(
@@ -97,6 +113,33 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
             packed=True,
             timestep_scale=1.0,
         ),
+        "emoji": Spec(
+            pipeline="QwenImagePipeline",
+            transformer="QwenImageTransformer2DModel",
+            config={
+                "patch_size": 2,
+                "in_channels": 48,
+                "out_channels": 12,
+                "num_layers": 12,
+                "attention_head_dim": 32,
+                "num_attention_heads": 7,
+                "joint_attention_dim": 128,
+                "axes_dims_rope": (8, 12, 12),
+            },
+            scheduler={
+                "use_dynamic_shifting": True,
+                "base_shift": 0.5,
+                "max_shift": 0.9,
+                "base_image_seq_len": 256,
+                "max_image_seq_len": 8192,
+                "shift_terminal": 0.02,
+            },
+            world=EMOJI,
+            guidance=4.0,
+            packed=True,
+            timestep_scale=1.0,
+            patch=4,
+        ),
         "flux": Spec(
             pipeline="FluxPipeline",
             transformer="FluxTransformer2DModel",
@@ -130,6 +173,9 @@ SPECS: Mapping[str, Spec] = MappingProxyType(
 
 NAMES: tuple[str, ...] = tuple(SPECS)
 """Names of the miniatures."""
+
+DRAWN: tuple[str, ...] = tuple(name for name, spec in SPECS.items() if isinstance(spec.world, World))
+"""Those whose pictures are drawn (`world.py`), so that samples can be checked and trained on without data."""
 
 
 def spec_of(name: str) -> Spec:

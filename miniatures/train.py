@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoint import Fact, export
 from .forward import soft_start, velocity
 from .latents import pack
-from .specs import NAMES, TEXT_DIM, Spec, spec_of
+from .specs import DRAWN, TEXT_DIM, Spec, spec_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Learner(nn.Module):
 
     def loss(self, batch: int, generator: torch.Generator) -> torch.Tensor:
         """Flow-matching loss of a fresh batch: mean square error of the velocity."""
-        world = self.spec.world
+        world = self.spec.drawn
         choices = world.choose(batch, generator)
         data = world.render(choices, generator)
         data = pack(data) if self.spec.packed else data
@@ -184,7 +184,7 @@ def train(run: Run, out: Path, every: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("name", choices=DRAWN)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--batch", type=int, default=Recipe.batch)
     parser.add_argument("--seed", type=int, default=Recipe.seed)

@@ -47,10 +47,12 @@ class World:
     Attributes:
         frames: frames of a sample, 1 for pictures.
         slots: the four lists of words, in caption order: size, colour, shape, place or motion.
+        side: width and height of a frame in pixels.
     """
 
     frames: int
     slots: tuple[tuple[str, ...], ...]
+    side: int = SIDE
 
     @property
     def words(self) -> tuple[str, ...]:
