@@ -5,7 +5,7 @@
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
 own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`; for other runs than of 50
 Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`, for other sizes than 16 x 16 with the size behind it.
-What is calibrated or fitted is so on 16 x 16 pixels whatever the size. With `--only` the rows that are measured
+What is calibrated or fitted is so on the size that a miniature was trained on, whatever is measured. With `--only` the rows that are measured
 replace those of the same name in the file, and the others stay.
 """
 
@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
 from miniatures.pipelines import SCHEDULERS
+from miniatures.specs import spec_of
 from sgl_diffusion_accel import environment
 from sgl_diffusion_accel.comparing.measures.block_work import BlockWork
 from sgl_diffusion_accel.comparing.measures.metrics import mean_psnr
@@ -35,7 +36,6 @@ from .turns import RESULTS, be_quiet
 
 CAPTION_SEED = 77
 NOISE_SEED = 1000
-_SIZE = (16, 16)
 _PAIRED = 8
 """Runs that are timed against one unpatched run; then comes the next one, so that a change of load does little harm."""
 
@@ -48,13 +48,18 @@ class Setting:
         model: Name of the miniature.
         steps: Denoising steps of the unpatched run.
         scheduler: "euler", or "unipc" for Wan.
-        size: Height and width in pixels.
+        size: Height and width in pixels; None for those that the miniature was trained on.
     """
 
     model: str
     steps: int
     scheduler: str = "euler"
-    size: tuple[int, int] = _SIZE
+    size: tuple[int, int] | None = None
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.size or (spec_of(self.model).world.side,) * 2
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", default="", help="measure only contenders whose family or name holds this")
     parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="unipc is for wan alone")
-    parser.add_argument("--size", type=int, nargs=2, default=_SIZE, metavar=("HEIGHT", "WIDTH"), help="in pixels")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     given = parser.parse_args()
     be_quiet()
     RESULTS.mkdir(exist_ok=True)
     for model in given.models:
-        setting = Setting(model, given.steps, given.scheduler, (given.size[0], given.size[1]))
+        setting = Setting(
+            model, given.steps, given.scheduler, None if given.size is None else (given.size[0], given.size[1])
+        )
         result = measure(setting, given.captions, given.only)
         path = RESULTS / f"{name_of(result)}.json"
         if given.only and path.exists():
@@ -143,7 +150,7 @@ def measure(setting: Setting, count: int, only: str = "") -> dict[str, Any]:
         "pipeline": type(load_miniature(model)).__name__,
         "steps": steps,
         "scheduler": scheduler,
-        "size": list(setting.size),
+        "size": list(setting.pixels),
         "captions": captions(model, count, CAPTION_SEED),
         "guidance": example.get("guidance_scale", example.get("true_cfg_scale", 1.0)),
         "latents": list(example["latents"].shape),

@@ -46,7 +46,7 @@ OURS = "sgl-diffusion-accel"
 FEWER = "fewer steps"
 UNPATCHED = "unpatched"
 
-_FIRST_LIST = {"wan": 12, "qwen": 12, "flux": 4}
+_FIRST_LIST = {"wan": 12, "qwen": 12, "emoji": 12, "flux": 4}
 """Blocks in the first list of each miniature: as many can be computed at each step."""
 
 _SHORTER = (45, 40, 35, 30, 27, 25, 22, 20, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8)

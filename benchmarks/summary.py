@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from miniatures.specs import spec_of
+
 RATIOS = (2.0, 2.4, 2.8, 3.3, 3.8, 5.0)
 """Compute ratios of the columns."""
 
@@ -28,8 +30,7 @@ METHODS: Mapping[str, Sequence[str]] = {
 
 _HEADLINES = tuple(name for name in METHODS if "gap control" not in name and "one caption" not in name)
 SCHEDULERS = {"euler": "Euler", "unipc": "UniPC"}
-_MODELS = {"wan": "Wan", "qwen": "Qwen-Image", "flux": "FLUX"}
-_USUAL_SIZE = [16, 16]
+_MODELS = {"emoji": "emoji", "wan": "Wan", "qwen": "Qwen-Image", "flux": "FLUX"}
 _USUAL = ("euler", 50)
 _SHORT = ("euler", 20)
 _HEADLINE_COLUMNS = ((_USUAL, 2.4, ""), (_USUAL, 3.3, ""), (_SHORT, 2.0, "¹"))
@@ -79,7 +80,7 @@ def headline(results: Sequence[Mapping[str, Any]]) -> str:
     Args:
         results: JSON files of `benchmarks.cache`.
     """
-    by_setting = {(one["model"], setting_of(one)): one for one in results if _size(one) == _USUAL_SIZE}
+    by_setting = {(one["model"], setting_of(one)): one for one in results if _size(one) == _usual_size(one)}
     columns = [
         (f"{'' if place else title} {ratio:g}×{note}".strip(), by_setting[model, setting], ratio)
         for model, title in _MODELS.items()
@@ -146,7 +147,7 @@ def name_of(result: Mapping[str, Any]) -> str:
     scheduler, steps = setting_of(result)
     name = str(result["model"]) if (scheduler, steps) == _USUAL else f"{result['model']}_{scheduler}_{steps}"
     height, width = _size(result)
-    return name if [height, width] == _USUAL_SIZE else f"{name}_{height}x{width}"
+    return name if [height, width] == _usual_size(result) else f"{name}_{height}x{width}"
 
 
 def is_usual(result: Mapping[str, Any]) -> bool:
@@ -167,9 +168,14 @@ def short_title(result: Mapping[str, Any]) -> str:
 def _how(result: Mapping[str, Any]) -> str:
     scheduler, steps = setting_of(result)
     height, width = _size(result)
-    size = "" if [height, width] == _USUAL_SIZE else f" at {height}×{width}"
+    size = "" if [height, width] == _usual_size(result) else f" at {height}×{width}"
     return f"{steps} {SCHEDULERS[scheduler]} steps{size}"
 
 
 def _size(result: Mapping[str, Any]) -> list[int]:
-    return list(result.get("size", _USUAL_SIZE))
+    return list(result.get("size", _usual_size(result)))
+
+
+def _usual_size(result: Mapping[str, Any]) -> list[int]:
+    """Height and width that the model was trained on."""
+    return [spec_of(result["model"]).world.side] * 2

@@ -55,9 +55,7 @@ class Spec:
             TypeError: its pictures are given: there is nothing to draw, to train on without data, or to check.
         """
         if not isinstance(self.world, World):
-            raise TypeError(
-                "the pictures of this miniature are given, not drawn; expected one of specs.DRAWN"
-            )
+            raise TypeError("the pictures of this miniature are given, not drawn; expected one of specs.DRAWN")
         return self.world
 
 

@@ -28,7 +28,8 @@ def configs(model: str, steps: int) -> list[tuple[str, Any]]:
         found += _mag_cache(model, steps)
     if hasattr(diffusers, "TaylorSeerCacheConfig"):
         found += [
-            (f"TaylorSeer, every {interval} steps, order {order}", _taylor_seer(interval, order))
+            (f"TaylorSeer, every {interval} steps, order {order}" + late, _taylor_seer(interval, order, warm_up))
+            for warm_up, late in ((3, ""), (8, ", after 8"))
             for interval in (2, 3, 4, 5)
             for order in (1, 2)
         ]
@@ -45,11 +46,15 @@ def apply(pipe: Any, config: Any) -> Iterator[None]:
         pipe.transformer.disable_cache()
 
 
-def _taylor_seer(interval: int, order: int) -> Any:
+def _taylor_seer(interval: int, order: int, warm_up: int) -> Any:
     # Factors in the model's own precision, so that what is compared is the method and not its rounding to bfloat16.
     # The lite mode predicts the output of the whole transformer; the other mode skips attention alone.
     return diffusers.TaylorSeerCacheConfig(
-        cache_interval=interval, max_order=order, taylor_factors_dtype=torch.float32, use_lite_mode=True
+        cache_interval=interval,
+        max_order=order,
+        disable_cache_before_step=warm_up,
+        taylor_factors_dtype=torch.float32,
+        use_lite_mode=True,
     )
 
 
