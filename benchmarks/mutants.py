@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def judge(fault: Fault, root: Path, is_likely_only: bool) -> dict[str, Any]:
             test = failing(root, ["-n", "auto", *(f"--ignore=tests/{name}" for name in _TEXT)])
     finally:
         place.write_text(sound)
-    return {**asdict(fault), "test": test, "seconds": round(time.monotonic() - began)}
+    return {"id": fault.id, "what": fault.what, "test": test, "seconds": round(time.monotonic() - began)}
 
 
 def main() -> None:

@@ -270,10 +270,12 @@ def test_who_intercepts_the_step_is_not_called() -> None:
     assert handler.calls == 1
 
 
-def test_response_of_the_last_steps_of_a_schedule() -> None:
-    """Picture to picture: the pipeline takes the last steps, and tells the scheduler where it begins."""
+@pytest.mark.parametrize("is_told", [True, False])
+def test_response_of_the_last_steps_of_a_schedule(is_told: bool) -> None:
+    """Picture to picture: the pipeline takes the last steps, and may tell the scheduler where it begins."""
     scheduler = made(DETERMINISTIC[0])
-    scheduler.set_begin_index(3)
+    if is_told:
+        scheduler.set_begin_index(3)
     found = response_of(scheduler, STEPS - 3)
     assert found is not None
     np.testing.assert_allclose(found, euler(scheduler.sigmas.tolist()[3:]), atol=1e-6)
