@@ -4,8 +4,8 @@
 
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
 own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`; for other runs than of 50
-Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`, for other sizes than 16 x 16 with the size behind it.
-What is calibrated or fitted is so on the size that a miniature was trained on, whatever is measured. With `--only` the rows that are measured
+Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`, for other sizes than the miniature's own with the size
+behind it. What is calibrated or fitted is so on the miniature's own size. With `--only` the rows that are measured
 replace those of the same name in the file, and the others stay.
 """
 

@@ -1,7 +1,7 @@
 """A world of captioned pictures that are given, not drawn: emoji.
 
-Its captions are names such as "animals cat face", of up to eight words, one token a word; a token that is not used is
-the empty caption's. The pictures are those of Noto Emoji (https://github.com/googlefonts/noto-emoji, Apache-2.0).
+Its captions are names such as "animals cat face", of up to eight words, one token a word; a token that is not used has
+a row of its own. The pictures are those of Noto Emoji (https://github.com/googlefonts/noto-emoji, Apache-2.0).
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class Captioned:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """All words, in the order of the rows of an embedding table; one more row, the last, is the empty caption's."""
+        """All words, in the order of the rows of an embedding table.
+
+        Two more rows follow: that of a token that is not used, and the last one, the empty caption's.
+        """
         return tuple(str(word) for word in self._lists["vocab"])
 
     @cached_property

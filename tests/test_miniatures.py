@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import miniatures
 from miniatures.check import renders, sample
@@ -13,7 +14,7 @@ from miniatures.checker import accuracy, read
 from miniatures.checkpoint import FOLDER, read_card, read_weights
 from miniatures.forward import velocity
 from miniatures.latents import pack, unpack
-from miniatures.specs import SPECS
+from miniatures.specs import DRAWN, SPECS
 from miniatures.world import CLIPS, PICTURES
 
 MEGABYTE = 2**20
@@ -37,6 +38,11 @@ def one_thread():
 
 @pytest.fixture(params=miniatures.NAMES)
 def name(request):
+    return request.param
+
+
+@pytest.fixture(params=DRAWN)
+def drawn(request):
     return request.param
 
 
@@ -78,12 +84,15 @@ def test_packing_matches_the_pipelines():
     pictures = torch.randn(2, 3, 1, 16, 16)
     theirs = diffusers.FluxPipeline._pack_latents(pictures[:, :, 0], 2, 3, 16, 16)
     assert torch.equal(pack(pictures), theirs)
-    assert torch.equal(unpack(pack(pictures)), pictures)
+    assert torch.equal(unpack(pack(pictures), (16, 16)), pictures)
+    assert pack(pictures, 4).shape == (2, 16, 48)
+    assert torch.equal(unpack(pack(pictures, 4), (16, 16), 4), pictures)
 
 
-def test_checkpoint_is_small_half_precision_and_deep(name):
-    assert (FOLDER / f"{name}.safetensors").stat().st_size <= 10 * MEGABYTE
-    assert {value.dtype for value in read_weights(name).values()} == {torch.float16}
+def test_checkpoint_is_small_and_deep(name):
+    limit, kinds = (10, {torch.float16}) if name in DRAWN else (24, {torch.float16, torch.float32})
+    assert (FOLDER / f"{name}.safetensors").stat().st_size <= limit * MEGABYTE
+    assert {value.dtype for value in read_weights(name).values()} == kinds
     transformer = miniatures.load_miniature(name).transformer
     assert sum(len(getattr(transformer, blocks, ())) for blocks in BLOCK_LISTS) >= 12
 
@@ -93,14 +102,19 @@ def test_card_agrees_with_the_weights_and_the_specs(name):
     assert (card["pipeline"], card["transformer"]) == (spec.pipeline, spec.transformer)
     assert {key: tuple(v) if isinstance(v, list) else v for key, v in card["config"].items()} == dict(spec.config)
     assert card["scheduler"] == dict(spec.scheduler)
-    assert [tuple(slot) for slot in card["words"]] == list(spec.world.slots)
-    assert weights["words.weight"].shape[0] == len(spec.world.words) + 1
+    extra = 1 if name in DRAWN else 2  # the empty caption, and a token that is not used
+    assert weights["words.weight"].shape[0] == len(spec.world.words) + extra
+
+
+def test_card_agrees_with_the_world_and_shows_that_it_has_learned(drawn):
+    card = read_card(drawn)
+    assert [tuple(slot) for slot in card["words"]] == list(SPECS[drawn].drawn.slots)
     assert len(card["loss_curve"]) <= 200
     assert card["loss_curve"][-1][1] < card["loss_curve"][0][1] / 5
 
 
-def test_card_reports_the_checker(name):
-    check = read_card(name)["check"]
+def test_card_reports_the_checker(drawn):
+    check = read_card(drawn)["check"]
     assert check["samples"] >= 200
     assert min(check["shows"]["colour"], check["shows"]["size"]) >= 0.95
 
@@ -113,12 +127,14 @@ def test_pipeline_is_of_the_real_classes_and_deterministic(name):
     first, again = _run(name, seed=1), _run(name, seed=1)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, _run(name, seed=2))
-    assert first.shape == (2, SPECS[name].world.frames, 16, 16, 3)
+    side = SPECS[name].world.side
+    assert first.shape == (2, SPECS[name].world.frames, side, side, 3)
     assert first.dtype == np.float32
     assert 0 <= first.min() <= first.max() <= 1
 
 
-def test_training_calls_the_transformer_as_the_pipeline_does(name):
+def test_training_calls_the_transformer_as_the_pipeline_does(drawn):
+    name = drawn
     if name == "qwen" and diffusers.__version__ < "0.42":
         pytest.skip("training calls Qwen-Image's transformer as newer diffusers do")
     pipe, calls = miniatures.load_miniature(name), []
@@ -150,7 +166,7 @@ def test_half_precision_runs(name):
 
 
 def test_unknown_name_and_scheduler_are_refused():
-    with pytest.raises(ValueError, match="wan, qwen, flux"):
+    with pytest.raises(ValueError, match="wan, qwen, emoji, flux"):
         miniatures.load_miniature("sora")
     with pytest.raises(ValueError, match="euler, unipc"):
         miniatures.load_miniature("wan", scheduler="ddim")
@@ -171,3 +187,55 @@ def test_samples_show_what_their_captions_ask(name, scheduler):
     pipe = miniatures.load_miniature(name, scheduler=scheduler)
     shares = accuracy(SPECS[name].world, wanted, read(SPECS[name].world, sample(pipe, name, wanted, steps=12)))
     assert min(shares["colour"], shares["size"]) >= 0.9, shares
+
+
+# Emoji: given pictures, eight bits a weight
+
+
+def test_eight_bits_are_a_scale_for_each_row(tmp_path):
+    """What is stored as whole numbers comes back as a number times them, a row at a time; all else as it is."""
+    weight = torch.tensor([[-127, 0, 127], [10, -20, 30]], dtype=torch.int8)
+    stored = {
+        "transformer.a": weight,
+        "transformer.a.scale": torch.tensor([0.5, 2.0]).half(),
+        "words.weight": torch.ones(2),
+    }
+    save_file(stored, tmp_path / "emoji.safetensors")
+    read = read_weights("emoji", tmp_path)
+    assert read.keys() == {"transformer.a", "words.weight"}
+    assert torch.equal(read["transformer.a"], torch.tensor([[-63.5, 0, 63.5], [20, -40, 60]]))
+    assert torch.equal(read["words.weight"], torch.ones(2))
+
+
+def test_emoji_captions_have_up_to_eight_known_words():
+    world = SPECS["emoji"].world
+    assert len(world.names) > 2500
+    assert max(len(name.split()) for name in world.names) == 8
+    rows = world.parse("animals&nature cat face")
+    assert rows.shape == (8,)
+    assert rows[3:].unique().tolist() == [len(world.words)], "what is not used has a row of its own"
+    for caption, words in (
+        ("", "1 to 8"),
+        ("cat " * 9, "9 words"),
+        ("large unicorn-zebra", "unknown word 'unicorn-zebra'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            world.parse(caption)
+
+
+def test_emoji_has_nothing_to_draw():
+    with pytest.raises(TypeError, match="given, not drawn"):
+        _ = SPECS["emoji"].drawn
+
+
+def test_emoji_pictures_follow_their_captions():
+    """On a white ground, and coloured as the caption says."""
+    pipe = miniatures.load_miniature("emoji")
+    wanted = ["symbols large red circle", "symbols large blue circle"]
+    given = miniatures.call_kwargs("emoji", wanted, steps=8, seed=3)
+    red, blue = miniatures.to_frames("emoji", pipe(**given))[:, 0]
+    for picture in (red, blue):
+        assert picture[:2].mean() > 0.85, "a white edge"
+    middle = slice(20, 44)
+    for picture, wanted, other in ((red, 0, 2), (blue, 2, 0)):
+        assert picture[middle, middle, wanted].mean() > picture[middle, middle, other].mean() + 0.2
