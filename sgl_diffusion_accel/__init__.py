@@ -6,7 +6,7 @@ from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
 from sgl_diffusion_accel.attention.backends.registry import register_attention_backend
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
 from sgl_diffusion_accel.caching.adaptive import AdaptiveConfig, apply_adaptive_cache
-from sgl_diffusion_accel.caching.apply_block_cache import apply_block_cache
+from sgl_diffusion_accel.caching.apply_block_cache import BlockCacheConfig, apply_block_cache
 from sgl_diffusion_accel.caching.cache_dit.apply_cache_dit import apply_cache_dit
 from sgl_diffusion_accel.caching.cache_dit.cache_dit_config import CacheDiTConfig
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
@@ -16,7 +16,7 @@ from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.parts.masks import StepsMask
 from sgl_diffusion_accel.caching.parts.policies import Decision, Policy, Position, Tally
 from sgl_diffusion_accel.caching.parts.predictors import Predictor, Reuse, Taylor
-from sgl_diffusion_accel.caching.parts.signals import HeadResidual, Signal
+from sgl_diffusion_accel.caching.parts.signals import HeadResidual, Seen, Signal
 from sgl_diffusion_accel.caching.parts.stats import RunStats, Stats
 from sgl_diffusion_accel.caching.teacache.apply_teacache import apply_teacache
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
@@ -37,6 +37,7 @@ from sgl_diffusion_accel.errors import (
     VariantError,
 )
 from sgl_diffusion_accel.loop.explicit import branch, denoising_steps
+from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.patch import Patch, remove
 from sgl_diffusion_accel.profiling.nsys import nsys_command
 from sgl_diffusion_accel.profiling.profile import Profile, profile
@@ -47,6 +48,7 @@ __all__ = [
     "AdaptiveConfig",
     "AttentionConfig",
     "AttentionPatch",
+    "BlockCacheConfig",
     "CacheDiTConfig",
     "CachePatch",
     "CachePlan",
@@ -66,7 +68,9 @@ __all__ = [
     "Profile",
     "ProfileReport",
     "Reuse",
+    "Run",
     "RunStats",
+    "Seen",
     "Signal",
     "Stats",
     "StepsMask",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -109,25 +109,15 @@ def model_class(module: nn.Module) -> type:
     return next(classes)
 
 
-class HasComponents(Protocol):
-    """A diffusers pipeline, as far as this library looks at it."""
+Pipe: TypeAlias = object
+"""What a patch is applied to: a diffusers pipeline, or its transformer by itself.
 
-    @property
-    def components(self) -> dict[str, Any]:
-        """Component name to component."""
+No closer type: a type checker sees diffusers' pipelines as stand-ins without any of their attributes, and would refuse
+each of them for a protocol.
+"""
 
-
-Pipe: TypeAlias = "HasComponents | nn.Module"
-"""What a patch is applied to: a diffusers pipeline, or its transformer by itself."""
-
-
-class Pipeline(HasComponents, Protocol):
-    """A pipeline that is called by this library: what calibration and comparison need."""
-
-    scheduler: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs it."""
+Pipeline: TypeAlias = Any
+"""A diffusers pipeline that is called: what calibration and comparison need."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -142,6 +142,35 @@ def check_names(kind: str, given: Sequence[str], known: Sequence[str], where: st
             raise unknown_name(kind, str(name), known, where)
 
 
+def names_shown(settings: type, defaults: Any) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Shows the names that a function takes as `**` in its signature: for `help`, and for completion in a notebook.
+
+    Args:
+        settings: The typed dict of the names.
+        defaults: A class with the same names that has their defaults as attributes, as dataclasses do.
+    """
+
+    def shown(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        known = inspect.signature(function)
+        first = [each for each in known.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        rest = [each for each in known.parameters.values() if each.kind is each.VAR_KEYWORD]
+        names = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=getattr(defaults, name),
+                annotation=getattr(kind, "__forward_arg__", kind),
+            )
+            for name, kind in settings.__annotations__.items()
+            if hasattr(defaults, name)
+        ]
+        signature = known.replace(parameters=[*first, *names, *rest])
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return shown
+
+
 def names_checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """A front door that says what to type where an argument is misspelt, or given by its place and has none.
 

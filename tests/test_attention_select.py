@@ -18,7 +18,7 @@ from sgl_diffusion_accel import ConfigError, ConfigTypeError, MissingPackageErro
 from sgl_diffusion_accel.attention.backends import registry as backends
 from sgl_diffusion_accel.attention.backends.registry import Backend, all_backends, register_attention_backend
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
-from zoo import Family
+from zoo import FAMILIES, Family
 from zoo.base import build
 
 torch.set_num_threads(1)
@@ -565,3 +565,14 @@ def test_table_of_another_component() -> None:
 def test_table_of_what_can_have_no_backend() -> None:
     """As `set_attention_backend` says it."""
     assert not [row for row in attention_backends(nn.Linear(2, 2)) if row.is_usable]
+
+
+def test_config_of_a_patch_sets_the_same_again() -> None:
+    """And nothing can be given beside it, which would be silently dropped."""
+    pipe = FAMILIES["wan"].make()
+    patch = set_attention_backend(pipe, "math", skip_first_steps=1, on_unsupported="native")
+    again = set_attention_backend(FAMILIES["wan"].make(), patch.config)
+    assert again.config == patch.config
+    assert again.backends == {"transformer": "math"}
+    with pytest.raises(ConfigError, match="give none beside it"):
+        set_attention_backend(pipe, patch.config, skip_last_steps=1)

@@ -10,6 +10,7 @@ import torch
 
 from invariants.snapshot import Snapshot, assert_same
 from sgl_diffusion_accel import (
+    BlockCacheConfig,
     ConfigError,
     ConfigTypeError,
     Decision,
@@ -17,6 +18,8 @@ from sgl_diffusion_accel import (
     Policy,
     Position,
     Predictor,
+    Seen,
+    Signal,
     Tally,
     Taylor,
     apply_block_cache,
@@ -184,6 +187,9 @@ def test_function_makes_a_policy_for_each_branch_unless_it_is_shared() -> None:
         ({"bn_compute_blocks": -1}, ConfigError, "bn_compute_blocks=-1; allowed: a whole number from 0"),
         ({"fn_compute_blocks": 99}, ConfigError, "blocks"),
         ({"signal": HeadResidual(), "fn_compute_blocks": 0}, ConfigError, "Type: fn_compute_blocks=1"),
+        ({"policy": Remembering()}, ConfigError, r"Remembering remembers .* lambda run, branch: Remembering\(\)"),
+        ({"policy": lambda run: Laid()}, ConfigTypeError, r"not of \(run, branch\)"),
+        ({"predictor": 0}, ConfigTypeError, "predictor is a int"),
         ({"predicto": None}, ConfigError, "unknown argument 'predicto' in apply_block_cache. Did you mean 'predictor'"),
     ],
 )
@@ -193,6 +199,141 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(given: dict[str, Any], er
     with pytest.raises(error, match=words):
         apply_block_cache(pipe, **{"policy": Laid(), **given})
     assert_same(before, pipe)
+
+
+class Weighing(Predictor):
+    """Gives what it is told, whatever is asked."""
+
+    def __init__(self, *weights: float, depth: int = 1) -> None:
+        self.given, self._depth = weights, depth
+
+    @property
+    def depth(self) -> int:
+        return self._depth
+
+    def weights(self, times: Sequence[float], target: float) -> tuple[float, ...]:
+        return self.given
+
+
+def test_weights_that_do_not_sum_to_1_damp_what_is_predicted() -> None:
+    pipe = FAMILIES["wan"].make()
+    outputs = []
+    for weight in (1.0, 0.5, 0.0):
+        with apply_block_cache(pipe, Laid(), predictor=Weighing(weight)):
+            outputs.append(run(pipe))
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 0.0), (float("nan"),), (float("inf"),)])
+def test_weights_that_are_none_are_told_with_the_predictor(weights: tuple[float, ...]) -> None:
+    pipe = FAMILIES["wan"].make()
+    expected = run(pipe)
+    patch = apply_block_cache(pipe, Laid(), predictor=Weighing(*weights))
+    with pytest.raises(ConfigError, match=r"Weighing.weights gave .* allowed: one finite number for each"):
+        run(pipe)
+    assert patch.held_bytes() == 0
+    patch.remove()
+    assert torch.equal(run(pipe), expected)
+
+
+def test_depth_of_a_predictor_is_a_whole_number() -> None:
+    with pytest.raises(ConfigError, match=r"Weighing.depth=0; allowed: a whole number from 1"):
+        apply_block_cache(FAMILIES["wan"].make(), Laid(), predictor=Weighing(1.0, depth=0))
+    for order in (0, -1):
+        with pytest.raises(ConfigError, match=f"order={order}"):
+            Taylor(order)
+
+
+class Deciding(Policy):
+    """Decides what it is told."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+
+    def decide(self, position: Position, tally: Tally, change: Any) -> Any:
+        return self.given(change) if callable(self.given) else self.given
+
+
+@pytest.mark.parametrize("given", [None, True, (True, "x"), Decision("skip", "x")])
+def test_decision_that_is_none_is_told_with_the_policy(given: Any) -> None:
+    pipe = FAMILIES["wan"].make()
+    patch = apply_block_cache(pipe, Deciding(given))
+    with pytest.raises(ConfigTypeError, match=r"Deciding.decide gave .*; allowed: a Decision"):
+        run(pipe)
+    assert str(patch)
+
+
+def test_change_that_was_not_announced_is_told() -> None:
+    pipe = FAMILIES["wan"].make()
+    apply_block_cache(pipe, Deciding(lambda change: Decision(change() > 1, "x")), signal=HeadResidual())
+    with pytest.raises(ConfigError, match=r"Deciding asks for the change .*needs_signal = True"):
+        run(pipe)
+
+
+def test_function_that_makes_no_policy_is_told() -> None:
+    pipe = FAMILIES["wan"].make()
+    for made in (None, Laid):
+        apply_block_cache(pipe, lambda run, branch, made=made: made)
+        with pytest.raises(ConfigTypeError, match="allowed: a function that returns a Policy"):
+            run(pipe)
+
+
+def test_skip_with_nothing_kept_is_computed_and_noted_as_such() -> None:
+    class Forgetful(Laid):
+        """Says that it skips no more from step 4 on, and does."""
+
+        def may_skip(self, position: Position) -> bool:
+            return position.step < 4
+
+    pipe, calls = FAMILIES["wan"].make(), []
+    last = pipe.transformer.blocks[-1]
+    with apply_block_cache(pipe, Forgetful()) as patch:
+        hook = last.register_forward_hook(lambda *_: calls.append(1))
+        run(pipe)
+        hook.remove()
+    branches = patch.stats.runs[-1].branches.values()
+    assert len(calls) == sum(sum(branch.computed) for branch in branches)
+    assert all(branch.reasons[4] == "nothing to reuse" for branch in branches)
+
+
+class Heads(Signal):
+    """What comes out of the first blocks, not what they have added."""
+
+    name = "hidden states"
+    needs_head = True
+
+    def take(self, seen: Seen) -> torch.Tensor | None:
+        head = seen.head()
+        return None if head is None else head[1].clone()
+
+
+def test_own_signal_is_what_is_compared() -> None:
+    pipe = FAMILIES["wan"].make()
+    changes = []
+    for signal in (Heads(), HeadResidual()):
+        with apply_block_cache(pipe, Quiet(), signal=signal) as patch:
+            run(pipe)
+        changes.append(patch.stats.runs[-1].branches["cond"].changes[1])
+    assert None not in changes
+    assert changes[0] != changes[1]
+
+
+def test_signal_that_does_not_say_what_it_looks_at_is_told() -> None:
+    class Silent(Heads):
+        needs_head = False
+
+    class Number(Heads):
+        def take(self, seen: Seen) -> Any:
+            return 0.5
+
+    pipe = FAMILIES["wan"].make()
+    apply_block_cache(pipe, Quiet(), signal=Silent(), fn_compute_blocks=1)
+    with pytest.raises(ConfigError, match=r"Silent looks at the first blocks .*needs_head = True"):
+        run(pipe)
+    apply_block_cache(pipe, Quiet(), signal=Number())
+    with pytest.raises(ConfigTypeError, match=r"what Number.take gives is a float; allowed: a tensor"):
+        run(pipe)
 
 
 def test_policy_that_asks_for_a_signal_and_gets_none_is_told_so() -> None:
@@ -208,4 +349,4 @@ def test_policy_that_asks_for_a_signal_and_gets_none_is_told_so() -> None:
 def test_patch_tells_what_it_is() -> None:
     patch = apply_block_cache(FAMILIES["wan"].make(), policy := Laid(), predictor=Taylor(2))
     assert repr(patch) == "<block cache (Laid, F0B0, Taylor(order=2)) on transformer; active>"
-    assert patch.config is policy
+    assert patch.config == BlockCacheConfig(policy, Taylor(2), fn_compute_blocks=0)

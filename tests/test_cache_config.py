@@ -74,7 +74,9 @@ def test_main_setting_may_be_given_alone(name: str) -> None:
 @each_cache
 def test_other_config_is_refused(apply: Any, kind: Any, settings: Any, given: dict[str, Any]) -> None:
     other = TeaCacheConfig() if kind is not TeaCacheConfig else AdaptiveConfig()
-    with pytest.raises(ConfigTypeError, match=rf"is a {type(other).__name__}; allowed: a {kind.__name__}.*apply_\w+\("):
+    with pytest.raises(
+        ConfigTypeError, match=rf"is a {type(other).__name__}; allowed: an? {kind.__name__}.*apply_\w+\("
+    ):
         apply(pipeline(), other)
 
 
@@ -106,7 +108,7 @@ def test_alias_is_its_setting(name: str, alias: str) -> None:
     value = {"steps_mask": [1, 0, 1], "steps_policy": "dynamic"}.get(own, given.get(own, 1))
     others = {key: other for key, other in given.items() if key != own}
     assert apply(pipeline(), **{alias: value}, **others).config == kind(**{own: value}, **others)
-    with pytest.raises(ConfigError, match=f"{own} is given twice"):
+    with pytest.raises(ConfigError, match=f"{own} is given twice, as {alias} and as {own}"):
         apply(pipeline(), **{alias: value, own: value}, **others)
 
 
@@ -151,3 +153,11 @@ def test_what_has_no_place_is_told_to_go_by_name(apply: Any) -> None:
 def test_config_by_its_place_and_by_its_name_is_one_too_many() -> None:
     with pytest.raises(ConfigError, match="config is given twice"):
         apply_teacache(torch.nn.Linear(1, 1), 0.1, config=TeaCacheConfig())
+
+
+@each_cache
+def test_help_and_completion_show_the_settings(apply: Any, kind: Any, settings: Any, given: dict[str, Any]) -> None:
+    shown = inspect.signature(apply).parameters
+    assert [name for name, each in shown.items() if each.kind is each.KEYWORD_ONLY] == list(kind.names())
+    fields = {each.name: each.default for each in dataclasses.fields(kind)}
+    assert {name: shown[name].default for name in fields} == fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -29,7 +30,7 @@ AUTO = "auto"
 @names_checked
 def set_attention_backend(
     pipe: Pipe,
-    backend: str | Mapping[str, str],
+    backend: str | Mapping[str, str] | AttentionConfig,
     components: str | Sequence[str] | None = None,
     *,
     layers: str | Sequence[str] | None = None,
@@ -44,9 +45,9 @@ def set_attention_backend(
     Args:
         pipe: A diffusers pipeline, or a transformer by itself.
         backend: A name of `attention_backends(pipe)`, or any that SGLang-Diffusion or diffusers have for it; `"auto"`
-            to time all usable ones on the calls that really come and take the fastest; or a mapping from component to
-            name. Further transformers (`transformer_2`, `unconditional_transformer`) are set with `transformer` unless
-            they are named.
+            to time all usable ones on the calls that really come and take the fastest; a mapping from component to
+            name; or the `config` of another such patch, alone. Further transformers (`transformer_2`,
+            `unconditional_transformer`) are set with `transformer` unless they are named.
         components: Which components a single name is for; None for the transformers.
         layers: Names of attention layers, or patterns such as `"blocks.*.attn1"`; None for all.
         skip_first_steps: Denoising steps at the start of a run that keep the model's own attention.
@@ -75,6 +76,14 @@ def set_attention_backend(
         >>> video = pipe(**call)
         >>> patch.remove()
     """
+    if isinstance(backend, AttentionConfig):
+        return _as_configured(
+            pipe,
+            backend,
+            AttentionConfig(
+                "sdpa", components, layers, skip_first_steps, skip_last_steps, on_unsupported, verify, allow_quantised
+            ),
+        )
     config = AttentionConfig(
         backend, components, layers, skip_first_steps, skip_last_steps, on_unsupported, verify, allow_quantised
     )
@@ -100,6 +109,16 @@ def set_attention_backend(
             name = AUTO if redirect.backend is None else redirect.backend.name
             patch.attach(target, sites, redirect, name, steps, choice)
     return patch
+
+
+def _as_configured(pipe: Pipe, config: AttentionConfig, beside: AttentionConfig) -> AttentionPatch:
+    """Sets what a config says; anything else that was given beside it would be silently dropped."""
+    if beside != AttentionConfig("sdpa"):
+        raise ConfigError(
+            "a config holds all settings: give none beside it. Type: set_attention_backend(pipe, "
+            "dataclasses.replace(config, layers=...))"
+        )
+    return set_attention_backend(pipe, **{each.name: getattr(config, each.name) for each in dataclasses.fields(config)})
 
 
 def _resolve(name: str, pipe: object, target: Target, sites: Sequence[Site]) -> Backend:

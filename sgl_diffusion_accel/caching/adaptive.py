@@ -13,7 +13,7 @@ from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSetting
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.scheduler_response import passing_influence, response_of
 from sgl_diffusion_accel.targets import Pipe
-from sgl_diffusion_accel.validate import names_checked, within
+from sgl_diffusion_accel.validate import names_checked, names_shown, within
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,6 +49,7 @@ class AdaptiveSettings(TypedDict, total=False):
     tolerance: float
 
 
+@names_shown(AdaptiveSettings, AdaptiveConfig)
 @names_checked
 def apply_adaptive_cache(
     pipe: Pipe, config: AdaptiveConfig | float | None = None, **settings: Unpack[AdaptiveSettings]

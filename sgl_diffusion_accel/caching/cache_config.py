@@ -58,19 +58,20 @@ class CacheConfig:
             if cls.main in named:
                 raise ConfigError(f"{cls.main} is given twice, by its place and by its name. Give it once.")
             return cls(**{cls.main: given, **named})
-        allowed = f"a {cls.__name__}. Single settings go by name: {example}"
+        article = "an" if cls.__name__[0] in "AEIO" else "a"
+        allowed = f"{article} {cls.__name__}. Single settings go by name: {example}"
         return of_type("the second argument", given, cls, allowed)  # type: ignore[no-any-return]
 
     @classmethod
     def _by_own_names(cls, named: Mapping[str, Any], where: str) -> dict[str, Any]:
         check_names("setting", list(named), [*cls.names(), *cls.aliases], where)
-        found: dict[str, Any] = {}
+        found: dict[str, tuple[str, Any]] = {}
         for name, value in named.items():
             own = cls.aliases.get(name, name)
             if own in found:
-                raise ConfigError(f"{own} is given twice, by two of its names ({name} is one). Give it once.")
-            found[own] = value
-        return found
+                raise ConfigError(f"{own} is given twice, as {found[own][0]} and as {name}. Give it once.")
+            found[own] = (name, value)
+        return {own: value for own, (_, value) in found.items()}
 
     def changed(self: _Self, **settings: Any) -> _Self:
         """The same with other values of some settings."""

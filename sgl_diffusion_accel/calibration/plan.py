@@ -18,7 +18,7 @@ from sgl_diffusion_accel.calibration.plan_checks import Check, factor_at
 from sgl_diffusion_accel.calibration.plan_fields import checked, symmetric
 from sgl_diffusion_accel.calibration.plan_file import parts, read, refuse, write
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.validate import count, real
+from sgl_diffusion_accel.validate import count, of_type, real
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ class CachePlan:
             ConfigError: They are of different pipelines, models, schedules or guidance.
         """
         for other in others:
+            of_type("a plan to be merged", other, CachePlan, "a CachePlan")
             for name in ("pipeline", "transformers", "config", "scheduler", "timesteps", "guidance", "latents"):
                 if getattr(self, name) != getattr(other, name):
                     raise ConfigError(

@@ -196,6 +196,10 @@ class Profile:
                 raise
             logger.exception("the trace could not be written")
 
+    def __repr__(self) -> str:
+        calls = len(self.report.calls)
+        return f"<profile of {type(self._pipe).__name__}: {calls} {'call' if calls == 1 else 'calls'} measured>"
+
     def __str__(self) -> str:
         return str(self.report) if self.report.calls else "profile: nothing has been measured yet"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -24,6 +25,7 @@ from sgl_diffusion_accel.loop.runs import Kept, Run
 from sgl_diffusion_accel.loop.session import Where
 from sgl_diffusion_accel.slots import Detour
 from sgl_diffusion_accel.targets import expert_of, model_class
+from sgl_diffusion_accel.validate import of_type
 
 Spacing = Literal["step", "sigma"]
 
@@ -65,7 +67,10 @@ class Parts:
 
     def policy_of(self, run: Run, branch: str) -> Policy:
         """What decides on a branch of a run."""
-        return self.policy if isinstance(self.policy, Policy) else self.policy(run, branch)
+        if isinstance(self.policy, Policy):
+            return self.policy
+        made = self.policy(run, branch)
+        return of_type("what makes the policy of a run", made, Policy, "a function that returns a Policy")  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -204,6 +209,20 @@ class CachedModel:
                 )
             self.log.tell(where.run, policy.prepare(where.run.total))
         return branch.decider
+
+    def weights(self, times: Sequence[float], time: float) -> Sequence[float]:
+        """How the predictor weighs the last computed steps.
+
+        Raises:
+            ConfigError: Not one finite number for each: a predictor of the user's own.
+        """
+        weights = self.parts.predictor.weights(times, time)
+        if len(weights) != len(times) or not all(map(math.isfinite, weights)):
+            raise ConfigError(
+                f"{type(self.parts.predictor).__name__}.weights gave {weights!r} for the computed steps at "
+                f"{list(times)}; allowed: one finite number for each, the newest first."
+            )
+        return weights
 
     def has_written(self, entry: Entry) -> bool:
         """Whether blocks have written over an input that was kept; from then on inputs are copied."""

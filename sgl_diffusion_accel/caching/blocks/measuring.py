@@ -13,10 +13,11 @@ from sgl_diffusion_accel.caching.blocks.modulated import modulated_input
 from sgl_diffusion_accel.caching.blocks.parallel import local_part, signal_reduction
 from sgl_diffusion_accel.caching.blocks.wiring import Call, elements, form_of
 from sgl_diffusion_accel.caching.parts.signals import Changes, Reduce, Seen
-from sgl_diffusion_accel.errors import UnsupportedModelError
+from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.host_copy import HostCopy
 from sgl_diffusion_accel.loop.session import Where
 from sgl_diffusion_accel.targets import unwrap
+from sgl_diffusion_accel.validate import of_type
 
 
 class Measurement(Seen):
@@ -93,6 +94,9 @@ class Measurement(Seen):
 
     def head(self) -> tuple[Tensor, Tensor] | None:
         """See `signals.Seen`. None where the first blocks have written over their input."""
+        if self._signal is not None and not self._signal.needs_head:
+            name = type(self._signal).__name__
+            raise ConfigError(f"{name} looks at the first blocks and does not say so. Give it: needs_head = True")
         if self._entry is None:
             raise UnsupportedModelError(
                 f"{self._model.where(0)} is not the first block list that {type(self._module).__name__} runs, so "
@@ -117,7 +121,10 @@ class Measurement(Seen):
 
     def taken(self) -> Tensor | None:
         if self._taken is None and self._signal is not None:
-            self._taken = self._signal.take(self)
+            taken = self._signal.take(self)
+            if taken is not None:
+                of_type(f"what {type(self._signal).__name__}.take gives", taken, Tensor, "a tensor, or None")
+            self._taken = taken
         return self._taken
 
     def queue_schedule(self, changes: Changes) -> None:

@@ -210,6 +210,9 @@ class TransformerCall:
             decision = Decision(True, "nothing to reuse")
         else:
             decision = decider.decide(self._position, branch.tally, measurement.change)
+            if not decision.compute and not branch.histories:
+                # It was not asked whether it may skip, and would: the blocks run, and that is what is noted.
+                decision = Decision(True, "nothing to reuse")
         branch.tally = branch.tally.after(decision)
         if self._keeps and policy.needs_signal:
             measurement.keep(decision.compute, policy.may_measure(self._following))
@@ -274,7 +277,7 @@ class TransformerCall:
             if all(residual is None for residual in residuals):
                 continue
             hidden = self._branch.wirings[list_index].hidden(residuals)
-            guess = history.combine(hidden, self._parts.predictor.weights(history.times, time))
+            guess = history.combine(hidden, self._model.weights(history.times, time))
             residual = residuals[hidden]
             if guess is not None and residual is not None:
                 predicted.append(guess)
@@ -284,7 +287,7 @@ class TransformerCall:
         self._decider.compare(where.step, where.branch, guesses, residuals_, where.run.guidance, reduce)
 
     def _predict(self, history: History, inputs: list[Any]) -> list[Any]:
-        weights = self._parts.predictor.weights(history.times, self._time())
+        weights = self._model.weights(history.times, self._time())
         outputs = []
         for index, entering in enumerate(inputs):
             residual = history.combine(index, weights)

@@ -22,7 +22,7 @@ from sgl_diffusion_accel.caching.parts.signals import HeadResidual
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.scheduler_response import passing_influence, response_of
 from sgl_diffusion_accel.targets import Pipe
-from sgl_diffusion_accel.validate import names_checked
+from sgl_diffusion_accel.validate import names_checked, names_shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,6 +37,7 @@ three miniatures); with four and more it matters for the second order alone. For
 wins as often, and gap control must compare predictions from the start: there nothing is left out."""
 
 
+@names_shown(CacheDiTSettings, CacheDiTConfig)
 @names_checked
 def apply_cache_dit(
     pipe: Pipe, config: CacheDiTConfig | None = None, **settings: Unpack[CacheDiTSettings]

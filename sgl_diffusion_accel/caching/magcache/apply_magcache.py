@@ -13,12 +13,13 @@ from sgl_diffusion_accel.caching.magcache.magnitude_policy import MagnitudePolic
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.parts.predictors import taylor
 from sgl_diffusion_accel.targets import Pipe, Target
-from sgl_diffusion_accel.validate import names_checked
+from sgl_diffusion_accel.validate import names_checked, names_shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@names_shown(MagCacheSettings, MagCacheConfig)
 @names_checked
 def apply_magcache(
     pipe: Pipe,

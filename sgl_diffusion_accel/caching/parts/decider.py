@@ -6,6 +6,7 @@ from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
 from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Policy, Position, Tally
 from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
 from sgl_diffusion_accel.caching.parts.signals import Reduce
+from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 
 
 class Decider:
@@ -35,7 +36,18 @@ class Decider:
             error = self._error.take(self._reduce)
             if error is not None:
                 self.policy.observe(self._step, error)
-        return self.policy.decide(position, tally, change)
+        policy = self.policy
+        decision = policy.decide(position, tally, change if policy.needs_signal else self._unannounced)
+        if type(decision) is not Decision or type(decision.compute) is not bool:
+            raise ConfigTypeError(
+                f"{type(policy).__name__}.decide gave {decision!r}; allowed: a Decision, such as Decision(True, 'why')."
+            )
+        return decision
+
+    def _unannounced(self) -> float:
+        """The change of a signal that nobody takes, since the policy does not say that it may ask."""
+        name = type(self.policy).__name__
+        raise ConfigError(f"{name} asks for the change of a signal and does not say so. Give it: needs_signal = True")
 
     def restart(self, position: Position) -> None:
         """Tells the policy of a branch of which nothing is known: what was seen before is of no use."""

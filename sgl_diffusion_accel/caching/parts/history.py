@@ -11,6 +11,8 @@ from itertools import accumulate
 
 from torch import Tensor
 
+_ROUNDING = 1e-6  # weights that sum to 1 this nearly are meant to: nothing is multiplied
+
 Residuals = tuple["Tensor | None", ...]
 """One residual for each stream of each block list, `[B, T, C]` as the model has them; None for an unchanged stream."""
 
@@ -61,7 +63,7 @@ class History:
 
         Args:
             index: Which stream.
-            weights: One weight for each of the newest steps; they sum to 1.
+            weights: One weight for each of the newest steps.
 
         Returns:
             Σ weights[i] · residual[i], of the residuals' dtype; None for an unchanged stream. It may be a kept tensor
@@ -71,6 +73,9 @@ class History:
         if total is None:
             return None
         # With r_i = r_0 - d_1 - … - d_i the weight of d_i is minus the sum of the weights from i on.
+        whole = sum(weights)
+        if abs(whole - 1) > _ROUNDING:
+            total = total * whole
         tails = list(accumulate(reversed(weights[1:])))[::-1]
         for tail, difference in zip(tails, self._differences, strict=False):
             step = difference[index]

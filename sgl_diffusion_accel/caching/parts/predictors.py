@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import final
 
+from sgl_diffusion_accel.validate import count
+
 
 class Predictor(ABC):
     """Predicts the residual of a span at a step that is not computed."""
@@ -30,7 +32,7 @@ class Predictor(ABC):
             target: Time of the step to be predicted, in the same clock.
 
         Returns:
-            One weight for each time. The weights sum to 1.
+            One finite weight for each time. They sum to 1, or what is predicted is damped or amplified.
         """
 
 
@@ -68,6 +70,9 @@ class Taylor(Predictor):
     """
 
     order: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", count("order", self.order, 1))
 
     @property
     def depth(self) -> int:

@@ -97,7 +97,7 @@ class Signal(ABC):
         needs_attention: Whether it looks into the first block, which must have an attention.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "signal"
     from_previous_step: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
     needs_attention: ClassVar[bool] = False

@@ -20,7 +20,7 @@ from sgl_diffusion_accel.caching.teacache.teacache_signals import check_signal, 
 from sgl_diffusion_accel.errors import ConfigError, unknown_name
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.targets import Pipe, Target, model_class
-from sgl_diffusion_accel.validate import names_checked
+from sgl_diffusion_accel.validate import names_checked, names_shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@names_shown(TeaCacheSettings, TeaCacheConfig)
 @names_checked
 def apply_teacache(
     pipe: Pipe, config: TeaCacheConfig | float | str | None = None, **settings: Unpack[TeaCacheSettings]
