@@ -14,7 +14,7 @@ from sgl_diffusion_accel.reporting.tables import Table
 from .check import sample
 from .checkpoint import FOLDER, read_card, read_weights
 from .pipelines import captions, load_miniature
-from .specs import NAMES
+from .specs import DRAWN
 
 HERE = Path(__file__).resolve().parent
 _OPEN, _CLOSE = "<!-- table -->", "<!-- end of table -->"
@@ -24,7 +24,7 @@ _GALLERY_SEED, _GALLERY_COLUMNS, _GALLERY_STEPS = 3, 6, 50
 def draw_curves(path: Path = HERE / "loss_curves.png") -> None:
     """Draws the loss curves that the checkpoints' JSON files hold."""
     figure, axes = _pyplot().subplots(figsize=(6, 3.2), dpi=110)
-    for name in NAMES:
+    for name in DRAWN:
         steps, losses = zip(*read_card(name)["loss_curve"], strict=True)
         axes.plot(steps, losses, label=name, linewidth=1)
     axes.set(xlabel="training step", ylabel="flow-matching loss", yscale="log")
@@ -36,8 +36,8 @@ def draw_curves(path: Path = HERE / "loss_curves.png") -> None:
 
 def draw_gallery(path: Path = HERE / "gallery.png") -> None:
     """Draws a few samples of each miniature, the frames of a clip beside one another."""
-    figure, grid = _pyplot().subplots(len(NAMES), _GALLERY_COLUMNS, figsize=(13, 6.2), dpi=80)
-    for row, name in zip(grid, NAMES, strict=True):
+    figure, grid = _pyplot().subplots(len(DRAWN), _GALLERY_COLUMNS, figsize=(13, 6.2), dpi=80)
+    for row, name in zip(grid, DRAWN, strict=True):
         wanted = captions(name, _GALLERY_COLUMNS, _GALLERY_SEED)
         frames = sample(load_miniature(name), name, wanted, steps=_GALLERY_STEPS, seed=_GALLERY_SEED)
         for axes, caption, clip in zip(row, wanted, frames, strict=True):
@@ -53,9 +53,9 @@ def draw_gallery(path: Path = HERE / "gallery.png") -> None:
 
 def table() -> str:
     """The README's table, in Markdown."""
-    columns = [_column(name) for name in NAMES]
+    columns = [_column(name) for name in DRAWN]
     rows = [(label, *(column[label] for column in columns)) for label in columns[0]]
-    return Table(("", *NAMES), rows, words=range(len(NAMES) + 1)).to_markdown()
+    return Table(("", *DRAWN), rows, words=range(len(DRAWN) + 1)).to_markdown()
 
 
 def write_table(path: Path = HERE / "README.md") -> None:
