@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +41,19 @@ def saved(path: Path, **changes: Any) -> str:
     return str(path)
 
 
-def test_info_runs_and_is_markdown() -> None:
-    command = [sys.executable, "-m", "sgl_diffusion_accel", "info"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [line for line in done.stdout.splitlines() if line.startswith("#")] == [
+def test_info_runs_and_is_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    done = capsys.readouterr()
+    assert done.err == ""
+    assert [line for line in done.out.splitlines() if line.startswith("#")] == [
         "### Versions",
         "### Machine",
         "### Attention backends",
         "### Environment",
     ]
-    assert f"| torch | {torch.__version__} |" in done.stdout
-    assert f"| sgl-diffusion-accel | {sgl_diffusion_accel.__version__} |" in done.stdout
-    assert "| sdpa | yes |  |" in done.stdout
+    assert f"| torch | {torch.__version__} |" in done.out
+    assert f"| sgl-diffusion-accel | {sgl_diffusion_accel.__version__} |" in done.out
+    assert "| sdpa | yes |  |" in done.out
 
 
 def test_info_gives_a_reason_for_each_backend_that_is_not_usable() -> None:

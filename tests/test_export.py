@@ -58,11 +58,12 @@ def exported(strict: bool) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], An
 WAYS = {"strict": exported(True), "not strict": exported(False), "traced": traced}
 CASES = [
     *((name, "not strict") for name in PATCHES if name != "teacache"),
-    *(("blocks", way) for way in ("strict", "traced")),
+    ("blocks", "traced"),
     *(
         pytest.param(name, way, marks=pytest.mark.matrix)
         for name, way in (
             ("teacache", "not strict"),
+            ("blocks", "strict"),
             ("adaptive", "strict"),
             ("adaptive", "traced"),
             ("attention", "strict"),

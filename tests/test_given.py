@@ -119,7 +119,7 @@ WINDOW_PARAMS = chosen(
 """The window that begins and ends is first; one that only begins says nothing more."""
 
 
-@cross("window, turn, name", WINDOW_PARAMS, ["flux", "sd3"])
+@cross("window, turn, name", WINDOW_PARAMS, ["flux", pytest.param("sd3", marks=pytest.mark.matrix)])
 def test_control_that_begins_or_ends_costs_no_more_than_fewer_steps(
     name: str, window: dict[str, float], turn: int | None
 ) -> None:

@@ -178,7 +178,7 @@ def test_unknown_name_and_scheduler_are_refused():
     ("name", "scheduler"),
     [
         ("qwen", "euler"),
-        ("flux", "euler"),
+        pytest.param("flux", "euler", marks=pytest.mark.matrix),
         *(pytest.param("wan", scheduler, marks=pytest.mark.matrix) for scheduler in ("euler", "unipc")),
     ],
 )

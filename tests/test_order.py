@@ -108,7 +108,7 @@ BY_DEFAULT = {
     *(("wan", step, "taylor") for step in STEPS),
     ("wan", "leaf_offload", "gap control"),
     ("flux", "adapter", "taylor"),
-    *(("flux", step, "teacache") for step in ("leaf_offload", "fused", "bfloat16")),
+    ("flux", "leaf_offload", "teacache"),
     ("wan", "sequential_offload", "magcache, Taylor"),
     ("ltx", "leaf_offload", "teacache, Taylor"),
 }

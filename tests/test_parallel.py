@@ -149,7 +149,7 @@ def recorded_ratios(shared: bool = True) -> Any:
     return calibrate(pipe, [call], teacache=False).magnitude_ratios.of("transformer", "cond")
 
 
-BY_DEFAULT = [("wan", "dbcache"), ("flux", "teacache"), ("flux", "gap control")]
+BY_DEFAULT = [("wan", "dbcache"), ("flux", "gap control")]
 
 
 @pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="this diffusers has no context parallelism")

@@ -516,7 +516,12 @@ def wrap(pipe: Any, backend: Any) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    ("compiled", "trace"), [(compile_blocks, False), (compile_blocks, True), (compile_whole, True), (wrap, False)]
+    ("compiled", "trace"),
+    [
+        (compile_blocks, True),
+        (wrap, False),
+        *(pytest.param(*case, marks=pytest.mark.matrix) for case in ((compile_blocks, False), (compile_whole, True))),
+    ],
 )
 def test_nothing_is_compiled_once_more(compiled: Any, trace: bool, folder: Path) -> None:
     family, pipe = ready("wan")

@@ -49,7 +49,8 @@ def present(name: str) -> Family:
 
 def few_blocks(family: Family, **given: Any) -> Any:
     """A pipeline whose transformer has two blocks in each list, for what does not depend on how many there are."""
-    if family.name == "zimage":
-        return family.make(n_layers=2, **given)
+    other = {"zimage": "n_layers", "kandinsky5": "num_visual_blocks"}.get(family.name)
+    if other is not None:
+        return family.make(**{other: 2}, **given)
     lists = {"num_layers": 2} if len(family.block_lists) == 1 else {"num_layers": 2, "num_single_layers": 2}
     return family.make(**lists, **given)
