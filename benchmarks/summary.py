@@ -30,7 +30,7 @@ METHODS: Mapping[str, Sequence[str]] = {
 
 _HEADLINES = tuple(name for name in METHODS if "gap control" not in name and "one caption" not in name)
 SCHEDULERS = {"euler": "Euler", "unipc": "UniPC"}
-_MODELS = {"emoji": "emoji", "wan": "Wan", "qwen": "Qwen-Image", "flux": "FLUX"}
+_MODELS = {"emoji": "rough (emoji)", "wan": "Wan", "qwen": "Qwen-Image", "flux": "FLUX"}
 _USUAL = ("euler", 50)
 _SHORT = ("euler", 20)
 _HEADLINE_COLUMNS = ((_USUAL, 2.4, ""), (_USUAL, 3.3, ""), (_SHORT, 2.0, "¹"))
@@ -85,6 +85,7 @@ def headline(results: Sequence[Mapping[str, Any]]) -> str:
         (f"{'' if place else title} {ratio:g}×{note}".strip(), by_setting[model, setting], ratio)
         for model, title in _MODELS.items()
         for place, (setting, ratio, note) in enumerate(_HEADLINE_COLUMNS)
+        if (model, setting) in by_setting
     ]
     lines = [f"| PSNR in dB at | {' | '.join(title for title, _, _ in columns)} |", "|---|" + "--:|" * len(columns)]
     lines += [
