@@ -126,7 +126,8 @@ def test_pipeline_is_of_the_real_classes_and_deterministic(name):
     assert not pipe.transformer.training
     first, again = _run(name, seed=1), _run(name, seed=1)
     assert np.array_equal(first, again)
-    assert not np.array_equal(first, _run(name, seed=2))
+    if name in DRAWN:  # the large one takes longer, and is no different
+        assert not np.array_equal(first, _run(name, seed=2))
     side = SPECS[name].world.side
     assert first.shape == (2, SPECS[name].world.frames, side, side, 3)
     assert first.dtype == np.float32
@@ -228,6 +229,7 @@ def test_emoji_has_nothing_to_draw():
         _ = SPECS["emoji"].drawn
 
 
+@pytest.mark.matrix
 def test_emoji_pictures_follow_their_captions():
     """On a white ground, and coloured as the caption says."""
     pipe = miniatures.load_miniature("emoji")
