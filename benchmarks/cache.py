@@ -1,6 +1,6 @@
 """Measures caches on the miniatures: what they save, and how near the result stays to the unpatched run's.
 
-    python -m benchmarks.cache [--models wan qwen flux] [--captions 6] [--steps 50] [--scheduler euler] [--size 16 16]
+    python -m benchmarks.cache [--models wan qwen flux emoji] [--captions 6] [--steps 50] [--scheduler euler] [--size H W]
 
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
 own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`; for other runs than of 50
@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
 from miniatures.pipelines import SCHEDULERS
-from miniatures.specs import spec_of
+from miniatures.specs import DRAWN, spec_of
 from sgl_diffusion_accel import environment
 from sgl_diffusion_accel.comparing.measures.block_work import BlockWork
 from sgl_diffusion_accel.comparing.measures.metrics import mean_psnr
@@ -98,7 +98,7 @@ class Sample:
 def main() -> None:
     """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--models", nargs="+", default=list(DRAWN), choices=NAMES)
     parser.add_argument("--captions", type=int, default=6)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", default="", help="measure only contenders whose family or name holds this")
