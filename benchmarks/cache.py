@@ -1,6 +1,6 @@
 """Measures caches on the miniatures: what they save, and how near the result stays to the unpatched run's.
 
-    python -m benchmarks.cache [--models wan qwen flux emoji] [--captions 6] [--steps 50] [--scheduler euler] [--size H W]
+    python -m benchmarks.cache [--models wan emoji] [--captions 6] [--steps 50] [--scheduler euler] [--size 16 16]
 
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
 own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`; for other runs than of 50
