@@ -83,7 +83,7 @@ def _column(name: str) -> dict[str, str]:
         "sample": sides,
         "training steps": f"{training['steps_done']:,}",
         "training samples": f"{training['samples_seen']:,}",
-        "minutes on one shared core": f"{training['minutes']:.0f}",
+        "minutes": f"{training['minutes']:.2g} on {training.get('device', 'one shared core')}",
         "last loss": f"{card['loss_curve'][-1][1]:.4f}",
         "sampled with": f"{check['steps']} steps, guidance {check['guidance']:g}",
         "samples checked": str(check["samples"]),

@@ -417,7 +417,8 @@ def test_frames_with_a_scheduler_each_are_refused() -> None:
         "output_type": "latent",
     }
     expected = pipe(**call, generator=torch.Generator().manual_seed(0)).frames
-    with recording(pipe) as runs:
+    with recording(pipe) as watch:
+        runs = watch.runs
         assert torch.equal(pipe(**call, generator=torch.Generator().manual_seed(0)).frames, expected)
     assert not runs
     with pytest.raises(UnsupportedModelError, match="one for each frame"):

@@ -9,6 +9,7 @@ import pytest
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
 from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments, design
+from sgl_diffusion_accel.calibration.design_search import best_design
 from sgl_diffusion_accel.loop.scheduler_response import euler, response_of
 from zoo.base import unipc_flow
 
@@ -26,8 +27,8 @@ def smooth(steps: int = STEPS, seed: int = 0) -> np.ndarray:
     return powers @ random.normal(size=(5, 200)) + 0.01 * random.normal(size=(steps, 200))
 
 
-def euler_moments(outputs: np.ndarray) -> Moments:
-    return Moments(outputs @ outputs.T / outputs.shape[1], euler(SIGMAS))
+def euler_moments(outputs: np.ndarray, early: float = 0.0) -> Moments:
+    return Moments(outputs @ outputs.T / outputs.shape[1], euler(SIGMAS), early)
 
 
 def unipc_moments(outputs: np.ndarray) -> Moments:
@@ -35,7 +36,7 @@ def unipc_moments(outputs: np.ndarray) -> Moments:
     scheduler.set_timesteps(len(outputs))
     response = response_of(scheduler, len(outputs))
     assert response is not None
-    return Moments(outputs @ outputs.T / outputs.shape[1], response)
+    return Moments(outputs @ outputs.T / outputs.shape[1], response, early=0.0)
 
 
 def midpoint_moments(outputs: np.ndarray) -> Moments:
@@ -45,7 +46,7 @@ def midpoint_moments(outputs: np.ndarray) -> Moments:
     response = response_of(scheduler, len(scheduler.timesteps))
     assert response is not None
     outputs = outputs[: len(response) - 1]
-    return Moments(outputs @ outputs.T / outputs.shape[1], response)
+    return Moments(outputs @ outputs.T / outputs.shape[1], response, early=0.0)
 
 
 MASKS = ["x.x.x.x.x.x.x.x.", "xxx...x....x..xx", "x...............", "xxxxxxxxxxxxxxx.", "x.....xx...x.x.x"]
@@ -128,7 +129,7 @@ def test_what_was_skipped_before_a_midpoint_is_put_right_by_the_answer_that_is_g
 def test_scale_of_the_latents_does_not_matter(scale: float) -> None:
     """Schedulers of EDM's kind move the latents by hundreds, those of flow matching by one."""
     moments = euler_moments(smooth())
-    large = Moments(moments.gram, scale * moments.response)
+    large = Moments(moments.gram, scale * moments.response, moments.early)
     one, other = (design(mask_of(MASKS[1]), each, DesignSettings()) for each in (moments, large))
     np.testing.assert_allclose(one.errors, other.errors, rtol=1e-6)
 
@@ -204,9 +205,36 @@ def test_more_disturbance_has_a_higher_expected_error() -> None:
     assert errors == sorted(errors)
 
 
+@pytest.mark.parametrize("early", [0.5, 2.0, 8.0])
+def test_growth_counts_what_each_gap_has_left_by_the_share_of_the_run_where_it_ends(early: float) -> None:
+    outputs = smooth()
+    mask = mask_of("xx..x...x..x..xx")
+    plain, grown = (design(mask, euler_moments(outputs, each), QUIET) for each in (0.0, early))
+    assert grown.weights == plain.weights
+    assert grown.errors[:-1] == plain.errors[:-1]
+    given = np.stack([sum(weight * outputs[node] for node, weight in each.items()) for each in plain.weights])
+    moments = euler_moments(outputs)
+    added, begin = 0.0, 0
+    for end in (step for step, computed in enumerate(mask) if computed):
+        left = moments.response[-1, begin : end + 1] @ (given - outputs)[begin : end + 1]
+        factor = 1 + early * (SIGMAS[end] / SIGMAS[0]) ** 5
+        added, begin = added + (factor**2 - 1) * (left**2).mean(), end + 1
+    assert grown.error == pytest.approx(np.sqrt(plain.error**2 + added / moments.moved), rel=1e-6)
+    assert grown.error > plain.error
+
+
+def test_growth_moves_computed_steps_to_the_start() -> None:
+    outputs = smooth(30)
+    early, late = (
+        Moments(outputs @ outputs.T / outputs.shape[1], euler(np.linspace(1, 0, 31).tolist()), growth)
+        for growth in (16.0, 0.0)
+    )
+    assert sum(best_design(12, early).mask[:8]) > sum(best_design(12, late).mask[:8]) + 1
+
+
 def test_size_of_the_outputs_does_not_matter() -> None:
     moments = euler_moments(smooth())
-    large = Moments(moments.gram * 1e8, moments.response)
+    large = Moments(moments.gram * 1e8, moments.response, moments.early)
     one, other = (design(mask_of(MASKS[1]), each, DesignSettings()) for each in (moments, large))
     np.testing.assert_allclose(one.errors, other.errors, rtol=1e-6)
 

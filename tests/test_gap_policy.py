@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sgl_diffusion_accel import StepsMask
 from sgl_diffusion_accel.caching.parts.decider import Decider
-from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings, growth_of_line
+from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.caching.parts.gap_policy import GapPolicy, ResidualGrowth
 from sgl_diffusion_accel.caching.parts.policies import Decision, MaskPolicy, Policy, Position, Tally
 from sgl_diffusion_accel.caching.parts.policies import ThresholdPolicy as Limits
@@ -266,9 +266,9 @@ def test_failed_call_leaves_no_tensor() -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_growth_in_steps_is_that_of_the_line(order: int) -> None:
-    for nodes in ([5, 3], [5, 3, 0], [7]):
-        assert ResidualGrowth(order)(nodes, 9) == growth_of_line(nodes, 9)
+def test_growth_in_steps_is_that_of_a_bend_from_order_1_on(order: int) -> None:
+    for nodes, wanted in (([5, 3], 4 * 6 / 2), ([5, 3, 0], 4 * 6 / 2), ([7], 2 * 4 / 2)):
+        assert ResidualGrowth(order)(nodes, 9) == wanted
 
 
 def test_growth_is_the_error_for_unit_slope_and_unit_curvature() -> None:

@@ -7,7 +7,14 @@ import random
 import numpy as np
 import pytest
 
-from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate, interpolate
+from sgl_diffusion_accel.caching.parts.multistep import (
+    SLOPE,
+    Weights,
+    correct,
+    extrapolate,
+    interpolate,
+    lagrange,
+)
 
 
 def value(weights: Weights, outputs: np.ndarray) -> float:
@@ -18,8 +25,8 @@ STEPS = np.arange(20.0)
 
 
 @pytest.mark.parametrize("nodes", [[4], [4, 3], [9, 4, 1]])
-def test_order_0_repeats_the_newest_output(nodes: list[int]) -> None:
-    assert extrapolate(nodes, 12, 0) == {nodes[0]: 1.0}
+def test_without_slope_the_newest_output_is_repeated(nodes: list[int]) -> None:
+    assert extrapolate(nodes, 12, slope=0) == {nodes[0]: 1.0}
 
 
 def test_one_output_is_repeated() -> None:
@@ -27,26 +34,38 @@ def test_one_output_is_repeated() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "step"), [([4, 3], 5), ([9, 4], 12), ([9, 4, 2, 0], 17)])
-def test_prediction_is_exact_for_lines(nodes: list[int], step: int) -> None:
+@pytest.mark.parametrize("slope", [0.3, SLOPE, 1.0])
+def test_prediction_follows_a_share_of_the_slope(nodes: list[int], step: int, slope: float) -> None:
     outputs = 3 - 0.7 * STEPS
-    weights = extrapolate(nodes, step)
+    weights = extrapolate(nodes, step, slope)
     assert set(weights) == set(nodes[:2])
-    assert value(weights, outputs) == pytest.approx(outputs[step])
+    assert sum(weights.values()) == pytest.approx(1)
+    assert value(weights, outputs) == pytest.approx(outputs[nodes[0]] - 0.7 * slope * (step - nodes[0]))
 
 
 @pytest.mark.parametrize("nodes", [[7], [7, 3], [7, 5, 2], [9, 6, 5, 1]])
-def test_interpolation_is_exact_for_polynomials_through_its_nodes(nodes: list[int]) -> None:
+def test_polynomials_through_their_nodes_are_exact(nodes: list[int]) -> None:
     outputs = np.polyval(np.arange(1.0, len(nodes) + 1), STEPS / 10)
     for step in range(10):
-        weights = interpolate(nodes, step)
+        weights = lagrange(nodes, step)
         assert sum(weights.values()) == pytest.approx(1)
         assert value(weights, outputs) == pytest.approx(outputs[step])
 
 
-@pytest.mark.parametrize("node", [0, 5])
-def test_interpolation_at_a_node_is_its_output(node: int) -> None:
+@pytest.mark.parametrize("nodes", [[7], [7, 3], [7, 5, 2], [9, 6, 5, 1]])
+def test_interpolation_is_the_mean_of_line_and_parabola(nodes: list[int]) -> None:
+    outputs = np.polyval([0.3, -1.0, 2.0, 1.0], STEPS / 10)
+    for step in range(nodes[1] + 1 if len(nodes) > 1 else 0, nodes[0]):
+        line, parabola = (value(lagrange(nodes[:points], step), outputs) for points in (2, 3))
+        weights = interpolate(nodes, step)
+        assert sum(weights.values()) == pytest.approx(1)
+        assert value(weights, outputs) == pytest.approx((line + parabola) / 2)
+
+
+@pytest.mark.parametrize("node", [5, 7])
+def test_interpolation_at_the_ends_of_a_gap_is_their_output(node: int) -> None:
     weights = interpolate([7, 5, 2, 0], node)
-    assert weights == {each: float(each == node) for each in (7, 5, 2, 0)}
+    assert weights == {each: float(each == node) for each in (7, 5, 2)}
 
 
 def test_nothing_skipped_leaves_the_output() -> None:
@@ -70,15 +89,18 @@ def test_corrected_sum_is_that_of_the_interpolated_outputs(seed: int) -> None:
     assert given == pytest.approx(wanted)
 
 
-def test_correction_is_exact_for_cubics() -> None:
+@pytest.mark.parametrize(("degree", "share"), [(1, 0.0), (2, 0.5)])
+def test_correction_is_exact_for_lines_and_takes_half_of_a_bend(degree: int, share: float) -> None:
     nodes, final = [12, 7, 5, 2], np.linspace(-0.2, -0.01, 20).tolist()
-    outputs = np.polyval([2.0, -1.0, 0.5, 3.0], STEPS / 10)
+    outputs = np.polyval([2.0, 0.5, 3.0][-degree - 1 :], STEPS / 10)
     taken = {step: extrapolate(nodes[1:], step) for step in range(8, 12)}
     weights = correct(nodes, taken, final)
     given = sum(final[step] * value(each, outputs) for step, each in taken.items()) + final[12] * value(
         weights, outputs
     )
-    assert given == pytest.approx(sum(final[step] * outputs[step] for step in range(8, 13)))
+    true = sum(final[step] * outputs[step] for step in range(8, 13))
+    line = sum(final[step] * value(lagrange(nodes[:2], step), outputs) for step in range(8, 13))
+    assert given - true == pytest.approx(share * (line - true), abs=1e-12)
 
 
 def test_correction_at_a_step_without_weight_is_left_out() -> None:

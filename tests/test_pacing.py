@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
-from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
+from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings, LineGrowth, late_growth
 from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
 from sgl_diffusion_accel.caching.parts.policies import Decision, Position, Tally
 
@@ -96,13 +96,26 @@ def test_larger_tolerance_takes_fewer_steps_and_errs_more(frequency: float) -> N
 
 @pytest.mark.parametrize("frequency", [1, 3, 8])
 def test_correction_puts_most_of_the_error_right(frequency: float) -> None:
-    corrected, left = (run(wave(frequency), corrects=corrects) for corrects in (True, False))
+    alike = dataclasses.replace(SETTINGS, interpolation=1.0)  # as if the correction were blind
+    corrected, left = (run(wave(frequency), alike, corrects=corrects) for corrects in (True, False))
     assert corrected.mask == left.mask
     assert corrected.error < 0.5 * left.error
 
 
-def test_straight_line_is_left_alone_as_long_as_the_guards_allow() -> None:
+@pytest.mark.parametrize("frequency", [1, 3, 8])
+def test_where_nothing_is_put_right_more_is_computed(frequency: float) -> None:
+    corrected, left = (run(wave(frequency), corrects=corrects) for corrects in (True, False))
+    assert left.computed > corrected.computed
+
+
+def test_straight_line_is_put_right_exactly() -> None:
     found = run(lambda t: [1 + t, 2 - t])
+    assert found.computed < STEPS / 2
+    assert found.error < 1e-9
+
+
+def test_run_that_does_not_move_is_left_alone_as_long_as_the_guards_allow() -> None:
+    found = run(lambda _: [1, 2])
     assert found.error < 1e-9
     assert found.longest == SETTINGS.longest_gap
     assert set(found.reasons) <= {"warm-up", "last step", "longest gap", "estimated error within tolerance"}
@@ -168,6 +181,45 @@ def test_calm_is_believed_slowly() -> None:
     decide(pace, 3)
     pace.observe(3, 0.0)
     assert decide(pace, 4).compute
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.1])
+def test_calm_is_believed_by_the_geometric_mean(share: float) -> None:
+    pace = GapControl(dataclasses.replace(SETTINGS, memory=0.3), EVEN)
+    for step in range(4):
+        decide(pace, step)
+        pace.observe(step, 1.0) if step == 2 else None
+    before = pace._roughness
+    pace.observe(3, share)
+    assert before is not None
+    assert pace._roughness == pytest.approx(max(share**0.7, 0.3) * before, rel=1e-6)
+    pace.observe(3, 5.0)
+    assert pace._roughness == pytest.approx(5.0 * before, rel=1e-6), "what is rougher is believed at once"
+
+
+def test_early_errors_count_more() -> None:
+    """The same curve forwards: where errors of the start grow, gaps there are shorter, and the end keeps its own."""
+    flat, grown = (run(wave(3), dataclasses.replace(SETTINGS, early=early)) for early in (0.0, 20.0))
+    assert sum(grown.mask[3:15]) > sum(flat.mask[3:15])
+    assert sum(grown.mask[25:]) <= sum(flat.mask[25:]) + 1
+
+
+def test_growth_of_errors_is_one_at_the_end_and_falls_all_the_way() -> None:
+    grown = [late_growth(left, 8.0) for left in np.linspace(1, 0, 20)]
+    assert grown[0] == 9.0
+    assert grown[-1] == 1.0
+    assert grown == sorted(grown, reverse=True)
+    assert late_growth(0.7, 0.0) == 1.0
+
+
+def test_growth_of_the_line_counts_in_noise_levels() -> None:
+    even = LineGrowth(np.full(10, 0.1))
+    assert even([4, 2], 7) == pytest.approx((3 * 5 / 2) ** 0.6)
+    assert even([4], 7) == pytest.approx((3 * 6 / 2) ** 0.6)
+    long = LineGrowth(np.array([0.05] * 5 + [0.15] * 5))
+    assert long([6, 5], 7) > even([6, 5], 7) > long([2, 1], 3)
+    # A midpoint has no weight in the end, and its distance counts a quarter.
+    assert LineGrowth(np.array([0.5, 0.0, 0.5, 0.0]))([1, 0], 2) == pytest.approx((0.25 * 2.25 / 2) ** 0.6)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -37,7 +37,8 @@ def outputs(elements: int = 48, seed: int = 0) -> list[torch.Tensor]:
 
 def test_small_outputs_are_recorded_exactly() -> None:
     given = outputs()
-    with recording(pipe_of(scheduler := flow_euler())) as runs:
+    with recording(pipe_of(scheduler := flow_euler())) as watch:
+        runs = watch.runs
         run(scheduler, given)
     (only,) = runs
     stacked = torch.cat(given).double().numpy()
@@ -51,7 +52,8 @@ def test_large_outputs_are_recorded_as_bounded_sketches() -> None:
     given = outputs(4 * SKETCH)
     base = torch.randn(1, 4 * SKETCH, generator=torch.Generator().manual_seed(9))
     given = [base + 0.3 * each for each in given]
-    with recording(pipe_of(scheduler := flow_euler())) as runs:
+    with recording(pipe_of(scheduler := flow_euler())) as watch:
+        runs = watch.runs
         run(scheduler, given)
     assert runs[0].nbytes == STEPS * SKETCH * 4
     stacked = torch.cat(given).double().numpy()
@@ -59,7 +61,8 @@ def test_large_outputs_are_recorded_as_bounded_sketches() -> None:
 
 
 def test_what_is_recorded_is_a_copy() -> None:
-    with recording(pipe_of(scheduler := flow_euler())) as runs:
+    with recording(pipe_of(scheduler := flow_euler())) as watch:
+        runs = watch.runs
         given = outputs()
         expected = torch.cat(given).double().numpy()
         scheduler.set_timesteps(STEPS)
@@ -76,14 +79,16 @@ def test_step_returns_what_it_would() -> None:
 
 
 def test_arguments_by_name_are_recorded_too() -> None:
-    with recording(pipe_of(scheduler := flow_euler())) as runs:
+    with recording(pipe_of(scheduler := flow_euler())) as watch:
+        runs = watch.runs
         scheduler.set_timesteps(1)
         scheduler.step(model_output=outputs()[0], timestep=scheduler.timesteps[0], sample=outputs()[1])
     assert len(runs[0].timesteps) == 1
 
 
 def test_runs_are_told_apart() -> None:
-    with recording(pipe_of(scheduler := flow_euler())) as runs:
+    with recording(pipe_of(scheduler := flow_euler())) as watch:
+        runs = watch.runs
         run(scheduler, outputs())
         run(scheduler, outputs(seed=1)[:3])
     assert [len(each.timesteps) for each in runs] == [STEPS, 3]
@@ -133,7 +138,8 @@ def copies_alone(scheduler: Any, given: list[torch.Tensor]) -> tuple[torch.Tenso
 def test_copies_of_the_scheduler_are_plain_ones(move: Move, scheduler: Callable[[], Any]) -> None:
     given = outputs()
     expected = move(scheduler(), given)
-    with recording(pipe_of(watched := scheduler())) as runs:
+    with recording(pipe_of(watched := scheduler())) as watch:
+        runs = watch.runs
         moved = move(watched, given)
         assert type(copy.deepcopy(watched)) is type(scheduler())
     assert all(torch.equal(one, other) for one, other in zip(moved, expected, strict=True))
@@ -149,7 +155,8 @@ def test_copies_of_the_scheduler_are_plain_ones(move: Move, scheduler: Callable[
 
 def test_schedule_that_is_not_set_anew_begins_another_run_when_it_is_through() -> None:
     """Video in parts: a pipeline may go through the same timesteps for each of them."""
-    with recording(pipe_of(scheduler := flow_euler())) as runs:
+    with recording(pipe_of(scheduler := flow_euler())) as watch:
+        runs = watch.runs
         scheduler.set_timesteps(STEPS)
         for _ in range(2):
             scheduler._step_index = None
@@ -162,7 +169,7 @@ def test_two_recordings_at_once() -> None:
     pipe = pipe_of(flow_euler())
     with recording(pipe) as outer, recording(pipe) as inner:
         run(pipe.scheduler, outputs())
-    assert len(outer[0].timesteps) == len(inner[0].timesteps) == STEPS
+    assert len(outer.runs[0].timesteps) == len(inner.runs[0].timesteps) == STEPS
     assert type(pipe.scheduler) is type(flow_euler())
 
 

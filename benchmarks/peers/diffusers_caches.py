@@ -1,4 +1,4 @@
-"""The caches that diffusers brings along: FirstBlockCache, MagCache and TaylorSeer."""
+"""The caches that diffusers brings along: FirstBlockCache, MagCache, TaylorSeer and SeaCache."""
 
 from __future__ import annotations
 
@@ -29,9 +29,22 @@ def configs(model: str, steps: int) -> list[tuple[str, Any]]:
     if hasattr(diffusers, "TaylorSeerCacheConfig"):
         found += [
             (f"TaylorSeer, every {interval} steps, order {order}" + late, _taylor_seer(interval, order, warm_up))
-            for warm_up, late in ((3, ""), (8, ", after 8"))
+            for warm_up, late in ((3, ""), (8, ", after 8"), (12, ", after 12"))
             for interval in (2, 3, 4, 5)
             for order in (1, 2)
+        ]
+    # It needs the noise level of each step, which of the pipelines here Wan's alone tells it.
+    if hasattr(diffusers, "SeaCacheConfig") and model == "wan":
+        found += [
+            (
+                f"SeaCache, threshold {threshold:g}, order {order}, at most {skips}, after {warm_up}",
+                diffusers.SeaCacheConfig(
+                    threshold=threshold, residual_order=order, max_consecutive_cached=skips, retention_steps=warm_up
+                ),
+            )
+            for threshold in (0.1, 0.25, 0.5)
+            for order in (0, 1)
+            for skips, warm_up in ((2, 1), (4, 8))
         ]
     return found
 

@@ -14,6 +14,7 @@ from sgl_diffusion_accel.calibration.calibrate import digest, no_plan
 from sgl_diffusion_accel.calibration.design import Design, Moments
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
 from sgl_diffusion_accel.calibration.moments import carry_over
+from sgl_diffusion_accel.calibration.growth import early_growth
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import factor_at
 from sgl_diffusion_accel.calibration.plan_policy import PlanPolicy
@@ -157,7 +158,8 @@ def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: bytes) -> 
         abs(one - other) < near for one, other in zip(timesteps, plan.timesteps, strict=True)
     )
     gram = plan.gram_matrix if is_same else carry_over(plan.gram_matrix, plan.timesteps, timesteps)
-    return Moments(gram, np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps)))
+    found = np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps))
+    return Moments(gram, found, early_growth(plan.growth))
 
 
 def check_model(plan: CachePlan, targets: Sequence[Target]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.calibration.design import Matrix
+from sgl_diffusion_accel.calibration.growth import Disturbance
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.intercept import intercept, release
 from sgl_diffusion_accel.shadow import restore, shadow
@@ -51,6 +52,11 @@ class Recording:
         self.timesteps.append(float(timestep))
 
     @property
+    def first(self) -> Tensor:
+        """What is kept of the first step's output."""
+        return self._sketches[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are held on the host."""
         return sum(each.numel() * each.element_size() for each in self._sketches)
@@ -80,20 +86,22 @@ def _picked(elements: int) -> Tensor:
     return torch.randint(elements, (SKETCH,), generator=torch.Generator().manual_seed(0)).sort().values
 
 
-class _Watch:
+class Watch:
     """Stands in front of the `step` of one scheduler. A copy of the scheduler is not watched: it is of the plain class.
 
     Where a pipeline moves two things at once (LTX-2 its picture and its sound), it gives the second one a copy, so that
     what is recorded is the picture.
 
     Attributes:
-        runs: The recordings.
+        runs: The recordings, one for each run, growing.
+        disturbance: What moves an output of the next run; None for a run as it is.
     """
 
     is_watching = True
 
     def __init__(self) -> None:
         self.runs: list[Recording] = []
+        self.disturbance: Disturbance | None = None
         self._timesteps: Any = None
 
     def enter(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
@@ -103,6 +111,8 @@ class _Watch:
             self.runs.append(Recording())
         given = dict(zip(_GIVEN, args, strict=False)) | kwargs
         self.runs[-1].add(*(given[name] for name in _GIVEN))
+        if self.disturbance is not None:
+            self.disturbance.see(given[_GIVEN[0]])
         return self.runs[-1]
 
     def leave(self, _: Any, run: Recording, stepped: Any) -> Any:
@@ -122,11 +132,11 @@ _GIVEN = ("model_output", "timestep", "sample")
 
 
 @contextmanager
-def recording(pipe: Any) -> Iterator[list[Recording]]:
+def recording(pipe: Any) -> Iterator[Watch]:
     """Records the runs of a pipeline for as long as the context lasts; its scheduler is put back exactly.
 
     Yields:
-        The recordings, one for each run, growing.
+        The watch, with its recordings.
     """
     scheduler: Any = getattr(pipe, "scheduler", None)
     if not callable(getattr(scheduler, "step", None)):
@@ -134,15 +144,15 @@ def recording(pipe: Any) -> Iterator[list[Recording]]:
             f"{type(pipe).__name__} has no scheduler with a step to be watched: it cannot be calibrated. Use "
             "apply_adaptive_cache(pipe), which needs no calibration."
         )
-    watch = _Watch()
+    watch = Watch()
     undo = _watch(scheduler, watch)
     try:
-        yield watch.runs
+        yield watch
     finally:
         undo()
 
 
-def _watch(scheduler: Any, watch: _Watch) -> Callable[[], None]:
+def _watch(scheduler: Any, watch: Watch) -> Callable[[], None]:
     """Puts the watch in front of a scheduler's `step`, and returns what takes it away."""
     held = vars(scheduler).get("step")
     if held is not None:  # somebody else has put a step on this instance

@@ -65,7 +65,8 @@ def check_plan(
     check_model(plan, targets)
     refuse_cached(targets, "a check")
     squares: dict[int, list[float]] = {computed: [] for computed in budgets}
-    with recording(pipe) as runs:
+    with recording(pipe) as watch:
+        runs = watch.runs
         for number, call in enumerate(read, 1):
             expected = _final(pipe, call, runs, plan)
             for computed, found in squares.items():

@@ -14,6 +14,7 @@ from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
+from sgl_diffusion_accel.calibration.growth import early_growth
 from sgl_diffusion_accel.calibration.plan_checks import Check, factor_at
 from sgl_diffusion_accel.calibration.plan_fields import checked, symmetric
 from sgl_diffusion_accel.calibration.plan_file import parts, read, refuse, write
@@ -39,6 +40,8 @@ class CachePlan:
         checks: How far runs by the plan were measured to be off, see `check_plan`.
         teacache: Coefficients for `apply_teacache` from the same runs, None if they were not recorded.
         magnitudes: Magnitude ratios for `apply_magcache` from the same runs, None if they were not recorded.
+        growth: How many times as large a disturbance of the latents was at the end of a run: pairs of the share of the
+            run that was left when it was made, and the growth. Empty where it was not measured.
         library: Version of this library that made it.
 
     Raises:
@@ -60,6 +63,7 @@ class CachePlan:
     checks: tuple[Check, ...] = ()
     teacache: TeaCacheCoefficients | None = None
     magnitudes: MagnitudeRatios | None = None
+    growth: tuple[tuple[float, float], ...] = ()
     library: str = __version__
 
     def __post_init__(self) -> None:
@@ -77,7 +81,7 @@ class CachePlan:
         steps = self.steps
         response = np.zeros((steps + 1, steps))
         response[1:][np.tril_indices(steps)] = self.response
-        return Moments(self.gram_matrix, response)
+        return Moments(self.gram_matrix, response, early_growth(self.growth))
 
     @property
     def gram_matrix(self) -> Matrix:
@@ -184,7 +188,10 @@ class CachePlan:
         checks = () if others else self.checks
         ratios = [plan.magnitudes for plan in plans if plan.magnitudes is not None]
         magnitudes = ratios[0].merge(*ratios[1:]) if ratios else None
-        return replace(self, calls=calls, gram=gram, checks=checks, teacache=teacache, magnitudes=magnitudes)
+        growth = tuple(each for plan in plans for each in plan.growth)
+        return replace(
+            self, calls=calls, gram=gram, checks=checks, teacache=teacache, magnitudes=magnitudes, growth=growth
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, of some tens of kilobytes."""
@@ -202,7 +209,7 @@ class CachePlan:
         Example:
             >>> plan = CachePlan.load("plan.json")  # doctest: +SKIP
         """
-        fields = read(path, cls.__dataclass_fields__)
+        fields = read(path, cls.__dataclass_fields__, ("growth",))
         try:
             return cls(**{**fields, **parts(fields)})
         except (TypeError, ValueError) as error:
@@ -216,6 +223,8 @@ class CachePlan:
         ]
         guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
         head = f"plan for {self.pipeline}, {self.scheduler}, {self.steps} steps{guidance}, from {self.calls} calls"
+        if self.growth:
+            head += f", errors of the start grow {1 + early_growth(self.growth):.1f} times"
         if self.checks:
             head += f", errors checked on {self.checks[0].calls}"
         return "\n".join([head, *rows])

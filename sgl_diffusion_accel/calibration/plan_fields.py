@@ -40,6 +40,7 @@ def checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     found["gram"] = _gram(found["gram"], steps)
     found["response"] = _response(found["response"], steps)
     found["checks"] = _checks(found["checks"], steps)
+    found["growth"] = listed("growth", found["growth"], _pair, "a list of pairs, such as (0.9, 5.2)")
     for name, kind in (("teacache", TeaCacheCoefficients), ("magnitudes", MagnitudeRatios)):
         of_type(name, found[name], (kind, type(None)), f"{kind.__name__}, or None")
     return found
@@ -72,6 +73,14 @@ def _response(values: Any, steps: int) -> tuple[float, ...]:
     if not any(numbers[-steps:]):
         raise ConfigError("response gives no step any weight in the final latents; allowed: a weight for one at least.")
     return numbers
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    """A share of a run and a growth."""
+    left, growth = listed(name, value, finite, "a pair of numbers, such as (0.9, 5.2)", 2, 2)
+    if not 0 < left <= 1 or growth < 0:
+        raise ConfigError(f"{name}=({left:g}, {growth:g}); allowed: a share over 0, to 1, and a growth from 0.")
+    return left, growth
 
 
 def _checks(values: Any, steps: int) -> tuple[Check, ...]:

@@ -37,12 +37,13 @@ def refuse(path: str | Path, why: object) -> ConfigError:
     return ConfigError(f"{path} is no plan that can be used: {told}. Make one: calibrate(pipe, calls, path=...)")
 
 
-def read(path: str | Path, names: Collection[str]) -> dict[str, Any]:
+def read(path: str | Path, names: Collection[str], newer: Collection[str] = ()) -> dict[str, Any]:
     """The fields of a plan, as they are in the file.
 
     Args:
         path: The file.
         names: The fields that it must have, no more and no fewer.
+        newer: Those of them that files of earlier versions may be without.
 
     Raises:
         ConfigError: It is not such a file.
@@ -59,7 +60,7 @@ def read(path: str | Path, names: Collection[str]) -> dict[str, Any]:
     found = content.pop("format")
     if found != FORMAT:
         raise refuse(path, f"its format is {found!r}, and this version of the library reads {FORMAT}")
-    missing, strange = sorted(set(names) - set(content)), sorted(set(content) - set(names))
+    missing, strange = sorted(set(names) - set(newer) - set(content)), sorted(set(content) - set(names))
     if missing or strange:
         raise refuse(path, f"fields missing: {', '.join(missing) or 'none'}; unknown: {', '.join(strange) or 'none'}")
     return content

@@ -43,7 +43,7 @@ class PlanPolicy(CallPolicy):
         self._design = design
         self._moments = moments
         self._guard = guard
-        self._settings = settings or GapSettings()
+        self._settings = settings or GapSettings(early=moments.early)
         self._computed: list[int] = []
         self._instead: GapControl | None = None
         computed = [step for step, each in enumerate(design.mask) if each]

@@ -103,7 +103,9 @@ def _gap_control(config: CacheDiTConfig, limits: Policy, predictor: Predictor) -
     tolerance = config.tolerance or 0.0
     # Nothing is put right: the whole error remains, and goes on to disturb the steps after the gap. The weight of that
     # was found by trying: at a compute ratio of 2.8, 3 was better than 1 on all three miniatures by 0.6 to 2.6 dB.
-    settings = GapSettings(tolerance, warm_up=0, interpolation=1.0, propagation=3.0)
+    settings = GapSettings(
+        tolerance, warm_up=0, interpolation=1.0, disturbance=0.0, propagation=3.0, early=0.0, memory=0.8
+    )
 
     def policy(run: Run, _: str) -> Policy:
         response = response_of(run.scheduler, run.total, run.first) if tolerance > 0 else None

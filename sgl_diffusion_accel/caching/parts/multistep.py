@@ -1,40 +1,66 @@
 """Weights of a linear multistep method: what a run gets from the outputs of a few computed steps.
 
 A step that is not computed takes the extrapolation of the last computed outputs. When the next step is computed, its
-output shows what the skipped ones should have been: interpolation, which errs several times less. The difference, as
-the scheduler has weighed it into the latents, is put right in the output of the computed step. It is the predictor and
-corrector of classical solvers for differential equations, on the pipeline's own grid of steps.
+output shows what the skipped ones should have been: interpolation, which errs less. The difference, as the scheduler
+has weighed it into the latents, is put right in the output of the computed step. It is the predictor and corrector of
+classical solvers for differential equations, on the pipeline's own grid of steps.
+
+Those solvers take the polynomial of highest order. The outputs of a trained model are rougher: beside the smooth part
+they have one that wanders from step to step, and a polynomial carries it on. On five trained models prediction erred
+least with two thirds to five sixths of the line's slope, and correction with the mean of line and parabola.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sgl_diffusion_accel.caching.parts.predictors import Taylor
-
 Weights = dict[int, float]
 """Computed step to the weight of its output."""
 
+SLOPE = 0.75
+"""Share of the slope of the last two outputs that a prediction follows."""
 
-def extrapolate(nodes: Sequence[int], step: int, order: int = 1) -> Weights:
-    """Weights of a prediction.
+PARABOLA = 0.5
+"""Share of the parabola in what a correction takes the skipped outputs for; the rest is the line."""
+
+
+def extrapolate(nodes: Sequence[int], step: int, slope: float = SLOPE) -> Weights:
+    """Weights of a prediction: the newest output, and a share of the slope between it and the one before.
 
     Args:
         nodes: Computed steps, newest first; at least one.
         step: The step to be predicted, after all of them.
-        order: 0 repeats the newest output, 1 follows the line through two.
+        slope: The share; 0 repeats the newest output, 1 follows the line.
 
     Returns:
         Weights that sum to 1.
     """
-    if order == 0 or len(nodes) == 1:
+    if slope == 0 or len(nodes) == 1:
         return {nodes[0]: 1.0}
-    used = nodes[: order + 1]
-    return dict(zip(used, Taylor(order).weights([float(node) for node in used], float(step)), strict=True))
+    ahead = slope * (step - nodes[0]) / (nodes[0] - nodes[1])
+    return {nodes[0]: 1 + ahead, nodes[1]: -ahead}
 
 
 def interpolate(nodes: Sequence[int], step: int) -> Weights:
-    """Weights of the polynomial through the outputs of all nodes (Lagrange), taken at a step."""
+    """Weights of what a correction takes the output of a skipped step for: the mean of line and parabola.
+
+    Args:
+        nodes: Computed steps, newest first; at least one. The line goes through the first two, which the step is
+            between, and the parabola through the first three.
+        step: The skipped step.
+
+    Returns:
+        Weights that sum to 1.
+    """
+    weights = dict.fromkeys(nodes[:3], 0.0)
+    for share, used in ((1 - PARABOLA, nodes[:2]), (PARABOLA, nodes[:3])):
+        for node, weight in lagrange(used, step).items():
+            weights[node] += share * weight
+    return weights
+
+
+def lagrange(nodes: Sequence[int], step: int) -> Weights:
+    """Weights of the polynomial through the outputs of all nodes, taken at a step."""
     weights = {}
     for node in nodes:
         weight = 1.0
