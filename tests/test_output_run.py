@@ -37,11 +37,11 @@ class Laid(CallPolicy):
         return Decision(self.mask[position.step], "mask")
 
     def weights(self, step: int, nodes: Sequence[int]) -> Weights:
-        return {step: 1.0} if step in nodes else extrapolate(nodes, step)
+        return {step: 1.0} if step in nodes else extrapolate(nodes, step, slope=1.0)
 
     def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
         earlier = [node for node in nodes if node < step]
-        return extrapolate(earlier, step) if len(earlier) > 1 else None
+        return extrapolate(earlier, step, slope=1.0) if len(earlier) > 1 else None
 
     def observe(self, step: int, error: float) -> None:
         self.errors[step] = error

@@ -27,7 +27,9 @@ class AdaptiveConfig(CacheConfig):
 
     Attributes:
         tolerance: Largest error that a gap may leave in the final latents, as estimated, relative to how far the
-            latents move in the run. A tenth of it costs about half as many computed steps again; 0 computes all.
+            latents move in the run, for runs of 50 steps; for S steps it is (50/S)^1.5 times as much, since such a run
+            is itself as much farther from its goal. A third of it costs about half as many computed steps again; 0
+            computes all.
 
     Raises:
         ConfigError: The tolerance is out of range.
@@ -56,12 +58,13 @@ def apply_adaptive_cache(
 ) -> CachePatch:
     """Skips whole denoising steps where the run is smooth, with an error control that needs no calibration.
 
-    A skipped step takes the line through the last two computed outputs of the transformer, branch by branch. At the
-    next computed step the outputs between are known much better, by interpolation, and what the prediction has done
-    wrong to the latents is put right in that step's output: predictor and corrector. How far the line was from what
-    was computed tells how curved the path is, and so how long the next gap may be, as step-size control does in
-    solvers of differential equations. The transformer is not called at skipped steps at all, and nothing inside it is
-    touched: it works for any model, compiled or not.
+    A skipped step follows the last two computed outputs of the transformer, by three quarters of their slope, branch by
+    branch. At the next computed step the outputs between are known better, by interpolation, and what the prediction
+    has done wrong to the latents is put right in that step's output: predictor and corrector. How far the prediction
+    was from what was computed tells how rough the path is, and so how long the next gap may be, as step-size control
+    does in solvers of differential equations. At the start of a run, where it is decided what the picture shows, errors
+    grow until the end, and count up to three times. The transformer is not called at skipped steps at all, and nothing
+    inside it is touched: it works for any model, compiled or not.
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2), or the transformer itself.
@@ -91,9 +94,11 @@ def apply_adaptive_cache(
         response = response_of(run.scheduler, run.total, run.first)
         skips = gaps.tolerance > 0 and run.total >= gaps.fewest_steps
         switch = run.switch() if skips else None
+        mine = gaps.in_run_of(run.total + (run.first or 0))
         if response is None:
-            return GapControl(gaps, np.ones(run.total), corrects=False, switch=switch)
-        return GapControl(gaps, response[-1], switch=switch, passing=passing_influence(response))
+            return GapControl(mine, np.ones(run.total), corrects=False, switch=switch)
+        passing = passing_influence(response)
+        return GapControl(mine, response[-1], switch=switch, response=response, passing=passing)
 
     title = f"adaptive cache (tolerance {gaps.tolerance:g})"
     return put_around(targets_of_cache(pipe), title, policy, config)

@@ -199,7 +199,8 @@ class Draft:
         if step not in nodes:
             return extrapolate(nodes, step)
         known = all(node in nodes for taken in skipped.values() for node in taken)
-        return correct(nodes, skipped, self._final) if known else {step: 1.0}
+        following = self._moments.response[step + 1].tolist()
+        return correct(nodes, skipped, self._final, following) if known else {step: 1.0}
 
     def _fit(self, step: int, nodes: list[int], prior: Weights) -> Weights:
         """Least squares for the latents of the next step and the final ones, with a ridge towards the prior."""

@@ -43,7 +43,7 @@ class PlanPolicy(CallPolicy):
         self._design = design
         self._moments = moments
         self._guard = guard
-        self._settings = settings or GapSettings(early=moments.early)
+        self._settings = settings or GapSettings(early=moments.early).in_run_of(moments.steps)
         self._computed: list[int] = []
         self._instead: GapControl | None = None
         computed = [step for step, each in enumerate(design.mask) if each]
@@ -99,7 +99,8 @@ class PlanPolicy(CallPolicy):
     def _hand_over(self) -> GapControl:
         """Leaves the rest of the run to gap control."""
         response = self._moments.response
-        self._instead = GapControl(self._settings, response[-1], passing=passing_influence(response))
+        passing = passing_influence(response)
+        self._instead = GapControl(self._settings, response[-1], response=response, passing=passing)
         # Gap control goes by errors, also where the plan had no guard.
         self.needs_error = self._instead.needs_error
         return self._instead

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
 from sgl_diffusion_accel.caching.parts.call_policy import CallPolicy
-from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate
+from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, correction, extrapolate
 from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Position, Tally
 
 Growth = Callable[[Sequence[int], int], float]
 """How the error of a prediction grows: computed steps, newest first, and a step after them to the error there, for
 outputs of unit roughness."""
 
+_USUAL_STEPS, _STRIDE = 50, 1.5
+_ORDER_FALLS = 3
 _ROUGHNESS = 0.6
 _SLOWEST = 0.25
 
@@ -66,7 +68,8 @@ class GapSettings:
     """How gap control steers; found on small trained models, the same for all.
 
     Attributes:
-        tolerance: Largest estimate of the error that a gap leaves, relative to the whole move of the latents.
+        tolerance: Largest estimate of the error that a gap leaves, relative to the whole move of the latents, in a run
+            of 50 steps; see `in_run_of`.
         warm_up: Steps computed at the start of a run.
         longest_gap: Most steps skipped in a row.
         growth: Most steps skipped in a row, for each step of the gap before.
@@ -90,6 +93,18 @@ class GapSettings:
     early: float = 2.0
     memory: float = 0.3
 
+    def in_run_of(self, steps: int) -> GapSettings:
+        """The settings for a run of some number of steps: the tolerance times (50 / steps)^1.5.
+
+        A run of fewer steps is itself farther from where it would end with many: by steps of Euler's method that each
+        err as the square of their stride. With one tolerance for all, 20 steps were computed nearly in full, for an
+        error a hundred times smaller than theirs.
+
+        Args:
+            steps: Of the schedule, those that a run leaves out at its start included.
+        """
+        return replace(self, tolerance=self.tolerance * (_USUAL_STEPS / max(steps, 1)) ** _STRIDE)
+
 
 @final
 @dataclass
@@ -111,6 +126,7 @@ class GapControl(CallPolicy):
         switch: The first step of a second expert; the last step of the first one is computed, since nothing that the
             second one says could put right what was skipped before.
         growth: How the error of the predictor that runs grows; None for the line (`LineGrowth`).
+        response: Of the scheduler, `[S + 1, S]`; None where the latents on the way go as the final ones.
         passing: Influence of outputs that have no weight in the final latents, `[S]`; see `passing_influence`. None
             where all have one.
     """
@@ -120,6 +136,7 @@ class GapControl(CallPolicy):
     corrects: bool = True
     switch: int | None = None
     growth: Growth | None = None
+    response: npt.NDArray[np.float64] | None = None
     passing: npt.NDArray[np.float64] | None = None
     _computed: list[int] = field(default_factory=list)
     _skipped: dict[int, Weights] = field(default_factory=dict)
@@ -131,9 +148,27 @@ class GapControl(CallPolicy):
         self._left = np.cumsum(self._share[::-1])[::-1]
         self._growth = self.growth or LineGrowth(self._share)
         self._influence = self._share if self.passing is None else self._share + self.passing
+        self._rest = self._left_by_correction()
         self._skips = len(self.final) >= self.settings.fewest_steps and self.settings.tolerance > 0
         # Where nothing is skipped, the device must not be asked for errors.
         self.needs_error = self._skips
+
+    def _left_by_correction(self) -> float:
+        """Share of an error that a correction at the next step leaves by itself, where it is a compromise.
+
+        The largest of the run: at its end, where such schedulers fall back to lower order and the share is smaller,
+        errors were underrated by as much.
+        """
+        if self.response is None or not self.corrects:
+            return 0.0
+        final, found = self.final.tolist(), [0.0]
+        for step, after in enumerate(self.response[2:].tolist()):
+            if final[step] and final[step + 1]:
+                share = correction(step, step + 1, final, after)
+                in_the_end = abs(final[step] - share * final[step + 1])
+                meanwhile = abs(after[step] - share * after[step + 1])
+                found.append((in_the_end + self.settings.disturbance * meanwhile) / abs(final[step]))
+        return max(found)
 
     def prepare(self, total: int) -> str | None:  # noqa: ARG002
         """See `Policy.prepare`. Tells that nothing is corrected, where that is so."""
@@ -162,7 +197,8 @@ class GapControl(CallPolicy):
             return Decision(True, "too few steps" if self.settings.tolerance > 0 else "tolerance 0")
         if step - self._begin < self.settings.warm_up:
             return Decision(True, "warm-up")
-        if step >= last:
+        # Schedulers that look back end with steps of lower order, whose outputs count several times as much.
+        if step >= last - (_ORDER_FALLS if self._rest else 0):
             return Decision(True, "last step")
         if self.switch is not None and step == self.switch - 1:
             return Decision(True, "last step of an expert")
@@ -177,7 +213,7 @@ class GapControl(CallPolicy):
         width = float(self._share[newest : step + 1].sum())
         left = max(float(self._left[step]), 1e-9)
         settings = self.settings
-        interpolation = settings.interpolation if self.corrects else 1.0
+        interpolation = settings.interpolation + self._rest if self.corrects else 1.0
         remains = interpolation + width * (settings.disturbance + settings.propagation / left)
         estimate = predicted * remains * late_growth(left, settings.early)
         if estimate > self.settings.tolerance:
@@ -193,7 +229,10 @@ class GapControl(CallPolicy):
         skipped, self._skipped = self._skipped, {}
         # Of the computed outputs only the last are kept: what was predicted from one that is gone cannot be put right.
         known = all(node in nodes for taken in skipped.values() for node in taken)
-        return correct(nodes, skipped, self.final.tolist()) if self.corrects and known else {step: 1.0}
+        if not (self.corrects and known):
+            return {step: 1.0}
+        following = None if self.response is None else self.response[step + 1].tolist()
+        return correct(nodes, skipped, self.final.tolist(), following)
 
     def predicted(self, step: int, nodes: Sequence[int]) -> Weights | None:
         earlier = [node for node in nodes if node < step]

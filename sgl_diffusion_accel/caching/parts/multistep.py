@@ -71,16 +71,21 @@ def lagrange(nodes: Sequence[int], step: int) -> Weights:
     return weights
 
 
-def correct(nodes: Sequence[int], skipped: Mapping[int, Weights], final: Sequence[float]) -> Weights:
+def correct(
+    nodes: Sequence[int], skipped: Mapping[int, Weights], final: Sequence[float], following: Sequence[float] | None = None
+) -> Weights:
     """Weights of a computed step that puts right what was predicted since the computed step before it.
 
     With W the weight of each step's output in the final latents and p the prediction that a skipped step has taken, the
-    output is y_c + Σ_s W_s (interpolated_s - p_s) / W_c over the skipped steps s.
+    output is y_c + Σ_s W_s (interpolated_s - p_s) / W_c over the skipped steps s. Under schedulers that look back
+    (UniPC) an output counts twice as much in the latents of the next step as in the end, so that this would put the next
+    latents off by as much as it puts the final ones right. There it is the best compromise between both.
 
     Args:
         nodes: Computed steps, newest first, the present one included.
         skipped: The steps skipped since the computed step before, with the weights they have taken.
         final: W, one number for each step of the run.
+        following: The same for the latents of the next step; None where those are the same, as for Euler's method.
 
     Returns:
         Weights that sum to 1; only the present step's own where nothing was skipped.
@@ -90,9 +95,15 @@ def correct(nodes: Sequence[int], skipped: Mapping[int, Weights], final: Sequenc
     if final[present] == 0:  # nothing can be put right at a step without weight
         return weights
     for step, taken in skipped.items():
-        share = final[step] / final[present]
+        share = correction(step, present, final, following)
         for node, weight in interpolate(nodes, step).items():
             weights[node] = weights.get(node, 0.0) + share * weight
         for node, weight in taken.items():
             weights[node] = weights.get(node, 0.0) - share * weight
     return weights
+
+
+def correction(step: int, present: int, final: Sequence[float], following: Sequence[float] | None = None) -> float:
+    """How much of what a skipped step was off a computed step's output takes back; see `correct`."""
+    rows = (final,) if following is None else (final, following)
+    return sum(row[step] * row[present] for row in rows) / sum(row[present] ** 2 for row in rows)
