@@ -30,7 +30,7 @@ METHODS: Mapping[str, Sequence[str]] = {
 
 _HEADLINES = tuple(name for name in METHODS if "gap control" not in name and "one caption" not in name)
 SCHEDULERS = {"euler": "Euler", "unipc": "UniPC"}
-_MODELS = {"emoji": "rough (emoji)", "wan": "Wan", "qwen": "Qwen-Image", "flux": "FLUX"}
+_MODELS = {"emoji": "emoji (rough)", "wan": "Wan", "qwen": "Qwen-Image", "flux": "FLUX"}
 _USUAL = ("euler", 50)
 _SHORT = ("euler", 20)
 _HEADLINE_COLUMNS = ((_USUAL, 2.4, ""), (_USUAL, 3.3, ""), (_SHORT, 2.0, "¹"))
@@ -158,7 +158,8 @@ def is_usual(result: Mapping[str, Any]) -> bool:
 
 def title(result: Mapping[str, Any]) -> str:
     """What was run: pipeline, steps, scheduler, and the size where it is not the usual one."""
-    return f"{result['pipeline']}, {_how(result)}"
+    rough = " (emoji)" if result["model"] == "emoji" else ""
+    return f"{result['pipeline']}{rough}, {_how(result)}"
 
 
 def short_title(result: Mapping[str, Any]) -> str:
