@@ -141,7 +141,9 @@ def test_first_two_calls_are_made_once_more(name: str) -> None:
     assert len(ran) * 3 == calls * 5
     assert without.growth == ()
     assert len(plan.growth) == 2
-    assert all(growth > 0 and abs(left - share) < 0.1 for (left, growth), share in zip(plan.growth, SHARES, strict=True))
+    assert all(
+        growth > 0 and abs(left - share) < 0.1 for (left, growth), share in zip(plan.growth, SHARES, strict=True)
+    )
     assert dataclasses.replace(plan, growth=()) == without, "what is recorded comes from the undisturbed runs alone"
     assert plan.moments.early == early_growth(plan.growth)
     assert "errors of the start grow" in str(plan)
@@ -155,7 +157,9 @@ def test_call_that_draws_its_noise_anew_tells_nothing() -> None:
     plan = calibrate(pipe, [{**call, "generator": None}], teacache=False, magnitudes=False)
     assert len(plan.growth) == 1, "calibration gives it a generator of its own"
     prepare = pipe.prepare_latents
-    pipe.prepare_latents = lambda *args: prepare(*[None if isinstance(each, torch.Generator) else each for each in args])
+    pipe.prepare_latents = lambda *args: prepare(
+        *[None if isinstance(each, torch.Generator) else each for each in args]
+    )
     assert calibrate(pipe, [call], teacache=False, magnitudes=False).growth == ()
 
 

@@ -47,10 +47,11 @@ def calibrate(
 ) -> CachePlan:
     """Learns from a few uncached runs how a pipeline moves, for plans at every speed-up.
 
-    Each call is run as it is (the first two once more, with the latents disturbed at one step), and what the scheduler is given at each step, guidance and all, is kept as a sketch (at
-    most 1 MiB a step on the host, one run at a time). On the device nothing is kept, but for TeaCache and MagCache: the
-    last residual of each branch, for TeaCache the last signal and output too. Only the products between steps remain: a
-    plan has some tens of kilobytes whatever the model.
+    Each call is run as it is, the first two of them once more with one output disturbed. What the scheduler is given at
+    each step, guidance and all, is kept as a sketch (at most 1 MiB a step on the host, one run at a time). On the
+    device nothing is kept, but for TeaCache and MagCache: the last residual of each branch, for TeaCache the last
+    signal and output too; and three outputs in a disturbed run. Only the products between steps and the growth of the
+    disturbance remain: a plan has some tens of kilobytes whatever the model.
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2, planned together), with no cache on it.

@@ -72,12 +72,15 @@ def lagrange(nodes: Sequence[int], step: int) -> Weights:
 
 
 def correct(
-    nodes: Sequence[int], skipped: Mapping[int, Weights], final: Sequence[float], following: Sequence[float] | None = None
+    nodes: Sequence[int],
+    skipped: Mapping[int, Weights],
+    final: Sequence[float],
+    following: Sequence[float] | None = None,
 ) -> Weights:
     """Weights of a computed step that puts right what was predicted since the computed step before it.
 
-    With W the weight of each step's output in the final latents and p the prediction that a skipped step has taken, the
-    output is y_c + Σ_s W_s (interpolated_s - p_s) / W_c over the skipped steps s. Under schedulers that look back
+    With W the weight of each step's output in the final latents and p the prediction that a skipped step has taken,
+    the output is y_c + Σ_s W_s (interpolated_s - p_s) / W_c over the skipped steps s. Under schedulers that look back
     (UniPC) an output counts twice as much in the latents of the next step as in the end, so that this would put the next
     latents off by as much as it puts the final ones right. There it is the best compromise between both.
 
