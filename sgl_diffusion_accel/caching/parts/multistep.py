@@ -81,8 +81,8 @@ def correct(
 
     With W the weight of each step's output in the final latents and p the prediction that a skipped step has taken,
     the output is y_c + Σ_s W_s (interpolated_s - p_s) / W_c over the skipped steps s. Under schedulers that look back
-    (UniPC) an output counts twice as much in the latents of the next step as in the end, so that this would put the next
-    latents off by as much as it puts the final ones right. There it is the best compromise between both.
+    (UniPC) an output counts twice as much in the latents of the next step as in the end, so that this would put the
+    next latents off by as much as it puts the final ones right. There it is the best compromise between both.
 
     Args:
         nodes: Computed steps, newest first, the present one included.
