@@ -33,8 +33,8 @@ from .demo_picture import draw
 from .demo_results import Result, Run
 from .demo_table import table
 
-MODELS = {"wan": "Wan: clips, classifier-free guidance", "qwen": "Qwen-Image: pictures, true guidance"}
-CAPTIONS = {"wan": 2, "qwen": 3}
+MODELS = {"wan": "Wan: clips, classifier-free guidance", "emoji": "Qwen-Image: emoji, true guidance"}
+CAPTIONS = {"wan": 2, "emoji": 2}
 SETTINGS: dict[str, Callable[[Any, CachePlan], CachePatch]] = {
     "adaptive": lambda pipe, _: apply_adaptive_cache(pipe),
     "calibrated plan, 3x": lambda pipe, plan: apply_cache_plan(pipe, plan, speedup=3.0),

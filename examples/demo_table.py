@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from miniatures.checker import accuracy, read
-from miniatures.specs import spec_of
+from miniatures.specs import DRAWN, spec_of
 
 from .demo_results import Result, Run
 
@@ -36,7 +36,9 @@ def _cells(result: Result, name: str, runs: list[Run], style: str) -> list[str]:
 
 
 def _as_asked(result: Result, runs: list[Run]) -> str:
-    """How many samples show all four words of their caption, as a rule-based checker sees them."""
+    """How many samples show all four words of their caption, as a rule-based checker sees them; a dash for emoji."""
+    if result.model not in DRAWN:
+        return "–"
     world = spec_of(result.model).drawn
     seen = [read(world, run.frames)[0] for run in runs]
     return f"{accuracy(world, result.captions, seen)['all'] * len(runs):.0f} of {len(runs)}"
