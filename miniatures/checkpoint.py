@@ -20,6 +20,7 @@ CURVE_POINTS = 200
 """Most points of a loss curve kept in the JSON."""
 
 Fact = str | int | float
+_LEVELS = 127
 _SCALE = ".scale"
 
 
@@ -61,6 +62,23 @@ def export(
         },
         folder,
     )
+
+
+def in_eight_bits(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices as whole numbers from -127 to 127 with a float32 scale for each row, beside them as `….scale`.
+
+    All else is float16.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for key, value in weights.items():
+        if value.dim() < 2:
+            found[key] = value.to(torch.float16).contiguous()
+            continue
+        scale = value.float().flatten(1).abs().amax(1).clamp_min(1e-12) / _LEVELS
+        shaped = scale.view(-1, *[1] * (value.dim() - 1))
+        found[key] = (value.float() / shaped).round().clamp(-_LEVELS, _LEVELS).to(torch.int8).contiguous()
+        found[key + _SCALE] = scale
+    return found
 
 
 def read_weights(name: str, folder: Path = FOLDER) -> dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import diffusers
 import numpy as np
 import pytest
@@ -9,12 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 import miniatures
+from miniatures.captioned import EMOJI
 from miniatures.check import renders, sample
 from miniatures.checker import accuracy, read
-from miniatures.checkpoint import FOLDER, read_card, read_weights
+from miniatures.checkpoint import FOLDER, in_eight_bits, read_card, read_weights
 from miniatures.forward import velocity
 from miniatures.latents import pack, unpack
 from miniatures.specs import DRAWN, SPECS
+from miniatures.train_emoji import pictures
+from miniatures.train_emoji import train as train_emoji
 from miniatures.world import CLIPS, PICTURES
 
 MEGABYTE = 2**20
@@ -241,3 +246,29 @@ def test_emoji_pictures_follow_their_captions():
     middle = slice(20, 44)
     for picture, wanted, other in ((red, 0, 2), (blue, 2, 0)):
         assert picture[middle, middle, wanted].mean() > picture[middle, middle, other].mean() + 0.2
+
+
+def test_eight_bits_are_within_half_a_level_of_each_row(tmp_path):
+    weights = {"transformer.a": torch.randn(5, 7) * torch.logspace(-4, 2, 5)[:, None], "transformer.b": torch.randn(6)}
+    save_file(in_eight_bits(weights), tmp_path / "emoji.safetensors")
+    back = read_weights("emoji", tmp_path)
+    assert set(back) == set(weights)
+    off = (back["transformer.a"] - weights["transformer.a"]).abs()
+    assert (off <= weights["transformer.a"].abs().amax(1, keepdim=True) / 127 / 2 * 1.001).all()
+    assert torch.equal(back["transformer.b"], weights["transformer.b"].half())
+
+
+def test_emoji_pictures_are_those_of_the_captions():
+    data, rows = pictures()
+    assert data.shape == (len(EMOJI.names), 3, 64, 64)
+    assert -1 <= float(data.min()) < float(data.max()) <= 1
+    for index in range(0, len(rows), 97):
+        assert torch.equal(EMOJI.parse(EMOJI.names[index]), rows[index])
+
+
+@pytest.mark.matrix
+def test_emoji_can_be_trained():
+    weights, facts = train_emoji(60, 2, "cpu", most=2)
+    assert set(weights) == set(read_weights("emoji"))
+    assert facts["steps"] == 2
+    assert math.isfinite(facts["loss"])
