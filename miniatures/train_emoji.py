@@ -73,14 +73,15 @@ class Learner(nn.Module):
         level, noise = sigma.view(-1, 1, 1), torch.randn_like(packed)
         side = data.shape[-1] // self.spec.patch
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = self.transformer(
+            predicted: torch.Tensor = self.transformer(
                 hidden_states=(1 - level) * packed + level * noise,
                 timestep=sigma,
                 encoder_hidden_states=self.words(rows.masked_fill(gone, last)),
                 img_shapes=[[(1, side, side)]] * batch,
                 return_dict=False,
             )[0]
-        return (predicted.float() - (noise - packed)).square().mean()
+        off: torch.Tensor = (predicted.float() - (noise - packed)).square().mean()
+        return off
 
 
 def train(seconds: float, batch: int, device: str, most: int | None = None) -> tuple[dict[str, torch.Tensor], Any]:

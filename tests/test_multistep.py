@@ -11,6 +11,7 @@ from sgl_diffusion_accel.caching.parts.multistep import (
     SLOPE,
     Weights,
     correct,
+    correction,
     extrapolate,
     interpolate,
     lagrange,
@@ -107,3 +108,25 @@ def test_correction_at_a_step_without_weight_is_left_out() -> None:
     """Some schedulers give the last output no weight (DEIS with flow sigmas): nothing can be put right there."""
     final = [1.0] * 12 + [0.0]
     assert correct([12, 9, 8], {step: {9: 1.0} for step in (10, 11)}, final) == {12: 1.0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_correction_is_the_best_compromise_of_the_next_latents_and_the_final_ones(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    final, following = (draw.uniform(0.5, 2, 20).tolist() for _ in range(2))
+    nodes, taken = [9, 7, 5], {8: {7: 1.0}}
+    weights = correct(nodes, taken, final, following)
+    rows = np.array([final, following])
+    best = np.linalg.lstsq(rows[:, 9:10], rows[:, 8], rcond=None)[0][0]
+    assert correction(8, 9, final, following) == pytest.approx(best)
+    assert sum(weights.values()) == pytest.approx(1)
+    wanted = {node: best * weight for node, weight in interpolate(nodes, 8).items()}
+    assert weights[9] == pytest.approx(1 + wanted[9])
+    assert weights[7] == pytest.approx(wanted[7] - best)
+
+
+def test_where_the_next_latents_go_as_the_final_ones_correction_is_exact_in_both() -> None:
+    final = np.linspace(0.5, 2, 20).tolist()
+    twice = [2 * each for each in final]
+    taken = {step: extrapolate([7, 5, 2], step) for step in range(8, 12)}
+    assert correct([12, 7, 5], taken, final, twice) == pytest.approx(correct([12, 7, 5], taken, final))

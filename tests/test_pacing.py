@@ -15,6 +15,8 @@ from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings, LineGrowth, late_growth
 from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
 from sgl_diffusion_accel.caching.parts.policies import Decision, Position, Tally
+from sgl_diffusion_accel.loop.scheduler_response import response_of
+from zoo.base import flow_euler, unipc_flow
 
 STEPS = 40
 EVEN = np.full(STEPS, -1 / STEPS)
@@ -323,3 +325,51 @@ def test_computed_output_without_weight_leaves_the_correction_to_the_next() -> N
     assert pace.weights(4, [4, 2, 1, 0]) == {4: 1.0}
     nodes = [5, 4, 2, 1]
     assert pace.weights(5, nodes) == correct(nodes, {3: taken}, pace.final.tolist()) != {5: 1.0}
+
+
+@pytest.mark.parametrize(("steps", "times"), [(50, 1.0), (20, 2.5**1.5), (200, 1 / 8)])
+def test_tolerance_is_for_runs_of_50_steps(steps: int, times: float) -> None:
+    assert SETTINGS.in_run_of(steps) == dataclasses.replace(SETTINGS, tolerance=pytest.approx(times * 1e-3))
+    assert GapSettings(0.0).in_run_of(steps).tolerance == 0.0
+
+
+def response(make: Callable[[], Any], steps: int = STEPS) -> np.ndarray:
+    scheduler = make()
+    scheduler.set_timesteps(steps)
+    found = response_of(scheduler, steps)
+    assert found is not None
+    return found
+
+
+def test_under_euler_the_latents_on_the_way_change_nothing() -> None:
+    euler = response(flow_euler)
+    for tolerance in (1e-4, 1e-3, 1e-2):
+        one, other = (run(wave(3), GapSettings(tolerance), euler[-1], response=each) for each in (None, euler))
+        assert one.mask == other.mask
+        assert one.error == pytest.approx(other.error, abs=1e-9)
+
+
+def test_under_a_scheduler_that_looks_back_less_is_skipped_and_nothing_at_the_end() -> None:
+    unipc = response(unipc_flow)
+    rash, careful = (run(wave(3), SETTINGS, unipc[-1], response=each) for each in (None, unipc))
+    assert careful.computed > rash.computed
+    assert all(careful.mask[-4:])
+    assert not all(careful.mask)
+
+
+def test_under_a_scheduler_that_looks_back_the_next_latents_are_put_right_too() -> None:
+    unipc = response(unipc_flow)
+    outputs = np.array([np.atleast_1d(wave(6)(step / STEPS)) for step in range(STEPS)])
+    worst = []
+    for given in (None, unipc):
+        pace = GapControl(dataclasses.replace(SETTINGS, tolerance=1.0), unipc[-1], response=given, _roughness=0.0)
+        for step in range(10):
+            pace.compute(step)
+        taken = pace.weights(10, [9, 8, 7, 6])
+        pace.compute(11)
+        weights = pace.weights(11, [11, 9, 8, 7])
+        off = np.zeros_like(outputs)
+        off[10] = sum(weight * outputs[node] for node, weight in taken.items()) - outputs[10]
+        off[11] = sum(weight * outputs[node] for node, weight in weights.items()) - outputs[11]
+        worst.append(float(np.linalg.norm(unipc[12] @ off)))
+    assert worst[1] < 0.5 * worst[0]

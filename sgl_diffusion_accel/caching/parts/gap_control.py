@@ -18,7 +18,7 @@ Growth = Callable[[Sequence[int], int], float]
 outputs of unit roughness."""
 
 _USUAL_STEPS, _STRIDE = 50, 1.5
-_ORDER_FALLS = 3
+_ORDER_FALLS, _ROUNDING = 3, 1e-3
 _ROUGHNESS = 0.6
 _SLOWEST = 0.25
 
@@ -168,7 +168,7 @@ class GapControl(CallPolicy):
                 in_the_end = abs(final[step] - share * final[step + 1])
                 meanwhile = abs(after[step] - share * after[step + 1])
                 found.append((in_the_end + self.settings.disturbance * meanwhile) / abs(final[step]))
-        return max(found)
+        return max(found) if max(found) > _ROUNDING else 0.0
 
     def prepare(self, total: int) -> str | None:  # noqa: ARG002
         """See `Policy.prepare`. Tells that nothing is corrected, where that is so."""
