@@ -5,8 +5,8 @@
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
 own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`; for other runs than of 50
 Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`, for other sizes than the miniature's own with the size
-behind it. What is calibrated or fitted is so on the miniature's own size. With `--only` the rows that are measured
-replace those of the same name in the file, and the others stay.
+behind it. With `--full` every setting of this library's sweeps. What is calibrated or fitted is so on the miniature's
+own size. With `--only` the rows that are measured replace those of the same name in the file, and the others stay.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", default="", help="measure only contenders whose family or name holds this")
     parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="unipc is for wan alone")
+    parser.add_argument("--full", action="store_true", help="every setting of this library's sweeps")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     given = parser.parse_args()
     be_quiet()
@@ -111,7 +112,7 @@ def main() -> None:
         setting = Setting(
             model, given.steps, given.scheduler, None if given.size is None else (given.size[0], given.size[1])
         )
-        result = measure(setting, given.captions, given.only)
+        result = measure(setting, given.captions, given.only, given.full)
         path = RESULTS / f"{name_of(result)}.json"
         if given.only and path.exists():
             result = merged(json.loads(path.read_text()), result)
@@ -119,19 +120,20 @@ def main() -> None:
         pareto.draw(result, RESULTS / f"pareto_{name_of(result)}.png")
 
 
-def measure(setting: Setting, count: int, only: str = "") -> dict[str, Any]:
+def measure(setting: Setting, count: int, only: str = "", full: bool = False) -> dict[str, Any]:
     """Measures all contenders on one miniature.
 
     Args:
         setting: What is run.
         count: Captions, each with its own noise.
         only: Part of the family or name of the contenders to measure; all of them if empty.
+        full: Whether with every setting of this library's sweeps; so it is where `only` picks some.
 
     Returns:
         What is written to the JSON file.
     """
     model, steps, scheduler = setting.model, setting.steps, setting.scheduler
-    every = contenders(model, steps, scheduler)
+    every = contenders(model, steps, scheduler, full or bool(only))
     chosen = [one for one in every if one.family == UNPATCHED or only in f"{one.family} {one.name}"]
     samples: dict[Contender, list[Sample]] = {one: [] for one in chosen}
     with Progress() as progress:

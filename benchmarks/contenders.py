@@ -30,6 +30,7 @@ from sgl_diffusion_accel import (
 from .peers import cache_dit, diffusers_caches
 from .settings import (
     PLANNED,
+    SHOWN,
     TOLERANCES,
     MagCacheSetting,
     TeaCacheSetting,
@@ -69,13 +70,15 @@ class Contender:
     steps: int | None = None
 
 
-def contenders(model: str, steps: int, scheduler: str = "euler") -> list[Contender]:
-    """All contenders for one miniature, the unpatched run first.
+def contenders(model: str, steps: int, scheduler: str = "euler", full: bool = True) -> list[Contender]:
+    """The contenders for one miniature, the unpatched run first.
 
     Args:
         model: Name of the miniature.
         steps: Denoising steps of a run.
         scheduler: "euler" or "unipc".
+        full: Whether with every setting of this library's sweeps, and not those alone that tables show (`SHOWN`). Of
+            peers always all.
     """
     found = [Contender(UNPATCHED, f"{steps} steps")]
     found += [Contender(FEWER, f"{n} steps", steps=n) for n in _SHORTER if n < steps]
@@ -90,7 +93,11 @@ def contenders(model: str, steps: int, scheduler: str = "euler") -> list[Contend
     of = (model, steps, scheduler)
     apply |= {setting.name: partial(apply_fitted_teacache, of, setting) for setting in teacache_settings(model)}
     apply |= {setting.name: partial(apply_calibrated_magcache, of, setting) for setting in magcache_settings()}
-    found += [Contender(OURS, name, apply_it) for name, apply_it in apply.items()]
+    found += [
+        Contender(OURS, name, apply_it)
+        for name, apply_it in apply.items()
+        if full or name in SHOWN or name.startswith(("adaptive", "plan"))
+    ]
     if cache_dit.installed():
         theirs = {setting.name: partial(cache_dit.apply, setting=setting, steps=steps) for setting in settings}
         found += [Contender("cache-dit", name, apply_it) for name, apply_it in theirs.items()]

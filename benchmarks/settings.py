@@ -170,3 +170,18 @@ GAP_TOLERANCES = (0.004, 0.008, 0.016)
 
 PLANNED = (1.5, 2.0, 2.4, 2.8, 3.3, 3.8, 5.0, 6.25)
 """Speed-ups that are asked of a calibrated plan."""
+
+_SHOWN: tuple[Setting | TeaCacheSetting | MagCacheSetting, ...] = (
+    Setting(),
+    Setting(warmup=3, threshold=0.16, continuous=5, order=2),
+    Setting(warmup=3, threshold=0.3, continuous=5, order=2),
+    Setting(warmup=3, threshold=0.3, continuous=8, order=1),
+    Setting(fn=1, preset="late-fast", order=2),
+    *(Setting(fn=0, preset=late, policy="static", order=order) for late in LATE_PRESETS[2:] for order in (1, 2)),
+    *(Setting(fn=0, preset=late, policy="static", order=2, spacing="sigma") for late in LATE_PRESETS[2:]),
+    *(Setting(fn=fn, order=2, tolerance=each) for fn in (0, 1) for each in GAP_TOLERANCES),
+    *(TeaCacheSetting(wanted, 1) for wanted in TEACACHE_SPEEDUPS),
+    *(MagCacheSetting(each, skips, 1, 0.06) for each, skips in ((0.06, 1), (0.12, 2), (0.12, 3))),
+)
+SHOWN = frozenset(each.name for each in _SHOWN)
+"""Settings of this library that were the best of their method at some cost on some model; the others need `--full`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sgl_diffusion_accel.slots import Handler
+from sgl_diffusion_accel.slots import Handler, Instead
 
 
 def shadow(owner: Any, held: Callable[..., Any], handler: Handler) -> Callable[..., Any]:
@@ -14,11 +14,13 @@ def shadow(owner: Any, held: Callable[..., Any], handler: Handler) -> Callable[.
     Args:
         owner: What the handler is told it stands in front of.
         held: The function.
-        handler: Watches; what it answers in the function's place is not asked for.
+        handler: Stands in front of it; it may answer in the function's place (`Instead`).
     """
 
     def shadowed(*args: Any, **kwargs: Any) -> Any:
         token = handler.enter(owner, args, kwargs)
+        if type(token) is Instead:
+            return token.output
         try:
             output = held(*args, **kwargs)
         except BaseException:

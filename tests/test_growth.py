@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from invariants.families import few_blocks, present
 from sgl_diffusion_accel import CachePlan, ConfigError, calibrate
 from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
+from sgl_diffusion_accel.calibration import apply_plan
 from sgl_diffusion_accel.calibration.call_record import recording
 from sgl_diffusion_accel.calibration.growth import (
     SHARES,
@@ -84,21 +86,54 @@ def test_growth_does_not_drown_in_half_precision() -> None:
 
 def test_what_does_not_bend_is_not_disturbed() -> None:
     made = Disturbance(3)
-    for _ in range(5):
-        made.see(output := torch.ones(1, 8))
-        assert torch.equal(output, torch.ones(1, 8))
+    assert [made.see(torch.ones(1, 8)) for _ in range(5)] == [None] * 5
     assert growth_between(made, euler(np.linspace(1, 0, 11).tolist()), torch.ones(1), torch.ones(1)) is None
 
 
-def test_one_output_is_moved_along_the_bend() -> None:
+def test_one_output_is_moved_along_the_bend_and_left_as_it_is() -> None:
     made = Disturbance(3)
     plain = [torch.tensor([[float(step**3), 1.0]]) for step in range(6)]
-    for step, each in enumerate(plain):
-        made.see(output := each.clone())
-        assert torch.equal(output, each) == (step != 3)
-        if step == 3:
-            assert (output - each)[0, 1] == 0
-            assert float((output - each).norm()) == pytest.approx(made.moved) == pytest.approx(0.3 * float(each.norm()))
+    kept = [each.clone() for each in plain]
+    moved = [made.see(each) for each in plain]
+    assert all(map(torch.equal, plain, kept))
+    assert [step for step, each in enumerate(moved) if each is not None] == [3]
+    off = moved[3] - plain[3]
+    assert off[0, 1] == 0
+    assert float(off.norm()) == pytest.approx(made.moved) == pytest.approx(0.3 * float(plain[3].norm()))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["class", "instance"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_scheduler_is_given_the_moved_output(own: bool, by_name: bool) -> None:
+    """Also where somebody has put a step on the instance, and where arguments come by name."""
+    scheduler = flow_euler()
+    if own:
+        scheduler.step = scheduler.step
+    ends = []
+    for made in (None, Disturbance(4)):
+        scheduler.set_timesteps(8)
+        sample = torch.zeros(1, 8)
+        with recording(pipe_of(scheduler)) as watch:
+            watch.disturbance = made
+            for step, timestep in enumerate(scheduler.timesteps):
+                output = torch.full((1, 1), float(step**3)).expand(1, 8)  # not to be written in place
+                given = {"model_output": output, "timestep": timestep, "sample": sample}
+                stepped = scheduler.step(**given) if by_name else scheduler.step(output, timestep, sample)
+                sample = stepped.prev_sample
+        ends.append(sample)
+        assert torch.equal(watch.runs[0].final, sample)
+        assert len(watch.runs[0].timesteps) == 8
+    weight = abs(float(scheduler.sigmas[5] - scheduler.sigmas[4]))
+    assert float((ends[1] - ends[0]).norm()) == pytest.approx(weight * made.moved, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_schedules_that_have_passed_the_place_are_not_disturbed(steps: int) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    response = response_of(scheduler, steps)
+    assert response is not None
+    assert disturbance_for(0, response) is None
 
 
 def test_short_runs_later_calls_and_midpoints_are_not_disturbed() -> None:
@@ -108,7 +143,7 @@ def test_short_runs_later_calls_and_midpoints_are_not_disturbed() -> None:
     made = disturbance_for(0, even)
     assert made is not None
     gone = even.copy()
-    gone[-1, made.step] = 0.0
+    gone[-1, made.step] = 0.0  # as what leads to a midpoint
     other = disturbance_for(0, gone)
     assert other is not None
     assert other.step != made.step
@@ -163,6 +198,42 @@ def test_call_that_draws_its_noise_anew_tells_nothing() -> None:
     assert calibrate(pipe, [call], teacache=False, magnitudes=False).growth == ()
 
 
+def test_disturbed_run_that_fails_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    family = present("flux")
+    ran: list[int] = []
+
+    def fail(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        ran.append(step)
+        if len(ran) > 12 + 3:
+            raise RuntimeError("only once")
+        return values
+
+    call = {**given(family, 1)[0], "callback_on_step_end": fail}
+    plan = calibrate(few_blocks(family), [call], tmp_path / "plan.json", teacache=False)
+    assert plan.growth == ()
+    assert CachePlan.load(tmp_path / "plan.json") == plan
+    assert "only once" in caplog.text
+
+
+def test_growth_that_a_file_is_without_is_measured_by_the_next_calls(tmp_path: Path) -> None:
+    family = present("flux")
+    path = tmp_path / "plan.json"
+    calibrate(few_blocks(family), given(family, 2), path, teacache=False, growth=False)
+    assert len(calibrate(few_blocks(family), given(family, 3), path, teacache=False).growth) == 1
+    assert len(calibrate(few_blocks(family), given(family, 5), path, teacache=False).growth) == 2
+
+
+def test_run_that_begins_later_has_passed_the_place_where_errors_grow() -> None:
+    family = present("flux")
+    plan = calibrate(few_blocks(family), given(family, 1), teacache=False, magnitudes=False, growth=False)
+    plan = dataclasses.replace(plan, growth=[(1.0, 9.0)])
+    half = np.ascontiguousarray(plan.moments.response[6:, 6:])
+    same = apply_plan._moments(plan, plan.timesteps, plan.moments.response.tobytes(), 1.0)
+    late = apply_plan._moments(plan, plan.timesteps[6:], half.tobytes(), 0.5)
+    assert same.early == pytest.approx(8.0)
+    assert late.early == pytest.approx(8.0 / 32)
+
+
 def test_disturbed_run_that_fails_leaves_nothing_behind() -> None:
     family = present("flux")
     pipe = few_blocks(family)
@@ -193,7 +264,9 @@ def test_growth_is_kept_merged_and_read_from_files_of_before(tmp_path: Path) -> 
     assert CachePlan.load(tmp_path / "old.json").growth == ()
 
 
-@pytest.mark.parametrize("growth", [[(0.0, 1.0)], [(1.5, 1.0)], [(0.9, -1.0)], [(0.9, float("nan"))], [(0.9,)]])
+@pytest.mark.parametrize(
+    "growth", [[(0.0, 1.0)], [(1.5, 1.0)], [(0.9, -1.0)], [(0.9, float("nan"))], [(0.9,)], [(1e-9, 2.0)]]
+)
 def test_growth_that_cannot_be_is_refused(growth: Any) -> None:
     family = present("flux")
     plan = calibrate(few_blocks(family), given(family, 1), teacache=False, magnitudes=False, growth=False)

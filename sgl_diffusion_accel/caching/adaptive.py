@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from sgl_diffusion_accel.caching.cache_config import CacheConfig
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, put_around, targets_of_cache
 from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.loop.runs import Run
-from sgl_diffusion_accel.loop.scheduler_response import passing_influence, response_of
+from sgl_diffusion_accel.loop.scheduler_response import passing_influence, response_of, share_of_schedule
 from sgl_diffusion_accel.targets import Pipe
 from sgl_diffusion_accel.validate import names_checked, names_shown, within
 
@@ -49,6 +49,18 @@ class AdaptiveSettings(TypedDict, total=False):
     """The settings of `AdaptiveConfig`, as they are given by name."""
 
     tolerance: float
+
+
+def settings_for(settings: GapSettings, run: Run) -> GapSettings:
+    """The settings of gap control for a run: for as many steps as the user asked of the schedule that it is part of."""
+    steps = (run.total + (run.first or 0)) / _order(run.scheduler)
+    return settings.in_run_of(steps, share_of_schedule(run.scheduler, run.first))
+
+
+def _order(scheduler: Any) -> int:
+    """Evaluations a step, as diffusers' schedulers say."""
+    order = getattr(scheduler, "order", 1)
+    return order if type(order) is int and order > 0 else 1
 
 
 @names_shown(AdaptiveSettings, AdaptiveConfig)
@@ -94,11 +106,13 @@ def apply_adaptive_cache(
         response = response_of(run.scheduler, run.total, run.first)
         skips = gaps.tolerance > 0 and run.total >= gaps.fewest_steps
         switch = run.switch() if skips else None
-        mine = gaps.in_run_of(run.total + (run.first or 0))
+        mine = settings_for(gaps, run)
         if response is None:
             return GapControl(mine, np.ones(run.total), corrects=False, switch=switch)
         passing = passing_influence(response)
-        return GapControl(mine, response[-1], switch=switch, response=response, passing=passing)
+        # The second stage of a step (Heun) overwrites the latents that the first one leads to.
+        ways = response if _order(run.scheduler) == 1 else None
+        return GapControl(mine, response[-1], switch=switch, response=ways, passing=passing)
 
     title = f"adaptive cache (tolerance {gaps.tolerance:g})"
     return put_around(targets_of_cache(pipe), title, policy, config)

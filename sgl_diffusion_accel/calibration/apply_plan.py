@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sgl_diffusion_accel.caching.adaptive import settings_for
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, put_around, targets_of_cache
+from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
 from sgl_diffusion_accel.calibration.calibrate import digest, no_plan
 from sgl_diffusion_accel.calibration.design import Design, Moments
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
@@ -20,12 +22,13 @@ from sgl_diffusion_accel.calibration.plan_checks import factor_at
 from sgl_diffusion_accel.calibration.plan_policy import PlanPolicy
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.runs import Run
-from sgl_diffusion_accel.loop.scheduler_response import Response, adds_noise, response_of
+from sgl_diffusion_accel.loop.scheduler_response import Response, adds_noise, response_of, share_of_schedule
 from sgl_diffusion_accel.targets import Pipe, Target
 from sgl_diffusion_accel.validate import count, names_checked, of_type, positive, real, within
 
 logger = logging.getLogger(__name__)
 
+_LATER = 0.95
 _SAME = 1e-3  # by which timesteps may differ and still be the same schedule, relative to the first
 
 
@@ -84,8 +87,11 @@ def apply_cache_plan(
         if response is None:
             raise no_plan(run.scheduler)
         timesteps = tuple(map(float, run.timesteps.tolist()))
-        design = config.design(plan, timesteps, response)
-        return PlanPolicy(design, _moments(plan, timesteps, response.tobytes()), config.guard)
+        reach = share_of_schedule(run.scheduler, run.first)
+        design = config.design(plan, timesteps, response, reach)
+        moments = _moments(plan, timesteps, response.tobytes(), reach)
+        settings = replace(settings_for(GapSettings(), run), early=moments.early)
+        return PlanPolicy(design, moments, config.guard, settings)
 
     return put_around(targets, f"cache plan ({config.budget})", policy, config)
 
@@ -127,10 +133,10 @@ class PlanConfig:
         name = next(name for name in _BUDGETS if getattr(self, name) is not None)
         return f"{name}={getattr(self, name):g}"
 
-    def design(self, plan: CachePlan, timesteps: tuple[float, ...], response: Response) -> Design:
+    def design(self, plan: CachePlan, timesteps: tuple[float, ...], response: Response, reach: float = 1.0) -> Design:
         """The design for a run; searched once for each schedule and budget, since it takes a second or two."""
         steps = len(timesteps)
-        own = (plan, timesteps, response.tobytes())
+        own = (plan, timesteps, response.tobytes(), reach)
         if self.computed_steps is not None:
             return _design(*own, min(self.computed_steps, steps))
         if self.speedup is not None:
@@ -147,19 +153,22 @@ _BUDGETS = ("speedup", "computed_steps", "max_error")
 
 
 @functools.lru_cache(maxsize=256)
-def _design(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, computed: int) -> Design:
-    return best_design(computed, _moments(plan, timesteps, response))
+def _design(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, reach: float, computed: int) -> Design:
+    return best_design(computed, _moments(plan, timesteps, response, reach))
 
 
 @functools.lru_cache(maxsize=64)
-def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: bytes) -> Moments:
+def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, reach: float) -> Moments:
     near = _SAME * plan.timesteps[0]
     is_same = len(timesteps) == plan.steps and all(
         abs(one - other) < near for one, other in zip(timesteps, plan.timesteps, strict=True)
     )
     gram = plan.gram_matrix if is_same else carry_over(plan.gram_matrix, plan.timesteps, timesteps)
     found = np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps))
-    return Moments(gram, found, early_growth(plan.growth))
+    # A run that begins later than those of the calibration has passed the place where errors grow.
+    begins_later = timesteps[0] < _LATER * plan.timesteps[0]
+    settings = GapSettings(early=early_growth(plan.growth)).in_run_of(len(timesteps), reach if begins_later else 1.0)
+    return Moments(gram, found, settings.early)
 
 
 def check_model(plan: CachePlan, targets: Sequence[Target]) -> None:

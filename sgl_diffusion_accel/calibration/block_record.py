@@ -189,6 +189,10 @@ class BlockRecording:
             ratios = {name: each.magnitudes for name, each in self._recorders.items() if each.magnitudes is not None}
             found = ratios_of(run, number, ratios)
             self.magnitudes += [] if found is None else [found]
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what runs have left that were not recorded by `run`."""
         for recorder in self._recorders.values():
             recorder.clear()
 

@@ -47,7 +47,7 @@ def calibrate(
 ) -> CachePlan:
     """Learns from a few uncached runs how a pipeline moves, for plans at every speed-up.
 
-    Each call is run as it is, the first two of them once more with one output disturbed. What the scheduler is given at
+    Each call is run as it is, two of them once more with one output disturbed. What the scheduler is given at
     each step, guidance and all, is kept as a sketch (at most 1 MiB a step on the host, one run at a time). On the
     device nothing is kept, but for TeaCache and MagCache: the last residual of each branch, for TeaCache the last
     signal and output too; and three outputs in a disturbed run. Only the products between steps and the growth of the
@@ -62,8 +62,8 @@ def calibrate(
         teacache: Also fit the coefficients of TeaCache on the same runs, where the model has a signal for them. Where a
             calibration goes on, they are from its larger part.
         magnitudes: Also record the magnitude ratios of MagCache in the same runs, where the model has blocks to watch.
-        growth: Also measure how errors of the start grow until the end, by making the first two calls once more. Plans
-            of models whose pictures are decided early are better by several dB for it.
+        growth: Also measure how errors of the start grow until the end, by making two of the calls once more, callbacks
+            and all. Plans of models whose pictures are decided early are better by several dB for it.
         progress: Log each call as it is done.
 
     Returns:
@@ -103,11 +103,12 @@ def calibrate(
             else:
                 blocks.run(arguments)
             found = _plan(pipe, targets, arguments, watch.runs)
-            if growth:
-                found = replace(found, growth=_growth(pipe, call, number - 1, watch, found))
             plans.append(found if blocks is None else replace(found, teacache=_fit(blocks), magnitudes=_last(blocks)))
-            if path is not None:
-                _joined(plans, done).save(path)
+            _save(plans, done, path)
+            if growth:
+                measured = _growth(pipe, call, _measured(plans), watch, found, blocks)
+                plans[-1] = replace(plans[-1], growth=measured)
+                _save(plans, done, path)
             logger.log(logging.INFO if progress else logging.DEBUG, "calibrated: call %d of %d", number, len(read))
     plan = _joined(plans, done)
     _warn_of_noise(plan)
@@ -135,25 +136,52 @@ def _warn_of_noise(plan: CachePlan) -> None:
         )
 
 
-def _growth(pipe: Any, call: Call, number: int, watch: Watch, plan: CachePlan) -> tuple[tuple[float, float], ...]:
-    """Makes a call once more, disturbed, and compares the ends; nothing where that tells nothing."""
+def _save(plans: list[CachePlan], done: int, path: str | Path | None) -> None:
+    if path is not None:
+        _joined(plans, done).save(path)
+
+
+def _measured(plans: list[CachePlan]) -> int:
+    """How often the growth has been measured."""
+    return sum(len(each.growth) for each in plans)
+
+
+def _growth(
+    pipe: Any, call: Call, measured: int, watch: Watch, plan: CachePlan, blocks: BlockRecording | None
+) -> tuple[tuple[float, float], ...]:
+    """Makes a call once more, disturbed, and compares the ends; nothing, and a line in the log, where that cannot tell.
+
+    Args:
+        pipe: The pipeline.
+        call: The call.
+        measured: How often the growth has been measured.
+        watch: With the recording of the call as it is.
+        plan: From that recording.
+        blocks: What watches the blocks meanwhile, and must not keep this run.
+    """
     response = plan.moments.response
-    made = disturbance_for(number, response)
+    made = disturbance_for(measured, response)
     if made is None:
         return ()
-    run = watch.runs[0]
+    first, final = watch.runs[0].first, watch.runs[0].final
     watch.runs.clear()
     watch.disturbance = made
     try:
         pipe(**call.fresh())
+    except Exception as error:  # the call itself is recorded: this must not lose it
+        logger.warning("how errors grow was not measured: the call failed when it was made once more (%s).", error)
+        return ()
     finally:
         watch.disturbance = None
-    # Without a generator of its own a call may draw other noise each time.
-    if len(watch.runs) != 1 or not same_start(run.first, watch.runs[0].first):
+        if blocks is not None:
+            blocks.forget()
+    run = watch.runs[0]
+    if len(watch.runs) != 1 or not same_start(first, run.first):
+        logger.info("how errors grow was not measured: the call draws other noise each time it is made.")
         return ()
-    if run.final is None or watch.runs[0].final is None or run.final.shape != watch.runs[0].final.shape:
+    if final is None or run.final is None or final.shape != run.final.shape:
         return ()
-    found = growth_between(made, response, run.final, watch.runs[0].final)
+    found = growth_between(made, response, final, run.final)
     return () if found is None else (found,)
 
 

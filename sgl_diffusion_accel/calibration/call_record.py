@@ -15,6 +15,7 @@ from sgl_diffusion_accel.calibration.growth import Disturbance
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.intercept import intercept, release
 from sgl_diffusion_accel.shadow import restore, shadow
+from sgl_diffusion_accel.slots import Instead, original_class
 
 SKETCH = 1 << 18
 """Elements that are kept of an output: with 262,144 of them products are off by about 0.2 %, at 1 MiB a step."""
@@ -95,6 +96,7 @@ class Watch:
     Attributes:
         runs: The recordings, one for each run, growing.
         disturbance: What moves an output of the next run; None for a run as it is.
+        call: The scheduler's own step.
     """
 
     is_watching = True
@@ -102,18 +104,26 @@ class Watch:
     def __init__(self) -> None:
         self.runs: list[Recording] = []
         self.disturbance: Disturbance | None = None
+        self.call: Callable[..., Any]
         self._timesteps: Any = None
 
-    def enter(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
-        """Takes a step."""
+    def enter(self, scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording | Instead:
+        """Takes a step. The one that is disturbed it makes itself, with the moved output."""
         if self._begins(scheduler.timesteps):
             self._timesteps = scheduler.timesteps
             self.runs.append(Recording())
         given = dict(zip(_GIVEN, args, strict=False)) | kwargs
+        rest = args[len(_GIVEN) :]
         self.runs[-1].add(*(given[name] for name in _GIVEN))
-        if self.disturbance is not None:
-            self.disturbance.see(given[_GIVEN[0]])
-        return self.runs[-1]
+        run = self.runs[-1]
+        moved = None if self.disturbance is None else self.disturbance.see(given[_GIVEN[0]])
+        if moved is None:
+            return run
+        return Instead(
+            self.leave(
+                scheduler, run, self.call(moved, *(given.pop(name) for name in _GIVEN[1:]), *rest, **_others(given))
+            )
+        )
 
     def leave(self, _: Any, run: Recording, stepped: Any) -> Any:
         """Keeps the latents that it led to."""
@@ -126,6 +136,10 @@ class Watch:
     def _begins(self, timesteps: Any) -> bool:
         """Whether a run begins: mostly the timesteps are set anew for it; else the schedule is through."""
         return not self.runs or timesteps is not self._timesteps or len(self.runs[-1].timesteps) >= len(timesteps)
+
+
+def _others(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in _GIVEN}
 
 
 _GIVEN = ("model_output", "timestep", "sample")
@@ -156,9 +170,12 @@ def _watch(scheduler: Any, watch: Watch) -> Callable[[], None]:
     """Puts the watch in front of a scheduler's `step`, and returns what takes it away."""
     held = vars(scheduler).get("step")
     if held is not None:  # somebody else has put a step on this instance
+        watch.call = held
         vars(scheduler)["step"] = put = shadow(scheduler, held, watch)
         return partial(restore, scheduler, "step", put, held)
     # Of a kind there is one handler at a time: two recordings at once must not replace each other.
     kind = f"recording {id(watch):x}"
+    kind_of: Any = original_class(scheduler)
+    watch.call = partial(kind_of.step, scheduler)
     intercept(scheduler, kind, watch, "step")
     return partial(release, scheduler, kind, "step")

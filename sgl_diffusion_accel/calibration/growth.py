@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.calibration.design import EARLY
@@ -25,6 +24,8 @@ SHARES = (0.9, 0.85)
 _SIZE = 0.3  # of the disturbance, relative to an output; in half precision a small one would drown in rounding
 _BEND = 3  # outputs that a bend is seen from
 _FEWEST = 10
+_NEAR = 0.1
+_SAME = 1e-3  # kernels of a GPU may differ from run to run by rounding
 _MOST = 20.0
 
 
@@ -42,12 +43,13 @@ class Disturbance:
     _seen: int = 0
     _outputs: list[Tensor] = field(default_factory=list)
 
-    def see(self, output: Tensor) -> None:
-        """Takes the output of the next step, before the scheduler has it, and changes that of the chosen one in place.
+    def see(self, output: Tensor) -> Tensor | None:
+        """Takes the output of the next step, and says what the scheduler is to have instead; None for the output.
 
-        In place, since every scheduler keeps of an output what it likes: what is done to the latents that UniPC returns
-        its corrector takes back.
+        What is given to the scheduler is moved, and not the latents that it returns: what is done to those UniPC's
+        corrector takes back. And never in place: an output may be the transformer's own, kept, or not to be written.
         """
+        moved = None
         if self._seen <= self.step:
             self._outputs = [*self._outputs, output.detach().float().clone()][-_BEND:]
         if self._seen == self.step:
@@ -56,20 +58,22 @@ class Disturbance:
             bend = newest - 2 * middle + oldest
             size = float(bend.norm())
             if size > 0 and np.isfinite(size):
-                output.add_(bend * (_SIZE * float(newest.norm()) / size))
-                self.moved = float((output.float() - newest).norm())
+                moved = (newest + bend * (_SIZE * float(newest.norm()) / size)).to(output.dtype)
+                self.moved = float((moved.float() - newest).norm())
         self._seen += 1
+        return moved
 
 
 def disturbance_for(call: int, response: Response) -> Disturbance | None:
     """The disturbance for a call of a calibration, counted from 0.
 
     Args:
-        call: Which call.
+        call: Which of the calls that are disturbed.
         response: Of the scheduler, `[S + 1, S]`.
 
     Returns:
-        None for calls after those that are disturbed, and for short runs.
+        None for calls after those that are disturbed, for short runs, and where no step is near the wanted place:
+        schedules of Stable Diffusion's kind have passed it after two steps.
     """
     steps = response.shape[1]
     if call >= len(SHARES) or steps < _FEWEST:
@@ -81,7 +85,8 @@ def disturbance_for(call: int, response: Response) -> Disturbance | None:
         for step in range(_BEND - 1, steps - 1)
         if response[-1, step]  # what leads to a midpoint moves nothing that lasts
     ]
-    return Disturbance(min(able, key=lambda each: abs(left[each] - SHARES[call]))) if able else None
+    step = min(able, key=lambda each: abs(left[each] - SHARES[call]), default=None)
+    return None if step is None or abs(left[step] - SHARES[call]) > _NEAR else Disturbance(step)
 
 
 def growth_between(
@@ -111,4 +116,4 @@ def early_growth(found: Sequence[tuple[float, float]]) -> float:
 
 def same_start(one: Tensor, other: Tensor) -> bool:
     """Whether two runs began alike; else their noise was drawn anew, and nothing can be told from how they end."""
-    return bool(torch.equal(one, other))
+    return bool((one - other).norm() <= _SAME * one.norm())

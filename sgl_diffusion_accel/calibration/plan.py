@@ -210,6 +210,8 @@ class CachePlan:
             >>> plan = CachePlan.load("plan.json")  # doctest: +SKIP
         """
         fields = read(path, cls.__dataclass_fields__, ("growth",))
+        if "growth" not in fields:  # its checks are of steps that were chosen otherwise
+            fields["checks"] = []
         try:
             return cls(**{**fields, **parts(fields)})
         except (TypeError, ValueError) as error:

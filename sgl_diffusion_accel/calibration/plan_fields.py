@@ -17,6 +17,7 @@ from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import count, finite, listed, of_type, text
 
 _MOST_STEPS = 1000
+_LEAST_LEFT = 0.05
 
 
 def checked(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,8 +79,10 @@ def _response(values: Any, steps: int) -> tuple[float, ...]:
 def _pair(name: str, value: Any) -> tuple[float, float]:
     """A share of a run and a growth."""
     left, growth = listed(name, value, finite, "a pair of numbers, such as (0.9, 5.2)", 2, 2)
-    if not 0 < left <= 1 or growth < 0:
-        raise ConfigError(f"{name}=({left:g}, {growth:g}); allowed: a share over 0, to 1, and a growth from 0.")
+    if not _LEAST_LEFT <= left <= 1 or growth < 0:
+        raise ConfigError(
+            f"{name}=({left:g}, {growth:g}); allowed: a share from {_LEAST_LEFT} to 1, and a growth from 0."
+        )
     return left, growth
 
 

@@ -22,7 +22,7 @@ _TURN = 2.0  # how many times as far as beside it the line errs where the runs t
 class PlanPolicy(CallPolicy):
     """Computes the steps of a design, and weighs their outputs as it says.
 
-    At each computed step the line through the two before it is held against the output, which costs nothing but a
+    At each computed step the prediction from the two before it is held against the output, which costs nothing but a
     look. How far it is off was foreseen by the moments. Where it is `guard` times as far, the run is another than those
     that the plan was made from, and gap control takes over for the rest of it.
 

@@ -92,6 +92,22 @@ def passing_influence(response: Response) -> npt.NDArray[np.float64]:
     return np.where(sizes[-1] == 0, passing, 0.0)
 
 
+def share_of_schedule(scheduler: Any, first: int | None) -> float:
+    """Which share of a whole schedule is left where a run begins, from 1 down; 1 where that is not known.
+
+    Args:
+        scheduler: With the timesteps of the whole schedule set.
+        first: Which of them the run begins with.
+    """
+    if not first:
+        return 1.0
+    response = response_of(scheduler, len(scheduler.timesteps), 0)
+    if response is None:
+        return 1.0
+    sizes = np.abs(response[-1])
+    return float(sizes[first:].sum() / sizes.sum())
+
+
 def adds_noise(scheduler: Any) -> bool:
     """Whether a scheduler surely adds noise of its own, as its last steps show; before a run, too."""
     try:

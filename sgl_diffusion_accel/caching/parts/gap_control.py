@@ -18,6 +18,7 @@ Growth = Callable[[Sequence[int], int], float]
 outputs of unit roughness."""
 
 _USUAL_STEPS, _STRIDE = 50, 1.5
+_FALL = 5
 _ORDER_FALLS, _ROUNDING = 3, 1e-3
 _ROUGHNESS = 0.6
 _SLOWEST = 0.25
@@ -30,8 +31,8 @@ class LineGrowth:
     be 1 for outputs that bend, as smooth ones do, and 1/2 for outputs that wander at random. Those of five trained
     models did both: their errors two to eight steps ahead grew with powers from 0.5 to 0.7.
 
-    Distances are counted in noise levels, as the scheduler's weights tell them, and not in steps: at the end of a run,
-    where schedules take longer strides, the error at the next gap was else underrated by a third.
+    Distances are counted by the scheduler's weights, in noise levels for Euler's method, and not in steps: at the end
+    of a run, where schedules take longer strides, the error at the next gap was else underrated by a third.
 
     Args:
         share: Share of each step's output in the final latents, `[S]`. A step counts for a quarter of the mean at
@@ -60,7 +61,7 @@ def late_growth(left: float, early: float) -> float:
         left: σ, the share of the run that is left, from 1 down.
         early: A.
     """
-    return 1 + early * left**5
+    return 1 + early * left**_FALL
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class GapSettings:
         longest_gap: Most steps skipped in a row.
         growth: Most steps skipped in a row, for each step of the gap before.
         fewest_steps: Runs with fewer steps are computed in full.
-        interpolation: Share of the predicted error that remains after the correction; all of it, where none is made.
+        interpolation: Share of the predicted error that remains after the correction. Where none is made all remains.
         disturbance: How much the error of the latents, while it lasts, disturbs what the model says.
         propagation: The same for what it says until the end of the run, where little is left to put it right.
         early: How many times more than later an error counts at the very start of the run; A of `late_growth`.
@@ -93,8 +94,8 @@ class GapSettings:
     early: float = 2.0
     memory: float = 0.3
 
-    def in_run_of(self, steps: int) -> GapSettings:
-        """The settings for a run of some number of steps: the tolerance times (50 / steps)^1.5.
+    def in_run_of(self, steps: float, reach: float = 1.0) -> GapSettings:
+        """The settings for a run: the tolerance times (50 / steps)^1.5.
 
         A run of fewer steps is itself farther from where it would end with many: by steps of Euler's method that each
         err as the square of their stride. With one tolerance for all, 20 steps were computed nearly in full, for an
@@ -102,8 +103,11 @@ class GapSettings:
 
         Args:
             steps: Of the schedule, those that a run leaves out at its start included.
+            reach: Share of the schedule that the run covers: where it begins later, its start is no longer the place
+                where it is decided what the picture shows.
         """
-        return replace(self, tolerance=self.tolerance * (_USUAL_STEPS / max(steps, 1)) ** _STRIDE)
+        tolerance = self.tolerance * (_USUAL_STEPS / max(steps, 1)) ** _STRIDE
+        return replace(self, tolerance=tolerance, early=self.early * reach**_FALL)
 
 
 @final
@@ -242,7 +246,8 @@ class GapControl(CallPolicy):
         earlier = [node for node in self._computed if node < step]
         growth = self._growth(earlier, step) if earlier else 0.0
         roughness = error / growth if growth else np.inf
-        # Two steps at one noise level (Heun) have no growth and tell nothing, nor does an error that is no number.
+        # In the clock of another predictor two steps at one noise level (Heun) have no growth and tell nothing, nor
+        # does an error that is no number.
         # Without a roughness the next steps are computed.
         if not np.isfinite(roughness):
             self._roughness = None
