@@ -61,7 +61,7 @@ def gaps(pipe: Any, tolerance: float = 10.0) -> CachePatch:
 
     def policy(run: Run, _: str) -> GapPolicy:
         # An estimate to begin with, as for `adaptive`.
-        pace = GapControl(settings, np.ones(run.total), corrects=False, growth=ResidualGrowth(1), _curvature=1.0)
+        pace = GapControl(settings, np.ones(run.total), corrects=False, growth=ResidualGrowth(1), _roughness=1.0)
         return GapPolicy(pace, ThresholdPolicy(math.inf, max_warmup_steps=2))
 
     parts = {each.name: replace(parts_of(each.module, config), policy=policy) for each in targets}
@@ -110,7 +110,7 @@ def adaptive(pipe: Any, tolerance: float = 10.0) -> CachePatch:
         response = response_of(run.scheduler, run.total)
         final = [1.0] * run.total if response is None else response[-1]
         # An estimate to begin with: else three steps go by before a gap, which is all that an expert of Wan2.2 has.
-        return GapControl(settings, np.asarray(final), response is not None, _curvature=1.0)
+        return GapControl(settings, np.asarray(final), response is not None, _roughness=1.0)
 
     return put_around(find_targets(pipe), "adaptive cache, loosened", policy)
 
