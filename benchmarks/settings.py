@@ -162,7 +162,7 @@ def magcache_settings() -> list[MagCacheSetting]:
     return published + [MagCacheSetting(each, skips, 1, 0.06) for each, skips in ((0.06, 1), (0.12, 2), (0.12, 3))]
 
 
-TOLERANCES = (0.0003, 0.0006, 0.001, 0.002, 0.004, 0.008)
+TOLERANCES = (0.0003, 0.0006, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008)
 """Tolerances of the adaptive cache, the default among them."""
 
 GAP_TOLERANCES = (0.004, 0.008, 0.016)
