@@ -16,7 +16,7 @@ _ABOUT = """# Results
 
 Made by `make table` from the JSON files in [results/](results/), which hold every row with its samples; `python -m benchmarks.table --all` prints all rows. How it is measured: [README.md](README.md).
 
-- Four small trained models of the real classes ([miniatures](../miniatures/README.md)), float32 on a CPU, on captions and noise that neither calibration nor fits have seen. The first, of emoji, is as rough as large models are; the others are smoother, and every cache looks better on them.
+- Small trained models of the real classes ([miniatures](../miniatures/README.md)), float32 on a CPU, on captions and noise that neither calibration nor fits have seen. The emoji model is as rough as large models are; the others are smoother, and every cache looks better on them.
 - **Compute ratio**: work of the unpatched run over work done, in the linear layers of the blocks. **PSNR**: against the unpatched run of the same caption and noise, on floats in [0, 1], mean over the captions.
 - Each cell is the **best of all settings of its row that compute as little** (up to 3 % more). For peers (cache-dit, and diffusers' FirstBlockCache, MagCache, TaylorSeer and, on Wan, SeaCache) that is the best of their sweep, picked afterwards.
 - *In italics*: worse than simply fewer steps at that cost. A dash: no setting computes as little."""  # noqa: E501
