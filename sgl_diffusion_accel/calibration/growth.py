@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from sgl_diffusion_accel.caching.parts.gap_control import late_growth
 from sgl_diffusion_accel.calibration.design import EARLY
-from sgl_diffusion_accel.loop.scheduler_response import Response
+from sgl_diffusion_accel.loop.scheduler_response import Response, left_at
 
 SHARES = (0.9, 0.85)
 """Where a run is disturbed: the share of the run that is left, for one call after the other."""
@@ -78,8 +79,7 @@ def disturbance_for(call: int, response: Response) -> Disturbance | None:
     steps = response.shape[1]
     if call >= len(SHARES) or steps < _FEWEST:
         return None
-    shares = np.abs(response[-1]) / np.abs(response[-1]).sum()
-    left = np.cumsum(shares[::-1])[::-1]
+    left = left_at(response[-1])
     able = [
         step
         for step in range(_BEND - 1, steps - 1)
@@ -100,18 +100,17 @@ def growth_between(
         final: The final latents of the undisturbed run.
         disturbed: Those of the disturbed one.
     """
-    shares = np.abs(response[-1]) / np.abs(response[-1]).sum()
     distance = float((disturbed.float() - final.float()).norm())
     if not made.moved or not np.isfinite(distance):
         return None
-    return float(shares[made.step :].sum()), distance / (abs(float(response[-1, made.step])) * made.moved)
+    return float(left_at(response[-1])[made.step]), distance / (abs(float(response[-1, made.step])) * made.moved)
 
 
 def early_growth(found: Sequence[tuple[float, float]]) -> float:
     """A of `late_growth` for what was found, the mean; without anything what is usual."""
     if not found:
         return EARLY
-    return float(np.mean([min(max(growth - 1, 0.0) / left**5, _MOST) for left, growth in found]))
+    return float(np.mean([min(max(growth - 1, 0.0) / (late_growth(left, 1.0) - 1), _MOST) for left, growth in found]))
 
 
 def same_start(one: Tensor, other: Tensor) -> bool:

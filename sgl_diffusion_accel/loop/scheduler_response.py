@@ -92,6 +92,17 @@ def passing_influence(response: Response) -> npt.NDArray[np.float64]:
     return np.where(sizes[-1] == 0, passing, 0.0)
 
 
+def left_at(final: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Share of a run that is left at each step, from 1 down; σ for Euler's method on flow matching. `[S]`.
+
+    Args:
+        final: Weight of each step's output in the final latents, `[S]`.
+    """
+    sizes = np.abs(final)
+    left: npt.NDArray[np.float64] = np.cumsum(sizes[::-1])[::-1] / sizes.sum()
+    return left
+
+
 def share_of_schedule(scheduler: Any, first: int | None) -> float:
     """Which share of a whole schedule is left where a run begins, from 1 down; 1 where that is not known.
 
@@ -102,10 +113,7 @@ def share_of_schedule(scheduler: Any, first: int | None) -> float:
     if not first:
         return 1.0
     response = response_of(scheduler, len(scheduler.timesteps), 0)
-    if response is None:
-        return 1.0
-    sizes = np.abs(response[-1])
-    return float(sizes[first:].sum() / sizes.sum())
+    return 1.0 if response is None else float(left_at(response[-1])[first])
 
 
 def adds_noise(scheduler: Any) -> bool:

@@ -16,7 +16,7 @@ class ResidualGrowth:
     """How the error of predicted residuals grows, in the clock of the predictor.
 
     At q past the last computed step it is q for residuals of unit slope that are reused, and q(q + d)/2 for those of
-    unit curvature that are predicted, d being the distance to the computed step before: the growth of the line. Second
+    unit curvature that are predicted, d being the distance to the computed step before. Second
     order has it too. Its own first term, qd/2 as the damped second difference does not follow a parabola, grows more
     slowly than its errors were seen to.
 
