@@ -27,13 +27,15 @@ from sgl_diffusion_accel import (
     fit_teacache,
 )
 
-from .peers import cache_dit, diffusers_caches
+from .peers import cache_dit, diffusers_caches, easycache, spectrum, taylorseer
 from .settings import (
     PLANNED,
     SHOWN,
     TOLERANCES,
     MagCacheSetting,
+    Setting,
     TeaCacheSetting,
+    calibrator_settings,
     dbcache_settings,
     gap_settings,
     late_settings,
@@ -98,12 +100,30 @@ def contenders(model: str, steps: int, scheduler: str = "euler", full: bool = Tr
         for name, apply_it in apply.items()
         if full or name in SHOWN or name.startswith(("adaptive", "plan"))
     ]
+    return found + _peers(settings, model, steps)
+
+
+def _peers(settings: list[Setting], model: str, steps: int) -> list[Contender]:
+    """Others' caches, each family with a sweep of its own; cache-dit with ours too."""
+    found: list[Contender] = []
     if cache_dit.installed():
-        theirs = {setting.name: partial(cache_dit.apply, setting=setting, steps=steps) for setting in settings}
-        found += [Contender("cache-dit", name, apply_it) for name, apply_it in theirs.items()]
+        found += [
+            Contender("cache-dit", one.name, partial(cache_dit.apply, setting=one, steps=steps))
+            for one in (*settings, *calibrator_settings())
+            if cache_dit.has(one)
+        ]
     configs = diffusers_caches.configs(model, steps)
+    found += [Contender("diffusers", name, partial(diffusers_caches.apply, config=each)) for name, each in configs]
+    found += [
+        Contender(easycache.FAMILY, one.name, partial(easycache.apply, setting=one, steps=steps))
+        for one in easycache.settings(steps)
+    ]
+    found += [
+        Contender(spectrum.FAMILY, one.name, partial(spectrum.apply, setting=one, steps=steps))
+        for one in spectrum.SETTINGS
+    ]
     return found + [
-        Contender("diffusers", name, partial(diffusers_caches.apply, config=each)) for name, each in configs
+        Contender(taylorseer.FAMILY, one.name, partial(taylorseer.apply, setting=one)) for one in taylorseer.SETTINGS
     ]
 
 

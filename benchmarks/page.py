@@ -18,8 +18,10 @@ Made by `make table` from the JSON files in [results/](results/), which hold eve
 
 - Small trained models of the real classes ([miniatures](../miniatures/README.md)), float32 on a CPU, on captions and noise that neither calibration nor fits have seen. The emoji model is as rough as large models are; the others are smoother, and every cache looks better on them.
 - **Compute ratio**: work of the unpatched run over work done, in the linear layers of the blocks. **PSNR**: against the unpatched run of the same caption and noise, on floats in [0, 1], mean over the captions.
-- Each cell is the **best of all settings of its row that compute as little** (up to 3 % more). For peers (cache-dit, and diffusers' FirstBlockCache, MagCache, TaylorSeer and, on Wan, SeaCache) that is the best of their sweep, picked afterwards.
+- Each cell is the **best of all settings of its row that compute as little** (up to 3 % more). For peers ({peers}) that is the best of their sweep, picked afterwards.
 - *In italics*: worse than simply fewer steps at that cost. A dash: no setting computes as little."""  # noqa: E501
+
+_PACKAGES = "cache-dit, and diffusers' FirstBlockCache, MagCache, TaylorSeer and, on Wan, SeaCache"
 
 _OTHERS = (
     "The last column is a plan made from a single caption at 50 Euler steps and 16×16 pixels, used elsewhere. The "
@@ -42,7 +44,7 @@ def text(results: Sequence[Mapping[str, Any]]) -> str:
         results: JSON files of `benchmarks.cache`.
     """
     usual = [result for result in results if summary.is_usual(result)]
-    parts = [_ABOUT, *(_model(result) for result in usual)]
+    parts = [_ABOUT.format(peers=_peers(results)), *(_model(result) for result in usual)]
     others = [result for result in results if not summary.is_usual(result)]
     if others:
         parts += ["## Other schedulers, steps and sizes", _OTHERS]
@@ -56,8 +58,15 @@ def every_row(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(f"## {summary.title(result)}\n\n{chapter(result)}" for result in results)
 
 
+def _peers(results: Sequence[Mapping[str, Any]]) -> str:
+    """Whose caches were measured."""
+    families = {row["family"] for result in results for row in result["rows"] if summary.is_peer(row)}
+    papers = sorted(families - {"cache-dit", "diffusers"})
+    return f"{_PACKAGES}; written from their papers: {', '.join(papers)}" if papers else _PACKAGES
+
+
 def _model(result: Mapping[str, Any]) -> str:
-    peers = sum(row["family"] in ("cache-dit", "diffusers") for row in result["rows"])
+    peers = sum(map(summary.is_peer, result["rows"]))
     about = (
         f"{len(result['captions'])} captions, guidance {result['guidance']:g}, {len(result['rows'])} settings, {peers} "
         f"of them peers'; {measured_on(result['environment'])}. "

@@ -34,8 +34,14 @@ STYLES: dict[str, dict[str, Any]] = {
     "DBCache, SGLang's defaults": {"color": SKY, "marker": "o", "label": "DBCache, SGLang's defaults"},
     "cache-dit": {"color": "black", "marker": "+", "markeredgewidth": 1.6, "label": "cache-dit"},
     "diffusers": {"color": GREEN, "marker": "s", "fillstyle": "none", "label": "diffusers' own caches"},
+    "EasyCache": {"color": GREEN, "marker": "1", "markeredgewidth": 1.6, "label": "EasyCache as published"},
+    "Spectrum": {"color": GREEN, "marker": "3", "markeredgewidth": 1.6, "label": "Spectrum as published"},
+    "TaylorSeer": {"color": GREEN, "marker": "x", "markeredgewidth": 1.6, "label": "TaylorSeer as published"},
 }
 """How each kind of row (`summary.kind_of`) is drawn: as points unless it has a line. Others' kinds have their name."""
+
+_OTHER = {"color": "grey", "marker": "x"}
+"""How a peer is drawn that is not among them."""
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -48,7 +54,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8, 6), layout="constrained", dpi=150)
         axes = figure.add_subplot()
-        for kind, style in STYLES.items():
+        for kind in dict.fromkeys([*STYLES, *map(kind_of, result["rows"])]):
+            style = STYLES.get(kind, {**_OTHER, "label": kind})
             points = sorted(
                 (row["compute_ratio"], row["psnr"])
                 for row in result["rows"]

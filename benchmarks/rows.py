@@ -11,7 +11,8 @@ _HEAD = (
     "| | blocks computed | compute ratio | wall speed-up | PSNR (dB) | SSIM | fewer steps at that cost (dB) |\n"
     "|---|--:|--:|--:|--:|--:|--:|\n"
 )
-_FAMILIES = ("unpatched", "fewer steps", "sgl-diffusion-accel", "cache-dit", "diffusers")
+_FIRST = ("unpatched", "fewer steps", "sgl-diffusion-accel")
+"""Families that are shown first; the peers follow by name."""
 
 
 def chapter(result: Mapping[str, Any]) -> str:
@@ -26,8 +27,12 @@ def chapter(result: Mapping[str, Any]) -> str:
         about += f" {result['note']}"
     about += "".join(_fit_line(fit) for fit in result.get("teacache_fits", []))
     about += _calibration_line(result.get("calibration", {}))
-    rows = sorted(result["rows"], key=lambda row: (_FAMILIES.index(row["family"]), row["compute_ratio"]))
+    rows = sorted(result["rows"], key=lambda row: (*_place(row["family"]), row["compute_ratio"]))
     return about + "\n\n" + _HEAD + "\n".join(line(row, result) for row in rows)
+
+
+def _place(family: str) -> tuple[int, str]:
+    return _FIRST.index(family) if family in _FIRST else len(_FIRST), family.casefold()
 
 
 def measured_on(environment: Mapping[str, Any]) -> str:

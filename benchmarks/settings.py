@@ -26,6 +26,8 @@ class Setting:
     policy: Way = "dynamic"
     spacing: Literal["step", "sigma"] = "step"
     tolerance: float | None = None
+    calibrator: Literal["DMD", "FoCa"] | None = None
+    """What cache-dit alone has in the place of TaylorSeer."""
 
     @property
     def knobs(self) -> dict[str, Any]:
@@ -46,7 +48,7 @@ class Setting:
     @property
     def name(self) -> str:
         """A short name, such as `F1 W4 MC3 R.24 TS1`, `fast, static, TS1` or `gap control .008, F0, TS2`."""
-        order = f"TS{self.order}" if self.order else "reuse"
+        order = self.calibrator or (f"TS{self.order}" if self.order else "reuse")
         if self.spacing != "step":
             order += f" in {self.spacing}"
         if self.tolerance is not None:
@@ -72,6 +74,16 @@ def dbcache_settings() -> list[Setting]:
         Setting(warmup=3, threshold=0.16, continuous=8, order=2),
         Setting(warmup=3, threshold=0.3, continuous=5, order=2),
         Setting(warmup=3, threshold=0.3, continuous=8, order=1),
+    ]
+
+
+def calibrator_settings() -> list[Setting]:
+    """cache-dit's other predictors, at its default and where its TaylorSeer was the best at some cost."""
+    places = ((4, 0.24, 3), (3, 0.16, 5), (3, 0.3, 8))
+    return [
+        Setting(warmup=warmup, threshold=threshold, continuous=continuous, calibrator=calibrator)
+        for calibrator in ("DMD", "FoCa")
+        for warmup, threshold, continuous in places
     ]
 
 

@@ -14,9 +14,12 @@ _NEAR = 0.97
 """A setting counts for a ratio if it computes as little, or at most this much more."""
 
 FEWER = "simply fewer steps"
+PEERS = "peers"
+"""Kind of all rows that are somebody else's caches, beside the kind of each."""
+
 METHODS: Mapping[str, Sequence[str]] = {
     FEWER: ("fewer steps",),
-    "best peer setting found": ("cache-dit", "diffusers"),
+    "best peer setting found": (PEERS,),
     "DBCache, SGLang's defaults (reuse)": ("DBCache, SGLang's defaults",),
     "DBCache and step masks, best setting": ("DBCache, SGLang's defaults", "DBCache", "late masks"),
     "DBCache with `tolerance=` (gap control)": ("gap control",),
@@ -28,6 +31,8 @@ METHODS: Mapping[str, Sequence[str]] = {
 }
 """By the name that tables have for a method: the kinds of rows that belong to it."""
 
+_OURS = "sgl-diffusion-accel"
+_NOT_PEERS = (_OURS, "unpatched", "fewer steps")
 _HEADLINES = tuple(name for name in METHODS if "gap control" not in name and "one caption" not in name)
 SCHEDULERS = {"euler": "Euler", "unipc": "UniPC"}
 _MODELS = {"emoji": "emoji (rough)", "wan": "Wan", "qwen": "Qwen-Image", "flux": "FLUX"}
@@ -39,7 +44,7 @@ _HEADLINE_COLUMNS = ((_USUAL, 2.4, ""), (_USUAL, 3.3, ""), (_SHORT, 2.0, "¹"))
 def kind_of(row: Mapping[str, Any]) -> str:
     """The method of a row, or the family where it is not this library's."""
     family, name = str(row["family"]), str(row["name"])
-    if family != "sgl-diffusion-accel":
+    if family != _OURS:
         return family
     if name.startswith("plan"):
         if name.startswith("plan of one caption"):
@@ -56,12 +61,22 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return "DBCache, SGLang's defaults" if name == "F1 W4 MC3 R.24, reuse" else "DBCache"
 
 
+def is_peer(row: Mapping[str, Any]) -> bool:
+    """Whether a row is somebody else's cache."""
+    return row["family"] not in _NOT_PEERS
+
+
+def is_of(row: Mapping[str, Any], kinds: Sequence[str]) -> bool:
+    """Whether a row belongs to one of the kinds."""
+    return kind_of(row) in kinds or (PEERS in kinds and is_peer(row))
+
+
 def best(result: Mapping[str, Any], kinds: Sequence[str], ratio: float) -> float | None:
     """The highest PSNR that the methods reach at a compute ratio or beyond; None if they do not reach it."""
     reached = [
         row["psnr"]
         for row in result["rows"]
-        if row["psnr"] is not None and kind_of(row) in kinds and row["compute_ratio"] >= _NEAR * ratio
+        if row["psnr"] is not None and is_of(row, kinds) and row["compute_ratio"] >= _NEAR * ratio
     ]
     return max(reached, default=None)
 

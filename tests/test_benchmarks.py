@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import page, summary, table
+from benchmarks import page, pareto, summary, table
 from benchmarks.costs import profiling
 from benchmarks.markers import insert
 from benchmarks.metrics import computed_steps, psnr, ssim
@@ -146,8 +147,20 @@ def test_each_of_our_caches_is_a_kind_of_its_own(name: str, kind: str) -> None:
 
 def test_every_committed_row_is_of_a_kind_that_is_drawn_and_every_kind_of_the_tables_exists() -> None:
     kinds = {summary.kind_of(row) for each in page.load() for row in each["rows"]}
-    assert kinds == set(STYLES) | {"unpatched"}
-    assert {kind for kinds_of in summary.METHODS.values() for kind in kinds_of} <= kinds
+    assert kinds <= set(STYLES) | {"unpatched"}
+    assert {kind for kinds_of in summary.METHODS.values() for kind in kinds_of} <= kinds | {summary.PEERS}
+
+
+def test_any_other_family_is_a_peer_that_is_counted_shown_and_drawn(tmp_path: Path) -> None:
+    shown = result()
+    shown["rows"] += [shown["rows"][-1] | {"family": "NewCache", "psnr": 37.0}]
+    assert "| best peer setting found | *37.0* | *37.0* | 37.0 | 37.0 | – | – |" in summary.at_costs(shown)
+    assert chapter(shown).splitlines()[-1].startswith("| NewCache: bad |")
+    text = page.text([shown])
+    assert "2 of them peers'" in text
+    assert "written from their papers: NewCache" in text
+    pareto.draw(shown, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_the_summary_shows_the_best_that_is_at_least_as_cheap() -> None:

@@ -15,6 +15,13 @@ def installed() -> bool:
     return find_spec("cache_dit") is not None
 
 
+def has(setting: Setting) -> bool:
+    """Whether the release that is installed can do that."""
+    import cache_dit
+
+    return setting.calibrator is None or hasattr(cache_dit, f"{setting.calibrator}CalibratorConfig")
+
+
 @contextmanager
 def apply(pipe: Any, setting: Setting, steps: int) -> Iterator[None]:
     """Enables cache-dit on a pipeline that is thrown away afterwards.
@@ -39,10 +46,18 @@ def apply(pipe: Any, setting: Setting, steps: int) -> Iterator[None]:
         steps_computation_mask=mask,
         steps_computation_policy=setting.policy,
     )
-    predictor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=setting.order) if setting.order else None
-    cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=predictor)
+    cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=_calibrator(setting))
     try:
         yield
     finally:
         cache_dit.disable_cache(pipe)
         pipe.__class__ = original
+
+
+def _calibrator(setting: Setting) -> Any:
+    """cache-dit's config of what predicts the residual, None where the last one is used again."""
+    import cache_dit
+
+    if setting.calibrator:
+        return getattr(cache_dit, f"{setting.calibrator}CalibratorConfig")()
+    return cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=setting.order) if setting.order else None
