@@ -21,7 +21,7 @@ import torch
 from miniatures import NAMES, call_kwargs, captions, load_miniature, to_frames
 from sgl_diffusion_accel import ComparisonReport, apply_adaptive_cache, apply_cache_dit, compare
 
-from .cache import CAPTION_SEED, NOISE_SEED
+from .runs import CAPTION_SEED, NOISE_SEED
 
 Variant = Callable[[Any], Any]
 

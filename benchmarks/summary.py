@@ -95,7 +95,7 @@ def headline(results: Sequence[Mapping[str, Any]]) -> str:
     Args:
         results: JSON files of `benchmarks.cache`.
     """
-    by_setting = {(one["model"], setting_of(one)): one for one in results if _size(one) == _usual_size(one)}
+    by_setting = {(one["model"], setting_of(one)): one for one in results if not _suffix(one)}
     columns = [
         (f"{'' if place else title} {ratio:g}×{note}".strip(), by_setting[model, setting], ratio)
         for model, title in _MODELS.items()
@@ -150,7 +150,7 @@ _COLUMNS = dict(zip(METHODS, _SHORTER, strict=True))
 def order(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """Sorts results: by model, the usual setting of each first."""
     scheduler, steps = setting_of(result)
-    return list(_MODELS).index(result["model"]), scheduler, -steps, _size(result)
+    return list(_MODELS).index(result["model"]), scheduler, -steps, _suffix(result)
 
 
 def setting_of(result: Mapping[str, Any]) -> tuple[str, int]:
@@ -159,20 +159,19 @@ def setting_of(result: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def name_of(result: Mapping[str, Any]) -> str:
-    """The name under which a result is kept: the model's, with what differs from 50 Euler steps."""
+    """The name under which a result is kept: the model's, with what is not as usual, such as `emoji_guidance_7`."""
     scheduler, steps = setting_of(result)
     name = str(result["model"]) if (scheduler, steps) == _USUAL else f"{result['model']}_{scheduler}_{steps}"
-    height, width = _size(result)
-    return name if [height, width] == _usual_size(result) else f"{name}_{height}x{width}"
+    return name + _suffix(result)
 
 
 def is_usual(result: Mapping[str, Any]) -> bool:
-    """Whether a result is of 50 Euler steps at the size that the miniatures were trained on."""
+    """Whether a result is of 50 Euler steps at the guidance and size that are the miniature's own."""
     return name_of(result) == str(result["model"])
 
 
 def title(result: Mapping[str, Any]) -> str:
-    """What was run: pipeline, steps, scheduler, and the size where it is not the usual one."""
+    """What was run: pipeline, steps, scheduler, and guidance and size where they are not the usual ones."""
     rough = " (emoji)" if result["model"] == "emoji" else ""
     return f"{result['pipeline']}{rough}, {_how(result)}"
 
@@ -184,15 +183,22 @@ def short_title(result: Mapping[str, Any]) -> str:
 
 def _how(result: Mapping[str, Any]) -> str:
     scheduler, steps = setting_of(result)
-    height, width = _size(result)
-    size = "" if [height, width] == _usual_size(result) else f" at {height}×{width}"
-    return f"{steps} {SCHEDULERS[scheduler]} steps{size}"
+    guidance, size = _unusual(result)
+    more = f", guidance {guidance}" if guidance else ""
+    return f"{steps} {SCHEDULERS[scheduler]} steps{more}" + (f" at {size.replace('x', '×')}" if size else "")
 
 
-def _size(result: Mapping[str, Any]) -> list[int]:
-    return list(result.get("size", _usual_size(result)))
+def _suffix(result: Mapping[str, Any]) -> str:
+    """What the name of a result has behind it where guidance or size are not the miniature's own."""
+    guidance, size = _unusual(result)
+    return (f"_guidance_{guidance}" if guidance else "") + (f"_{size}" if size else "")
 
 
-def _usual_size(result: Mapping[str, Any]) -> list[int]:
-    """Height and width that the model was trained on."""
-    return [spec_of(result["model"]).world.side] * 2
+def _unusual(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Guidance and size as text, each empty where it is the miniature's own."""
+    spec = spec_of(result["model"])
+    guidance, (height, width) = result["guidance"], result.get("size", [spec.world.side] * 2)
+    return (
+        "" if guidance == spec.guidance else f"{guidance:g}",
+        "" if [height, width] == [spec.world.side] * 2 else f"{height}x{width}",
+    )

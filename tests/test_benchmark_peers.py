@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.calibrated import Calibrated, Of
 from benchmarks.contenders import contenders
 from benchmarks.pareto import STYLES
 from benchmarks.peers import cache_dit, diffusers_caches, easycache, spectrum, taylorseer
@@ -237,10 +238,10 @@ def test_steps_are_counted_by_branch_and_begin_anew_with_a_timestep_that_does_no
 
 
 def test_every_contender_has_a_name_of_its_own_and_a_kind_that_is_drawn(monkeypatch):
-    monkeypatch.setattr(diffusers_caches, "mag_ratios", lambda model, steps: [1.0] * steps)
+    monkeypatch.setattr(diffusers_caches, "mag_ratios", lambda of: [1.0] * of.steps)
     kinds = set()
     for steps in (50, 20):
-        found = contenders("wan", steps)
+        found = contenders(Calibrated(Of("wan", steps)))
         assert len({(each.family, each.name) for each in found}) == len(found)
         kinds |= {kind_of(vars(each)) for each in found}
     assert kinds | {"cache-dit"} == {*STYLES, "unpatched"}

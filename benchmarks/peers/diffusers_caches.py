@@ -5,19 +5,25 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
 import torch
 
-from miniatures import call_kwargs, captions, load_miniature
+from benchmarks.calibrated import Of
 
 _CALIBRATION_SEED = 900
 
 
-def configs(model: str, steps: int) -> list[tuple[str, Any]]:
-    """Names and configs of what the installed diffusers offers, for one miniature."""
+def configs(model: str, steps: int, ratios: Callable[[], list[float]]) -> list[tuple[str, Any]]:
+    """Names and configs of what the installed diffusers offers, for one miniature.
+
+    Args:
+        model: Name of the miniature.
+        steps: Denoising steps of a run.
+        ratios: Calibrates MagCache: `mag_ratios`.
+    """
     found: list[tuple[str, Any]] = []
     if hasattr(diffusers, "FirstBlockCacheConfig"):
         found += [
@@ -25,7 +31,7 @@ def configs(model: str, steps: int) -> list[tuple[str, Any]]:
             for threshold in (0.05, 0.1, 0.15, 0.2)
         ]
     if hasattr(diffusers, "MagCacheConfig"):
-        found += _mag_cache(model, steps)
+        found += _mag_cache(steps, ratios())
     if hasattr(diffusers, "TaylorSeerCacheConfig"):
         found += [
             (f"TaylorSeer, every {interval} steps, order {order}" + late, _taylor_seer(interval, order, warm_up))
@@ -71,8 +77,7 @@ def _taylor_seer(interval: int, order: int, warm_up: int) -> Any:
     )
 
 
-def _mag_cache(model: str, steps: int) -> list[tuple[str, Any]]:
-    ratios = mag_ratios(model, steps)
+def _mag_cache(steps: int, ratios: list[float]) -> list[tuple[str, Any]]:
     return [
         (
             f"MagCache, threshold {threshold:g}, at most {skips}",
@@ -84,14 +89,12 @@ def _mag_cache(model: str, steps: int) -> list[tuple[str, Any]]:
     ]
 
 
-def mag_ratios(model: str, steps: int) -> list[float]:
+def mag_ratios(of: Of) -> list[float]:
     """Calibrates MagCache as its documentation says: one run in calibration mode, which prints the ratios."""
-    pipe = load_miniature(model)
-    call = call_kwargs(model, captions(model, 1, _CALIBRATION_SEED)[0], seed=_CALIBRATION_SEED, steps=steps)
-    printed = io.StringIO()
-    config = diffusers.MagCacheConfig(calibrate=True, num_inference_steps=steps)
+    pipe, printed = of.load(), io.StringIO()
+    config = diffusers.MagCacheConfig(calibrate=True, num_inference_steps=of.steps)
     with apply(pipe, config), contextlib.redirect_stdout(printed), torch.no_grad():
-        pipe(**call)
+        pipe(**of.call(_CALIBRATION_SEED, _CALIBRATION_SEED))
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
     ratios: list[float] = ast.literal_eval(lines[0])
     return ratios
