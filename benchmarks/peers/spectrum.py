@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """A short name, such as `window 2, flex .75` or `window 2, flex .75, half a line`."""
+        """A short name, such as `window 2, flex .75` or `window 2, flex .75, .5 of a line`."""
         line = "" if self.weight == 1 else f", {1 - self.weight:g} of a line"
         return f"window {self.window:g}, flex {self.flex:g}{line}".replace(" 0.", " .")
 
@@ -58,11 +58,8 @@ class Setting:
         return computed
 
 
-SETTINGS = (
-    *(Setting(flex=flex) for flex in (0.25, 0.75, 3.0)),
-    *(Setting(flex=flex, weight=0.5) for flex in (0.25, 0.75, 3.0)),
-)
-"""The two published growths of the window, 0.75 and 3, and a slower one."""
+SETTINGS = tuple(Setting(flex=flex, weight=weight) for weight in (1.0, 0.5) for flex in (0.25, 0.75, 1.5, 3.0))
+"""The two published growths of the window, 0.75 and 3, and two beside them."""
 
 
 @contextlib.contextmanager
