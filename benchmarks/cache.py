@@ -47,7 +47,7 @@ class Setting:
     Attributes:
         model: Name of the miniature.
         steps: Denoising steps of the unpatched run.
-        scheduler: "euler", or "unipc" for Wan.
+        scheduler: "euler", or for Wan "unipc" or "dpm".
         size: Height and width in pixels; None for those that the miniature was trained on.
     """
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=6)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", default="", help="measure only contenders whose family or name holds this")
-    parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="unipc is for wan alone")
+    parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="others than euler are for wan alone")
     parser.add_argument("--full", action="store_true", help="every setting of this library's sweeps")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     given = parser.parse_args()

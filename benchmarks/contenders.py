@@ -76,7 +76,7 @@ def contenders(model: str, steps: int, scheduler: str = "euler", full: bool = Tr
     Args:
         model: Name of the miniature.
         steps: Denoising steps of a run.
-        scheduler: "euler" or "unipc".
+        scheduler: One of `miniatures.pipelines.SCHEDULERS`.
         full: Whether with every setting of this library's sweeps, and not those alone that tables show (`SHOWN`). Of
             peers always all.
     """

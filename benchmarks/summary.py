@@ -29,7 +29,7 @@ METHODS: Mapping[str, Sequence[str]] = {
 """By the name that tables have for a method: the kinds of rows that belong to it."""
 
 _HEADLINES = tuple(name for name in METHODS if "gap control" not in name and "one caption" not in name)
-SCHEDULERS = {"euler": "Euler", "unipc": "UniPC"}
+SCHEDULERS = {"euler": "Euler", "unipc": "UniPC", "dpm": "DPM-Solver++"}
 _MODELS = {"emoji": "emoji (rough)", "wan": "Wan", "qwen": "Qwen-Image", "flux": "FLUX"}
 _USUAL = ("euler", 50)
 _SHORT = ("euler", 20)
