@@ -35,7 +35,7 @@ class Of(NamedTuple):
     Attributes:
         model: Name of the miniature.
         steps: Denoising steps.
-        scheduler: "euler" or "unipc".
+        scheduler: One of `miniatures.pipelines.SCHEDULERS`.
         guidance: Guidance scale, None for the miniature's own.
     """
 

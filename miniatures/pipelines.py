@@ -16,7 +16,7 @@ from .checkpoint import read_card, read_weights
 from .latents import pack, unpack
 from .specs import Spec, spec_of
 
-SCHEDULERS = ("euler", "unipc")
+SCHEDULERS = ("euler", "unipc", "dpm")
 """Samplers that `load_miniature` offers; the second is what Wan's full-size pipeline comes with."""
 
 _VAE_FACTOR = 8
@@ -31,7 +31,8 @@ def load_miniature(name: str, *, scheduler: str = "euler", dtype: torch.dtype = 
 
     Args:
         name: "wan", "qwen", "emoji" or "flux".
-        scheduler: "euler" (flow-matching Euler), or "unipc" (UniPC of order 2, for "wan" alone).
+        scheduler: "euler" (flow-matching Euler), or for "wan" alone "unipc" (UniPC of order 2) or "dpm"
+            (DPM-Solver++ of order 2).
         dtype: of the weights, which are stored as float16; modules that the class keeps in float32 stay so.
 
     Returns:
@@ -182,4 +183,5 @@ def _scheduler(name: str, scheduler: str) -> Any:
         return diffusers.FlowMatchEulerDiscreteScheduler(**read_card(name)["scheduler"])
     if spec.pipeline != "WanPipeline":
         raise ValueError(f"{spec.pipeline} passes its own sigmas and takes 'euler' alone, not {scheduler!r}")
-    return diffusers.UniPCMultistepScheduler(**spec.unipc)
+    kinds = {"unipc": diffusers.UniPCMultistepScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}
+    return kinds[scheduler](**spec.unipc)

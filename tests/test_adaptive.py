@@ -247,7 +247,7 @@ def test_tolerance_holds_where_every_second_output_leads_to_a_midpoint(predictio
     pipe = family.make(scheduler=diffusers.KDPM2DiscreteScheduler(prediction_type=prediction))
     expected = family.run(pipe, steps=STEPS)
     shares, errors = [], []
-    for tolerance in (1e-12, 1e-4, 1e-3, 1e-2):
+    for tolerance in (1e-12, 3e-5, 1e-3, 1e-2):
         patch = apply_adaptive_cache(pipe, tolerance)
         errors.append(off(family.run(pipe, steps=STEPS), expected))
         shares.append(share(patch))
@@ -332,7 +332,7 @@ def test_each_expert_predicts_from_its_own_outputs() -> None:
     assert off(family.run(pipe, steps=STEPS), expected) < 0.05
     branch = patch.stats.runs[-1].branches["cond"]
     switch = branch.components.index("transformer_2")
-    assert branch.computed[switch : switch + 3] == (True,) * 3
+    assert branch.computed[switch : switch + 2] == (True,) * 2
     assert share(patch) < 0.7
 
 

@@ -17,6 +17,7 @@ from miniatures.checker import accuracy, read
 from miniatures.checkpoint import FOLDER, in_eight_bits, read_card, read_weights
 from miniatures.forward import velocity
 from miniatures.latents import pack, unpack
+from miniatures.pipelines import SCHEDULERS
 from miniatures.specs import DRAWN, SPECS
 from miniatures.train_emoji import pictures
 from miniatures.train_emoji import train as train_emoji
@@ -174,7 +175,7 @@ def test_half_precision_runs(name):
 def test_unknown_name_and_scheduler_are_refused():
     with pytest.raises(ValueError, match="wan, qwen, emoji, flux"):
         miniatures.load_miniature("sora")
-    with pytest.raises(ValueError, match="euler, unipc"):
+    with pytest.raises(ValueError, match="euler, unipc, dpm"):
         miniatures.load_miniature("wan", scheduler="ddim")
     with pytest.raises(ValueError, match="euler"):
         miniatures.load_miniature("flux", scheduler="unipc")
@@ -185,7 +186,7 @@ def test_unknown_name_and_scheduler_are_refused():
     [
         ("qwen", "euler"),
         pytest.param("flux", "euler", marks=pytest.mark.matrix),
-        *(pytest.param("wan", scheduler, marks=pytest.mark.matrix) for scheduler in ("euler", "unipc")),
+        *(pytest.param("wan", scheduler, marks=pytest.mark.matrix) for scheduler in SCHEDULERS),
     ],
 )
 def test_samples_show_what_their_captions_ask(name, scheduler):

@@ -327,10 +327,33 @@ def test_computed_output_without_weight_leaves_the_correction_to_the_next() -> N
     assert pace.weights(5, nodes) == correct(nodes, {3: taken}, pace.final.tolist()) != {5: 1.0}
 
 
-@pytest.mark.parametrize(("steps", "times"), [(50, 1.0), (20, 2.5**1.5), (200, 1 / 8)])
-def test_tolerance_is_for_runs_of_50_steps(steps: int, times: float) -> None:
-    assert SETTINGS.in_run_of(steps) == dataclasses.replace(SETTINGS, tolerance=pytest.approx(times * 1e-3))
+@pytest.mark.parametrize(("steps", "times", "warm_up"), [(50, 1.0, 3), (20, 2.5**1.5, 2), (200, 1 / 8, 3)])
+def test_settings_are_for_runs_of_50_steps(steps: int, times: float, warm_up: int) -> None:
+    expected = dataclasses.replace(SETTINGS, tolerance=pytest.approx(times * 1e-3), warm_up=warm_up)
+    assert SETTINGS.in_run_of(steps) == expected
     assert GapSettings(0.0).in_run_of(steps).tolerance == 0.0
+
+
+def test_short_runs_keep_a_warm_up_that_is_shorter_still() -> None:
+    assert dataclasses.replace(SETTINGS, warm_up=1).in_run_of(20).warm_up == 1
+    assert dataclasses.replace(SETTINGS, warm_up=0).in_run_of(20).warm_up == 0
+
+
+def test_after_two_steps_the_first_output_stands_for_the_second() -> None:
+    pace = GapControl(SETTINGS.in_run_of(20), np.full(20, -1 / 20))
+    assert [decide(pace, step).reason for step in (0, 1)] == ["warm-up", "warm-up"]
+    assert pace.predicted(0, [0]) is None
+    assert pace.predicted(1, [1, 0]) == {0: 1.0}
+    pace.observe(1, 0.002)
+    assert not decide(pace, 2).compute
+    rough = GapControl(SETTINGS.in_run_of(20), np.full(20, -1 / 20))
+    assert all(decide(rough, step).compute for step in (0, 1))
+    rough.observe(1, 1.0)
+    assert decide(rough, 2).compute
+
+
+def test_a_longer_warm_up_asks_for_the_line_alone() -> None:
+    assert GapControl(SETTINGS, EVEN).predicted(1, [1, 0]) is None
 
 
 def response(make: Callable[[], Any], steps: int = STEPS) -> np.ndarray:

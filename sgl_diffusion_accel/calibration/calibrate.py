@@ -19,6 +19,7 @@ from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficien
 from sgl_diffusion_accel.calibration.block_record import BlockRecording
 from sgl_diffusion_accel.calibration.call_record import Recording, Watch, recording
 from sgl_diffusion_accel.calibration.growth import disturbance_for, growth_between, same_start
+from sgl_diffusion_accel.calibration.held_out import ENOUGH, held_out_ratio
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.teacache_fit import fit_recording
 from sgl_diffusion_accel.calls import Call, read_calls
@@ -110,7 +111,9 @@ def calibrate(
                 plans[-1] = replace(plans[-1], growth=measured)
                 _save(plans, done, path)
             logger.log(logging.INFO if progress else logging.DEBUG, "calibrated: call %d of %d", number, len(read))
-    plan = _joined(plans, done)
+    plan = _held_out(plans, _joined(plans, done))
+    if path is not None:
+        plan.save(path)
     _warn_of_noise(plan)
     return plan
 
@@ -139,6 +142,20 @@ def _warn_of_noise(plan: CachePlan) -> None:
 def _save(plans: list[CachePlan], done: int, path: str | Path | None) -> None:
     if path is not None:
         _joined(plans, done).save(path)
+
+
+def _held_out(plans: list[CachePlan], plan: CachePlan) -> CachePlan:
+    """The plan of all calls, with what it has learned from the last of them."""
+    if len(plans) < 2:
+        return plan
+    before = plans[0].merge(*plans[1:-1])
+    ratio = held_out_ratio(before.moments, plan.moments, plans[-1].moments)
+    if ratio is not None and ratio > ENOUGH:
+        logger.info(
+            "the last call would have been %.1f times as far off, had it not been calibrated on: more calls help.",
+            ratio,
+        )
+    return replace(plan, held_out=ratio)
 
 
 def _measured(plans: list[CachePlan]) -> int:

@@ -15,6 +15,7 @@ from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficien
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
 from sgl_diffusion_accel.calibration.growth import early_growth
+from sgl_diffusion_accel.calibration.held_out import ENOUGH
 from sgl_diffusion_accel.calibration.plan_checks import Check, factor_at
 from sgl_diffusion_accel.calibration.plan_fields import checked, symmetric
 from sgl_diffusion_accel.calibration.plan_file import parts, read, refuse, write
@@ -42,6 +43,8 @@ class CachePlan:
         magnitudes: Magnitude ratios for `apply_magcache` from the same runs, None if they were not recorded.
         growth: How many times as large a disturbance of the latents was at the end of a run: pairs of the share of the
             run that was left when it was made, and the growth. Empty where it was not measured.
+        held_out: How many times as far off the last call would have been by a plan that had not seen it, at 3x. Near
+            1 more calls would teach little. None for one call, and where it was not worth the search.
         library: Version of this library that made it.
 
     Raises:
@@ -64,6 +67,7 @@ class CachePlan:
     teacache: TeaCacheCoefficients | None = None
     magnitudes: MagnitudeRatios | None = None
     growth: tuple[tuple[float, float], ...] = ()
+    held_out: float | None = None
     library: str = __version__
 
     def __post_init__(self) -> None:
@@ -190,7 +194,14 @@ class CachePlan:
         magnitudes = ratios[0].merge(*ratios[1:]) if ratios else None
         growth = tuple(each for plan in plans for each in plan.growth)
         return replace(
-            self, calls=calls, gram=gram, checks=checks, teacache=teacache, magnitudes=magnitudes, growth=growth
+            self,
+            calls=calls,
+            gram=gram,
+            checks=checks,
+            teacache=teacache,
+            magnitudes=magnitudes,
+            growth=growth,
+            held_out=None if others else self.held_out,
         )
 
     def save(self, path: str | Path) -> None:
@@ -209,7 +220,7 @@ class CachePlan:
         Example:
             >>> plan = CachePlan.load("plan.json")  # doctest: +SKIP
         """
-        fields = read(path, cls.__dataclass_fields__, ("growth",))
+        fields = read(path, cls.__dataclass_fields__, ("growth", "held_out"))
         if "growth" not in fields:  # its checks are of steps that were chosen otherwise
             fields["checks"] = []
         try:
@@ -229,6 +240,9 @@ class CachePlan:
             head += f", errors of the start grow {1 + early_growth(self.growth):.1f} times"
         if self.checks:
             head += f", errors checked on {self.checks[0].calls}"
+        if self.held_out is not None:
+            advice = "more calls would help" if self.held_out > ENOUGH else "more calls would change little"
+            head += f"; without the last call its error would be {self.held_out:.1f} times as large: {advice}"
         return "\n".join([head, *rows])
 
 

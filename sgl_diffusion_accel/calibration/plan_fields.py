@@ -42,6 +42,8 @@ def checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     found["response"] = _response(found["response"], steps)
     found["checks"] = _checks(found["checks"], steps)
     found["growth"] = listed("growth", found["growth"], _pair, "a list of pairs, such as (0.9, 5.2)")
+    if found["held_out"] is not None:
+        found["held_out"] = _ratio("held_out", found["held_out"])
     for name, kind in (("teacache", TeaCacheCoefficients), ("magnitudes", MagnitudeRatios)):
         of_type(name, found[name], (kind, type(None)), f"{kind.__name__}, or None")
     return found
@@ -84,6 +86,14 @@ def _pair(name: str, value: Any) -> tuple[float, float]:
             f"{name}=({left:g}, {growth:g}); allowed: a share from {_LEAST_LEFT} to 1, and a growth from 0."
         )
     return left, growth
+
+
+def _ratio(name: str, value: Any) -> float:
+    """A ratio of two errors."""
+    ratio = finite(name, value, "a number over 0, or None")
+    if ratio <= 0:
+        raise ConfigError(f"{name}={ratio:g}; allowed: a number over 0, or None.")
+    return ratio
 
 
 def _checks(values: Any, steps: int) -> tuple[Check, ...]:
