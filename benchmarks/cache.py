@@ -76,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unfinished.drop()
 
 
-def _unfinished(setting: Setting, only: str, fresh: bool) -> Unfinished:
+def _unfinished(setting: Setting, only: Sequence[str], fresh: bool) -> Unfinished:
     """What is kept of a run until all are finished; one of some contenders leaves that of all alone."""
-    name = name_of(about(setting)) + (f", {only}".replace("/", " ") if only else "")
+    name = name_of(about(setting)) + "".join(f", {part}".replace("/", " ") for part in only)
     return Unfinished(RESULTS / ".unfinished" / name, key_of(setting), fresh)
 
 
@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", default=list(DRAWN), choices=NAMES)
     parser.add_argument("--captions", type=int, default=6)
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
-    parser.add_argument("--only", default="", help="measure only contenders whose family or name holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="PART", help="measure only contenders whose family and name hold one"
+    )
     parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="others than euler are for wan alone")
     parser.add_argument("--full", action="store_true", help="every setting of this library's sweeps")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels")
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 def measure(
     setting: Setting,
     count: int,
-    only: str = "",
+    only: Sequence[str] = (),
     full: bool = False,
     unfinished: Unfinished | None = None,
     seconds: float = math.inf,
@@ -110,7 +112,7 @@ def measure(
     Args:
         setting: What is run.
         count: Captions, each with its own noise.
-        only: Part of the family or name of the contenders to measure; all of them if empty.
+        only: Parts of the family and name of the contenders to measure; all of them if empty.
         full: Whether with every setting of this library's sweeps; so it is where `only` picks some.
         unfinished: Where samples are kept as they come, and taken from; None for nowhere.
         seconds: No caption but the first is begun that would end later.
@@ -121,7 +123,11 @@ def measure(
     begin = time.monotonic()
     made = Calibrated(setting.of, None if unfinished is None else unfinished.product)
     every = contenders(made, full or bool(only))
-    chosen = [one for one in every if one.family == UNPATCHED or only in f"{one.family} {one.name}"]
+    chosen = [
+        one
+        for one in every
+        if one.family == UNPATCHED or not only or any(part in f"{one.family} {one.name}" for part in only)
+    ]
     names = " ".join(one.name for one in chosen)
     samples: dict[Contender, list[Sample]] = {one: [] for one in chosen}
     measured: list[str] = []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import diffusers
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
 from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments, design
 from sgl_diffusion_accel.calibration.design_search import best_design
 from sgl_diffusion_accel.loop.scheduler_response import euler, response_of
-from zoo.base import unipc_flow
+from zoo.base import flow_euler, unipc_flow
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # KDPM2 and NumPy 2
 
@@ -247,3 +251,34 @@ def test_run_that_does_not_move_has_no_error() -> None:
     with np.errstate(invalid="ignore"):
         made = design(mask_of(MASKS[0]), Moments(np.zeros((STEPS, STEPS)), euler(SIGMAS)), DesignSettings())
     assert made.error == 0.0
+
+
+def moments_for(scheduler: Any, steps: int = 12) -> Moments:
+    scheduler.set_timesteps(steps)
+    response = response_of(scheduler, len(scheduler.timesteps))
+    assert response is not None
+    outputs = smooth(len(scheduler.timesteps))
+    return Moments(outputs @ outputs.T / outputs.shape[1], response)
+
+
+@pytest.mark.parametrize(
+    ("make", "looks_back"),
+    [
+        (flow_euler, False),
+        (partial(diffusers.DDIMScheduler, clip_sample=False), False),
+        (diffusers.CogVideoXDDIMScheduler, False),
+        (diffusers.EulerDiscreteScheduler, False),
+        (diffusers.KDPM2DiscreteScheduler, False),
+        (unipc_flow, True),
+        (diffusers.DPMSolverMultistepScheduler, True),
+        (diffusers.DEISMultistepScheduler, True),
+        (diffusers.PNDMScheduler, True),
+    ],
+)
+def test_schedulers_that_look_back_get_more_careful_designs(make: Callable[[], Any], looks_back: bool) -> None:
+    moments = moments_for(make())
+    assert moments.looks_back is looks_back
+    settings = DesignSettings.of(moments)
+    assert (settings.disturbance > DesignSettings.disturbance) is looks_back
+    assert (settings.ridge > DesignSettings.ridge) is looks_back
+    assert best_design(5, moments) == best_design(5, moments, settings)

@@ -35,7 +35,7 @@ def test_found_steps_are_better_than_even_ones(moments_of: object, computed: int
     moments = moments_of(smooth())  # type: ignore[operator]
     even = np.zeros(STEPS, dtype=bool)
     even[np.round(np.linspace(0, STEPS - 1, computed)).astype(int)] = True
-    assert best_design(computed, moments).error < design(even.tolist(), moments, DesignSettings()).error
+    assert best_design(computed, moments).error < design(even.tolist(), moments, DesignSettings.of(moments)).error
 
 
 @pytest.mark.parametrize("computed", [2, 3])
@@ -46,7 +46,7 @@ def test_found_steps_are_near_the_best_of_all(computed: int) -> None:
         [step == 0 or step in others for step in range(10)]
         for others in itertools.combinations(range(1, 10), computed - 1)
     ]
-    best = min(design(mask, moments, DesignSettings()).error for mask in masks)
+    best = min(design(mask, moments, DesignSettings.of(moments)).error for mask in masks)
     assert best_design(computed, moments).error <= 1.2 * best
 
 

@@ -48,6 +48,16 @@ class DesignSettings:
     ridge: float = 3e-4
     foresight: float = 0.5
 
+    @classmethod
+    def of(cls, moments: Moments) -> DesignSettings:
+        """The settings for a scheduler: more careful ones where it looks back, as UniPC and DPM-Solver do.
+
+        What such a scheduler does with an output depends on the ones before it, so that a correction throws the latents
+        off on the way. On the Wan miniature with UniPC, runs were eight times as far off as their designs expected,
+        with these settings four times, and 4 to 11 dB closer from 2.4x at 50 steps.
+        """
+        return cls(disturbance=1.0, ridge=1e-2) if moments.looks_back else cls()
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -73,6 +83,14 @@ class Moments:
         """Mean square of how far the outputs move the latents in a run."""
         final = self.response[-1]
         return float(final @ self.gram @ final)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether two outputs are weighed otherwise into the next latents than into the final ones."""
+        final, rows = self.response[-1], self.response[2:]
+        one, other = np.diagonal(rows), np.diagonal(rows, 1)  # of each output and the one after it, after both
+        weighed = (final[:-1] != 0) & (final[1:] != 0)  # midpoints have no weight in the end
+        return not np.allclose((one * final[1:])[weighed], (other * final[:-1])[weighed], rtol=1e-3, atol=1e-12)
 
     @property
     def left(self) -> Matrix:

@@ -23,9 +23,9 @@ def best_design(computed: int, moments: Moments, settings: DesignSettings | None
     Args:
         computed: How many steps are computed, from 1 to the steps of the run.
         moments: Of the runs.
-        settings: See `DesignSettings`.
+        settings: See `DesignSettings`; None for those of the scheduler.
     """
-    settings = settings or DesignSettings()
+    settings = settings or DesignSettings.of(moments)
     steps = moments.steps
     start = np.zeros(steps, dtype=bool)
     start[np.round(np.linspace(0, steps - 1, computed)).astype(int)] = True
