@@ -1,0 +1,85 @@
+"""`apply_lossless`: leaves out what is computed and cannot matter, as one line."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.lossless.arguments import Arguments
+from sgl_diffusion_accel.lossless.left_alone import why_left_alone
+from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig, VerifyWhen
+from sgl_diffusion_accel.lossless.lossless_patch import LosslessPatch
+from sgl_diffusion_accel.lossless.table import ROWS, Row
+from sgl_diffusion_accel.targets import Pipe, find_targets, model_class
+from sgl_diffusion_accel.validate import names_checked, of_type
+
+logger = logging.getLogger(__name__)
+
+
+@names_checked
+def apply_lossless(
+    pipe: Pipe, config: LosslessConfig | None = None, *, padding: bool = True, verify: VerifyWhen | None = None
+) -> LosslessPatch:
+    """Cuts text padding that the model's own mask hides, and leaves out masks that hide nothing.
+
+    A token that no other one sees, and whose output nobody reads, adds exp(−∞) = 0 to every sum of the softmax: without
+    it, the same sums have fewer terms, and the output is the same up to rounding. Models pad prompts of 60 tokens to
+    256, 1,000 or 2,048, and a mask sends attention to kernels that are several times slower than those without. Which
+    inputs are padding is known for each class (`docs/lossless.md`); models whose padding is attended are left alone.
+
+    It goes with every cache, attention backend and compiled model, applied before or after. Masks are read from the
+    device once for each prompt, which is one sync. Nothing is held when a run is over.
+
+    Args:
+        pipe: A diffusers pipeline with a diffusion transformer, or the transformer itself.
+        config: The `config` of another such patch, alone.
+        padding: Whether padding is cut, and masks that hide nothing are left out.
+        verify: `"first"` makes the first call of each branch and shape both ways, and once more with its padding
+            multiplied by ten, and raises where the outputs differ by more than rounding. It costs three calls more.
+
+    Returns:
+        The patch: `patch.remove()` undoes it exactly, `print(patch)` tells what was cut, what was left alone and why.
+
+    Raises:
+        ConfigError: A setting is unknown or not allowed.
+        ConfigTypeError: `pipe` or a setting has a wrong type.
+        UnsupportedModelError: The pipeline has no diffusion transformer.
+        LosslessError: Later, at a call, with `verify="first"`: an output differs.
+
+    Example:
+        >>> patch = apply_lossless(pipe)
+        >>> picture = pipe(**call)
+        >>> patch.remove()
+    """
+    if config is not None:
+        of_type("config", config, LosslessConfig, "a LosslessConfig; single settings go by name")
+        if (padding, verify) != (True, None):
+            raise ConfigError(
+                "a config holds all settings: give none beside it. Type: apply_lossless(pipe, "
+                "dataclasses.replace(config, verify='first'))"
+            )
+    settings = config or LosslessConfig(padding, verify)
+    targets = find_targets(pipe)
+    patch = LosslessPatch(settings)
+    with patch.applying(targets):
+        for target in targets:
+            found = _row_for(target.module) if settings.padding else "padding=False"
+            if isinstance(found, Row):
+                patch.attach(target, found)
+            else:
+                patch.leave_alone(target, found)
+    return patch
+
+
+def _row_for(module: nn.Module) -> Row | str:
+    """The row of a model, or why it has none. A class that takes its `forward` from another one has that one's row."""
+    owner = next(cls for cls in model_class(module).__mro__ if "forward" in vars(cls))
+    row = ROWS.get(owner.__name__)
+    if row is None:
+        return why_left_alone(owner)
+    missing = row.parameters.difference(Arguments(vars(owner)["forward"]).names)
+    if missing:
+        return f"this {owner.__name__} has no {', '.join(sorted(missing))}, and another one was expected"
+    return row
