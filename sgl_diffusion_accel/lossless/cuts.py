@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -91,6 +91,11 @@ class Cut:
         """The same, to be told."""
         tokens = tuple((each.stream.tokens[0], each.before, each.after) for each in self.streams)
         return Trimmed(tokens, self.has_mask, self.remark)
+
+    @cached_property
+    def told_with_mask(self) -> Trimmed:
+        """The same where the mask could not be taken from the blocks."""
+        return replace(self.told, has_mask=True)
 
     @property
     def drops_in_blocks(self) -> bool:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 
-from torch import nn
-
-from sgl_diffusion_accel.intercept import release
+from sgl_diffusion_accel.lossless.block_masks import KIND, BlockMasks
 from sgl_diffusion_accel.lossless.cuts import Trimmed
 from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig
 from sgl_diffusion_accel.lossless.padding_handlers import MaskHandler, PaddingHandler
 from sgl_diffusion_accel.lossless.table import Row
 from sgl_diffusion_accel.patch import Patch
-from sgl_diffusion_accel.targets import Target, is_in_compiled_wrapper
-
-KIND = "lossless"
+from sgl_diffusion_accel.targets import Target
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class LosslessPatch(Patch):
         self.left_alone: dict[str, str] = {}
         self._handlers: dict[str, PaddingHandler] = {}
         self._models: dict[str, str] = {}
-        self._masks: dict[str, _BlockMasks] = {}
+        self._masks: dict[str, BlockMasks] = {}
 
     @property
     def stats(self) -> LosslessStats:
@@ -63,8 +58,8 @@ class LosslessPatch(Patch):
 
     def attach(self, target: Target, row: Row) -> None:
         """Puts the patch in front of a transformer, and of those blocks that are handed a mask."""
-        masks = _BlockMasks(target, row)
-        handler = PaddingHandler(self, target, row, masks.are_off, verifies=self.config.verify is not None)
+        masks = BlockMasks(target, row.blocks)
+        handler = PaddingHandler(self, target, row, masks.can_drop, verifies=self.config.verify is not None)
         self._handlers[target.name], self._models[target.name] = handler, target.model
         self._masks[target.name] = masks
         self.stand_before(target, handler)
@@ -90,11 +85,8 @@ class LosslessPatch(Patch):
         for name, handler in self._handlers.items():
             lines.append(f"  {name} ({self._models[name]})")
             lines += [f"    {count} calls: {told}" for told, count in handler.seen.items()] or ["    no call yet"]
-            if self._masks[name].is_compiled and any(not told.has_mask for told in handler.seen):
-                lines.append(
-                    "    its blocks keep their masks, since it is compiled as a whole. To be rid of them, type: "
-                    f"pipe.{name}.compile_repeated_blocks(fullgraph=True)"
-                )
+            hindrance = self._masks[name].hindrance
+            lines += [f"    its blocks keep their masks: {hindrance}"] if hindrance else []
             lines.append(f"    masks were read from the device {handler.reader.reads} times")
             if handler.verify is not None:
                 lines.append(f"    made both ways: {handler.verify}")
@@ -108,32 +100,3 @@ class LosslessPatch(Patch):
 def _most_often(handler: PaddingHandler) -> str:
     common = handler.seen.most_common(1)
     return str(common[0][0]) if common else "no call yet"
-
-
-class _BlockMasks:
-    """The blocks of a transformer that are handed a mask, and whether it can be taken from them."""
-
-    def __init__(self, target: Target, row: Row) -> None:
-        self._module = weakref.ref(target.module)
-        self._in_wrapper = is_in_compiled_wrapper(target.wrapper)
-        lists: tuple[str, ...] = row.blocks.lists if row.blocks is not None else ()
-        self._lists = lists
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks."""
-        module = self._module()
-        return [block for name in self._lists for block in getattr(module, name, ())]
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the transformer is compiled as a whole, which what stands before its blocks would cut into pieces."""
-        return self._in_wrapper or getattr(self._module(), "_compiled_call_impl", None) is not None
-
-    def are_off(self) -> bool:
-        """Whether the blocks can be given no mask; if not, nothing is left in front of them."""
-        if not self.is_compiled:
-            return True
-        for block in self.blocks:
-            release(block, KIND)
-        return False

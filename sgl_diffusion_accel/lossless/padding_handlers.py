@@ -42,7 +42,7 @@ class PaddingHandler(PatchHandler):
         patch: The patch that it belongs to.
         target: The transformer.
         row: What may be cut of its inputs.
-        arrange: Is asked before each call whose blocks need no mask whether it can be taken from them.
+        can_drop: Is asked before each call whose blocks need no mask whether it can be taken from them.
         verifies: Whether first calls are made both ways.
 
     Attributes:
@@ -54,7 +54,7 @@ class PaddingHandler(PatchHandler):
 
     is_inmost = True
 
-    def __init__(self, patch: Patch, target: Target, row: Row, arrange: Callable[[], bool], verifies: bool) -> None:
+    def __init__(self, patch: Patch, target: Target, row: Row, can_drop: Callable[[], bool], verifies: bool) -> None:
         self.patch = patch
         self.call = UnderWay()
         self.reader = Reader(row)
@@ -65,7 +65,7 @@ class PaddingHandler(PatchHandler):
         model: Any = model_class(target.module)
         self._arguments = Arguments(model.forward)
         self._names = (*sorted(row.parameters), *row.unless)
-        self._arrange = arrange
+        self._can_drop = can_drop
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> With | None:
         """Begins a call, on fewer tokens."""
@@ -74,7 +74,8 @@ class PaddingHandler(PatchHandler):
             return None  # the wrapper has entered this call already
         given = self._arguments.find(self._names, args, kwargs)
         cut = self._cut_for(module, given)
-        self.seen[cut.told] += 1
+        drops = cut.drops_in_blocks and self._can_drop()
+        self.seen[cut.told if drops or not cut.drops_in_blocks else cut.told_with_mask] += 1
         if not cut.changes:
             return None
         trimmed = self._arguments.change(cut.apply(given), args, kwargs)
@@ -82,7 +83,7 @@ class PaddingHandler(PatchHandler):
             other = self._arguments.change(cut.with_other_pads(given), args, kwargs)
             self.verify(module, cut, (args, kwargs), trimmed, other)
         self.call.is_inside = True
-        self.call.drops = cut.drops_in_blocks and self._arrange()
+        self.call.drops = drops
         return With(*trimmed, cut)
 
     def _cut_for(self, module: nn.Module, given: dict[str, Any]) -> Cut:
@@ -126,7 +127,7 @@ class MaskHandler(PatchHandler):
         self.patch = patch
         self._call = call
         self._position, self._name = blocks.position, blocks.name
-        self._none = HidesNothing() if blocks.has_own else None
+        self._none = HidesNothing() if blocks.own else None
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> With | None:
         """Begins a block."""

@@ -52,13 +52,14 @@ class InBlocks:
         lists: Names of the block lists.
         position: Where the mask is among the block's positional arguments.
         name: Its name among the keyword arguments.
-        has_own: Whether the blocks' processors make a mask of it even of None: they get a stand-in (`no_mask.py`).
+        own: Class of the processors, in the model's module, that make a mask of whatever they are given: they get a
+            stand-in for it (`no_mask.py`). Empty where None will do.
     """
 
     lists: tuple[str, ...]
     position: int
     name: str = "attention_mask"
-    has_own: bool = False
+    own: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ ROWS: dict[str, Row] = {
     "HunyuanVideoTransformer3DModel": Row((_TEXT,), takes_none=False, blocks=InBlocks(_BOTH_LISTS, 3)),
     "HunyuanVideoFramepackTransformer3DModel": Row((_TEXT,), takes_none=False, blocks=InBlocks(_BOTH_LISTS, 3)),
     "HunyuanVideo15Transformer3DModel": Row(
-        (_TEXT, _GLYPHS, _IMAGE), takes_none=False, blocks=InBlocks(("transformer_blocks",), 3, has_own=True)
+        (_TEXT, _GLYPHS, _IMAGE),
+        takes_none=False,
+        blocks=InBlocks(("transformer_blocks",), 3, own="HunyuanVideo15AttnProcessor2_0"),
     ),
     "HunyuanImageTransformer2DModel": Row((_TEXT, _GLYPHS), takes_none=False, blocks=InBlocks(_BOTH_LISTS, 3)),
     "Ideogram4Transformer2DModel": Row(
@@ -150,7 +153,9 @@ ROWS: dict[str, Row] = {
     "AllegroTransformer3DModel": Row((_TEXT,)),
     "DreamLiteTransformer2DModel": Row((_TEXT,)),
     "Transformer2DModel": Row((_TEXT,)),
-    "LuminaNextDiT2DModel": Row((Stream("encoder_mask", ("encoder_hidden_states",)),), takes_none=False, keeps_mask=True),
+    "LuminaNextDiT2DModel": Row(
+        (Stream("encoder_mask", ("encoder_hidden_states",)),), takes_none=False, keeps_mask=True
+    ),
     "Kandinsky6Transformer3DModel": Row((_TEXT,)),
 }
 """Class of the transformer to its row."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -28,21 +29,38 @@ class Case:
     """Of a call whose prompts have so many tokens that count."""
     lists: tuple[str, ...]
     """Block lists."""
-    blocks: dict[str, Any] = field(default_factory=dict)
     gain: float = 1.0
+    """Of the weights."""
+    unread: int = 0
+    """Places at the start of the output that nobody reads."""
+    dtype: torch.dtype = torch.float32
+    """In which to compare: float64 where parts compute in half precision, whose rounding hides what is looked for."""
 
-    def make(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    def make(self, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = getattr(importlib.import_module(f"diffusers.models.transformers.{self.module}"), self.name)
-            return randomise(made(**self.config), seed, self.gain).to(dtype)
+            return randomise(made(**self.config), seed, self.gain).to(dtype or self.dtype)
 
-    def call(self, lengths: Sequence[int] = (9,), dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    def call(self, lengths: Sequence[int] = (9,), dtype: torch.dtype | None = None) -> dict[str, Any]:
         given = {**self.arguments(lengths), "return_dict": False}
-        return {name: _cast(value, dtype) for name, value in given.items()}
+        return {name: _cast(value, dtype or self.dtype) for name, value in given.items()}
+
+    def run(self, model: Any, given: dict[str, Any]) -> Tensor:
+        """What is read of the output."""
+        with torch.no_grad():
+            return tensor_of(model(**given))[:, self.unread :]
 
     def main_blocks(self, model: nn.Module) -> list[nn.Module]:
         return [block for name in self.lists for block in getattr(model, name)]
+
+    def missing(self) -> str | None:
+        """Why this diffusers cannot make it; None where it can."""
+        try:
+            importlib.import_module(f"diffusers.models.transformers.{self.module}")
+        except ModuleNotFoundError:
+            return f"diffusers {diffusers.__version__} has no {self.name}"
+        return None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -65,7 +83,7 @@ def tensor_of(output: Any) -> Tensor:
     """The output, or all of a model with several, as one row."""
     parts = output if isinstance(output, (tuple, list)) else [output]
     tensors = [each if isinstance(each, Tensor) else tensor_of(each) for each in parts]
-    return tensors[0] if len(tensors) == 1 else torch.cat([each.flatten() for each in tensors])
+    return tensors[0] if len(tensors) == 1 else torch.cat([each.flatten(1) for each in tensors], 1)
 
 
 def relative(one: Tensor, two: Tensor) -> float:

@@ -161,6 +161,7 @@ CASES = (
         },
         sana_wm,
         ("blocks",),
+        dtype=torch.float64,
     ),
     Case("SanaWMLTX2RefinerTransformer3DModel", "transformer_sana_wm_refiner", LTX2, refiner, ("transformer_blocks",)),
     Case("LTX2VideoTransformer3DModel", "transformer_ltx2", LTX2, ltx2, ("transformer_blocks",)),

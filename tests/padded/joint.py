@@ -278,6 +278,7 @@ CASES = (
         ideogram,
         ("layers",),
         gain=0.6,
+        unread=LENGTH,
     ),
     Case(
         "Krea2Transformer2DModel",
