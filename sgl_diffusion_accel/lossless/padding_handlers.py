@@ -14,7 +14,7 @@ from sgl_diffusion_accel.lossless.cuts import Cut, Trimmed
 from sgl_diffusion_accel.lossless.no_mask import HidesNothing
 from sgl_diffusion_accel.lossless.reading import Reader
 from sgl_diffusion_accel.lossless.table import InBlocks, Row
-from sgl_diffusion_accel.lossless.verify import Verification
+from sgl_diffusion_accel.lossless.verify import Call, Verification
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.slots import With
 from sgl_diffusion_accel.targets import Target, model_class, unwrap
@@ -79,12 +79,19 @@ class PaddingHandler(PatchHandler):
         if not cut.changes:
             return None
         trimmed = self._arguments.change(cut.apply(given), args, kwargs)
+        self.call.is_inside, self.call.drops = True, drops
         if self.verify is not None:
-            other = self._arguments.change(cut.with_other_pads(given), args, kwargs)
-            self.verify(module, cut, (args, kwargs), trimmed, other)
-        self.call.is_inside = True
-        self.call.drops = drops
+            self._verify(self.verify, module, cut, (args, kwargs), trimmed, given)
         return With(*trimmed, cut)
+
+    def _verify(
+        self, verify: Verification, module: nn.Module, cut: Cut, call: Call, trimmed: Call, given: dict[str, Any]
+    ) -> None:
+        try:
+            verify(module, cut, call, trimmed, self._arguments.change(cut.with_other_pads(given), *call))
+        except BaseException:
+            self._end()
+            raise
 
     def _cut_for(self, module: nn.Module, given: dict[str, Any]) -> Cut:
         config: Any = getattr(unwrap(module), "_parallel_config", None)

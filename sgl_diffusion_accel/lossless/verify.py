@@ -64,9 +64,10 @@ class Verification:
             return
         with torch.no_grad(), _nothing_in_front(module):
             whole, other = (_tensors(_run(module, each), cut) for each in (call, other_pads))
-            short = _tensors(cut.restore(_run(module, trimmed)), cut)
         exact = {} if cut.row.rounds else _PADS
         self._check(module, "with its padding multiplied by ten", whole, other, exact, _PADS_IN_HALVES)
+        with torch.no_grad(), _nothing_in_front(module, but_inmost_of_blocks=True):
+            short = _tensors(cut.restore(_run(module, trimmed)), cut)
         exact = {} if cut.row.rounds else _TRIMMED
         found = self._check(module, "without its padding", whole, short, exact, _TRIMMED_IN_HALVES)
         self.worst = max(self.worst, found)
@@ -113,13 +114,20 @@ def _tensors(output: Any, cut: Cut) -> Tensors:
 
 
 @contextlib.contextmanager
-def _nothing_in_front(module: nn.Module) -> Iterator[None]:
-    """Takes all handlers off a model and its parts for a while: a cache is to hear nothing of such calls."""
-    slots = [slot for each in module.modules() if (slot := slot_of(each)) is not None]
-    kept = [(slot, slot.handlers, slot.detour) for slot in slots]
+def _nothing_in_front(module: nn.Module, but_inmost_of_blocks: bool = False) -> Iterator[None]:
+    """Takes all handlers off a model and its parts for a while: a cache is to hear nothing of such calls.
+
+    Args:
+        module: The model, or its wrapper.
+        but_inmost_of_blocks: Whether what takes the mask from blocks stays.
+    """
+    found = {each: slot for each in module.modules() if (slot := slot_of(each)) is not None}
+    kept = [(slot, slot.handlers, slot.detour) for slot in found.values()]
+    doors = (module, unwrap(module))
     try:
-        for slot in slots:
-            slot.handlers, slot.detour = (), None
+        for each, slot in found.items():
+            inmost = tuple(handler for handler in slot.handlers if getattr(handler, "is_inmost", False))
+            slot.handlers, slot.detour = inmost if but_inmost_of_blocks and each not in doors else (), None
         yield
     finally:
         for slot, handlers, detour in kept:
