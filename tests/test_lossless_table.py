@@ -1,4 +1,4 @@
-"""The table of padding: every row is exact, every class of diffusers with a mask is known, and the page says the same."""
+"""The table of padding: rows are exact, classes of diffusers with a mask are known, the page says the same."""
 
 from __future__ import annotations
 
@@ -147,13 +147,9 @@ def test_rows_are_those_that_are_run() -> None:
 
 def classes() -> dict[str, type]:
     """The transformers of diffusers."""
-    found = {}
-    for module in pkgutil.iter_modules(transformers.__path__):
-        made = importlib.import_module(f"{transformers.__name__}.{module.name}")
-        for name, cls in vars(made).items():
-            if inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin) and cls.__module__ == made.__name__:
-                found[name] = cls
-    return found
+    names = [f"{transformers.__name__}.{module.name}" for module in pkgutil.iter_modules(transformers.__path__)]
+    found = [cls for name in names for cls in vars(importlib.import_module(name)).values() if inspect.isclass(cls)]
+    return {cls.__name__: cls for cls in found if issubclass(cls, diffusers.ModelMixin) and cls.__module__ in names}
 
 
 CLASSES = classes()

@@ -169,13 +169,7 @@ CASES = (
     Case(
         "SanaVideoTransformer3DModel",
         "transformer_sana_video",
-        {
-            **SANA,
-            "attention_head_dim": 12,
-            "num_cross_attention_heads": 2,
-            "cross_attention_head_dim": 12,
-            "cross_attention_dim": 24,
-        },
+        {**SANA, "attention_head_dim": 12, "cross_attention_head_dim": 12, "cross_attention_dim": 24},
         video,
         ("transformer_blocks",),
     ),
