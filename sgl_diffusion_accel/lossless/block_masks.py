@@ -6,6 +6,7 @@ import sys
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 from sgl_diffusion_accel.attention.sites import find_sites, processor_of
@@ -58,6 +59,8 @@ class BlockMasks:
                 "it is compiled as a whole. To be rid of them, type: "
                 f"pipe.{self._name}.compile_repeated_blocks(fullgraph=True)"
             )
+        if torch.is_grad_enabled() and getattr(self._module(), "gradient_checkpointing", False):
+            return "they run once more for gradients, outside of the transformer's call"
         if not all(map(self._has_known_processor, self._layers)):
             return "their attention processors are others than diffusers' own"
         return ""

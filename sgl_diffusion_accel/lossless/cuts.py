@@ -64,6 +64,8 @@ class Trimmed:
     def __str__(self) -> str:
         if self.remark:
             return f"left alone: {self.remark}"
+        if not self.tokens:
+            return "cut to other lengths"
         cuts = ", ".join(f"{name} {before:,} → {after:,}" for name, before, after in self.tokens)
         return f"{cuts} tokens; {'with its mask' if self.has_mask else 'without a mask'}"
 

@@ -14,6 +14,9 @@ from sgl_diffusion_accel.lossless.table import Row
 from sgl_diffusion_accel.patch import Patch
 from sgl_diffusion_accel.targets import Target
 
+_MOST_SHOWN = 8
+"""Kinds of calls that `print(patch)` lists."""
+
 
 @dataclass(frozen=True)
 class LosslessStats:
@@ -84,7 +87,10 @@ class LosslessPatch(Patch):
         lines = [f"lossless{f' [{self.notice}]' if self.notice else ''}"]
         for name, handler in self._handlers.items():
             lines.append(f"  {name} ({self._models[name]})")
-            lines += [f"    {count} calls: {told}" for told, count in handler.seen.items()] or ["    no call yet"]
+            most = handler.seen.most_common(_MOST_SHOWN)
+            lines += [f"    {count} calls: {told}" for told, count in most] or ["    no call yet"]
+            others = handler.seen.total() - sum(count for _, count in most)
+            lines += [f"    {others} calls cut to other lengths: see patch.stats"] if others else []
             hindrance = self._masks[name].hindrance
             lines += [f"    its blocks keep their masks: {hindrance}"] if hindrance else []
             lines.append(f"    masks were read from the device {handler.reader.reads} times")
