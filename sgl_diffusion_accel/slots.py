@@ -93,7 +93,8 @@ class Slot:
         handlers: The same, outermost first. Those that only watch (`is_watching`) are in front of all others, whenever
             they came: an answer that another one gives in the module's place is seen by them as well. Those that only
             change arguments (`is_inmost`) are behind all others: what finds its place in a loop by the tensors that a
-            pipeline passes has to see these.
+            pipeline passes has to see these. Those that spare the others a call (`is_outer`) come right after the
+            watching ones.
         detour: Of the only handler; None where there are others, which have to see each call. One that only changes
             arguments has not: there is nothing for it to do when the module does not run.
         methods: The slots of its other methods, by name.
@@ -133,13 +134,15 @@ class Slot:
         return slot.handlers if slot is not None else ()
 
 
-_OUTMOST, _BETWEEN, _INMOST = range(3)
+_WATCHING, _OUTER, _BETWEEN, _INMOST = range(4)
 
 
 def _from_outside(handler: Handler) -> int:
     """Where a handler stands, whenever it came."""
     if getattr(handler, "is_watching", False):
-        return _OUTMOST
+        return _WATCHING
+    if getattr(handler, "is_outer", False):
+        return _OUTER
     return _INMOST if getattr(handler, "is_inmost", False) else _BETWEEN
 
 

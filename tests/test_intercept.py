@@ -581,7 +581,7 @@ def test_handler_gives_the_module_other_arguments(block):
         block(HIDDEN, scale=2.0)
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(["cache", "lossless", "watch"])))
+@pytest.mark.parametrize("order", list(itertools.permutations(["cache", "lossless", "spare", "watch"])))
 def test_what_changes_arguments_is_innermost_and_what_watches_outermost_in_any_order(block, order):
     log = []
     kinds = {
@@ -589,12 +589,12 @@ def test_what_changes_arguments_is_innermost_and_what_watches_outermost_in_any_o
         "lossless": Change(3.0, name="lossless", log=log),
         "watch": Note("watch", log),
     }
-    kinds["watch"].is_watching = True
+    kinds["watch"].is_watching = kinds["spare"].is_outer = True
     for kind in order:
         intercept(block, kind, kinds[kind])
     block(HIDDEN, scale=2.0)
-    assert [name for what, name in log if what == "enter"] == ["watch", "cache", "lossless"]
-    assert [name for what, name in log if what == "leave"] == ["lossless", "cache", "watch"]
+    assert [name for what, name in log if what == "enter"] == ["watch", "spare", "cache", "lossless"]
+    assert [name for what, name in log if what == "leave"] == ["lossless", "cache", "spare", "watch"]
     assert kinds["lossless"].seen == {"scale": 2.0}
 
 

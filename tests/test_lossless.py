@@ -36,7 +36,6 @@ from sgl_diffusion_accel import (
     set_attention_backend,
 )
 from sgl_diffusion_accel.attention.backends import registry as backends
-from sgl_diffusion_accel.lossless import apply_lossless as front_door
 from sgl_diffusion_accel.lossless.table import ROWS, Row, Stream
 from zoo import Family
 
@@ -508,7 +507,7 @@ def test_verification_finds_a_row_that_is_wrong(monkeypatch: pytest.MonkeyPatch)
     given["hidden_states"] = given["hidden_states"][:, :24]
     given["img_shapes"] = [[(1, 4, 6)]]
     patch = apply_lossless(model, verify="first")
-    with pytest.raises(LosslessError, match=rf"{case.name} .*multiplied by ten.*padding=False"):
+    with pytest.raises(LosslessError, match=rf"{case.name} .*multiplied by ten.*remove\(pipe\)"):
         case.run(model, given)
     patch.remove()
     case.run(model, given)
@@ -559,6 +558,8 @@ def test_what_is_wrong_is_told() -> None:
         apply_lossless(model, verify="always")  # type: ignore[arg-type]
     with pytest.raises(ConfigTypeError, match="padding"):
         apply_lossless(model, padding=1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigTypeError, match="constants"):
+        apply_lossless(model, constants="all")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Did you mean 'padding'"):
         apply_lossless(model, paddings=True)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="none beside it"):
@@ -590,12 +591,12 @@ def test_prompts_of_all_lengths_are_counted_and_not_all_listed() -> None:
     case = MODELS["QwenImageTransformer2DModel"]
     model = case.make()
     patch = apply_lossless(model)
-    handler = patch._handlers["transformer"]
+    (padding,) = patch._parts["transformer"]
     for length in range(1, 24):
         case.run(model, case.call((length,)))
     assert "calls cut to other lengths" in str(patch)
     for length in range(200):
-        handler._count(Trimmed((("text", 500, length),), has_mask=False))
+        padding.count(Trimmed((("text", 500, length),), has_mask=False))
     counts = patch.stats.calls["transformer"]
     assert len(counts) <= 101
     assert sum(counts.values()) == 223
@@ -648,12 +649,12 @@ def test_derived_class_has_the_row_of_the_forward_that_it_takes() -> None:
     class Other(Base):  # type: ignore[misc]
         """Another forward."""
 
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
+        def forward(self, hidden_states: Any, encoder_hidden_states_mask: Any = None, **kwargs: Any) -> Any:
+            return super().forward(hidden_states, encoder_hidden_states_mask=encoder_hidden_states_mask, **kwargs)
 
     config = MODELS["QwenImageTransformer2DModel"].config
-    assert front_door._row_for(Mine(**config)) is ROWS["QwenImageTransformer2DModel"]
-    assert isinstance(front_door._row_for(Other(**config)), str)
+    assert apply_lossless(Mine(**config)).left_alone == {}
+    assert "nothing is known" in apply_lossless(Other(**config)).left_alone["transformer"]
 
 
 def test_class_that_lost_a_parameter_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ class LosslessConfig:
 
     Attributes:
         padding: Whether padding is cut, and masks that hide nothing are left out.
+        constants: Whether what has one result is computed once, and what is multiplied by 0 not at all.
         verify: `"first"` makes the first call of each branch and shape both ways; None makes none.
 
     Raises:
@@ -24,9 +25,11 @@ class LosslessConfig:
     """
 
     padding: bool = True
+    constants: bool = True
     verify: VerifyWhen | None = None
 
     def __post_init__(self) -> None:
         flag("padding", self.padding)
+        flag("constants", self.constants)
         if self.verify is not None:
             choice("value of verify", self.verify, ("first",))

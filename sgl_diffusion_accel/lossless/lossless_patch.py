@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from sgl_diffusion_accel.lossless.block_masks import KIND, BlockMasks
+from sgl_diffusion_accel.lossless.block_masks import KIND
+from sgl_diffusion_accel.lossless.call_handler import CallHandler, Part
 from sgl_diffusion_accel.lossless.cuts import Trimmed
+from sgl_diffusion_accel.lossless.equal_timesteps import EqualTimesteps
+from sgl_diffusion_accel.lossless.idle_guidance import IdleGuidance
 from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig
-from sgl_diffusion_accel.lossless.padding_handlers import MaskHandler, PaddingHandler
-from sgl_diffusion_accel.lossless.table import Row
+from sgl_diffusion_accel.lossless.padding import MaskHandler, Padding
+from sgl_diffusion_accel.lossless.verify import Verification
 from sgl_diffusion_accel.patch import Patch
 from sgl_diffusion_accel.targets import Target
-
-_MOST_SHOWN = 8
-"""Kinds of calls that `print(patch)` lists."""
 
 
 @dataclass(frozen=True)
@@ -24,85 +24,99 @@ class LosslessStats:
 
     Attributes:
         calls: Component to what was cut of its calls, with how many they were.
-        reads: Component to how often its masks were read from the device.
+        timesteps: Component to what was found of its tokens' timesteps, with how many calls.
+        idle: Component to how many of its calls were left out, since guidance multiplies them by 0.
+        reads: Component to how often its masks and timesteps were read from the device.
         verified: Component to the largest relative difference of the calls that were made both ways.
     """
 
     calls: Mapping[str, Mapping[Trimmed, int]]
+    timesteps: Mapping[str, Mapping[str, int]]
+    idle: Mapping[str, int]
     reads: Mapping[str, int]
     verified: Mapping[str, float]
 
 
 class LosslessPatch(Patch):
-    """Padding and idle masks cut from the calls of a pipeline's transformers.
+    """What cannot matter, cut from the calls of a pipeline's transformers.
 
     Attributes:
         config: The settings that it was applied with.
-        left_alone: Component to why nothing is cut of it.
+        left_alone: Component to why its padding is not cut.
     """
 
     def __init__(self, config: LosslessConfig) -> None:
         super().__init__(KIND)
         self.config = config
         self.left_alone: dict[str, str] = {}
-        self._handlers: dict[str, PaddingHandler] = {}
+        self._parts: dict[str, Sequence[Part]] = {}
+        self._idle: dict[str, IdleGuidance] = {}
+        self._verifications: dict[str, Verification] = {}
         self._models: dict[str, str] = {}
-        self._masks: dict[str, BlockMasks] = {}
 
     @property
     def stats(self) -> LosslessStats:
         """What was not computed, up to now."""
-        handlers = self._handlers.items()
+        parts = [(name, part) for name, parts in self._parts.items() for part in parts]
+        paddings = {name: part for name, part in parts if isinstance(part, Padding)}
+        timesteps = {name: part for name, part in parts if isinstance(part, EqualTimesteps)}
+        reads = {name: part.reader.reads for name, part in paddings.items()}
+        reads |= {name: part.reads + reads.get(name, 0) for name, part in timesteps.items()}
         return LosslessStats(
-            {name: dict(each.seen) for name, each in handlers},
-            {name: each.reader.reads for name, each in handlers},
-            {name: each.verify.worst for name, each in handlers if each.verify is not None},
+            calls={name: dict(part.seen) for name, part in paddings.items()},
+            timesteps={name: dict(part.seen) for name, part in timesteps.items()},
+            idle={name: each.skipped for name, each in self._idle.items()},
+            reads=reads,
+            verified={name: each.worst for name, each in self._verifications.items()},
         )
 
-    def attach(self, target: Target, row: Row) -> None:
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that are kept for the runs under way; 0 between runs."""
+        return sum(each.held_bytes() for each in self._idle.values())
+
+    def attach(self, target: Target, parts: Sequence[Part], verification: Verification | None) -> None:
         """Puts the patch in front of a transformer, and of those blocks that are handed a mask."""
-        masks = BlockMasks(target, row.blocks)
-        handler = PaddingHandler(self, target, row, masks.can_drop, verifies=self.config.verify is not None)
-        self._handlers[target.name], self._models[target.name] = handler, target.model
-        self._masks[target.name] = masks
-        self.stand_before(target, handler)
-        if row.blocks is not None and not masks.is_compiled:
-            for block in masks.blocks:
-                self.intercept(block, MaskHandler(self, handler.call, row.blocks))
+        self._models[target.name], self._parts[target.name] = target.model, parts
+        if verification is not None:
+            self._verifications[target.name] = verification
+        self.stand_before(target, CallHandler(self, target, parts))
+        for part in parts:
+            if isinstance(part, Padding) and part.blocks is not None and not part.masks.is_compiled:
+                for block in part.masks.blocks:
+                    self.intercept(block, MaskHandler(self, part.dropping, part.blocks))
+
+    def spare_idle_calls(self, target: Target) -> None:
+        """Stands before a second expert and its caches, to leave out calls that guidance multiplies by 0."""
+        self._models[target.name], self._idle[target.name] = target.model, IdleGuidance(self, target)
+        self.stand_before(target, self._idle[target.name], beside="guidance")
 
     def leave_alone(self, target: Target, why: str) -> None:
-        """Notes that nothing is cut of a transformer."""
-        self.left_alone[target.name], self._models[target.name] = why, target.model
+        """Notes that no padding of a transformer is cut."""
+        self._models[target.name], self.left_alone[target.name] = target.model, why
 
     def _on_taken_off(self) -> None:
-        for handler in self._handlers.values():
-            handler.reader.forget()
+        for parts in self._parts.values():
+            for part in parts:
+                part.forget()
+        for each in self._idle.values():
+            each.forget()
 
     def _what(self) -> str:
-        acts = [f"{name}: {_most_often(handler)}" for name, handler in self._handlers.items()]
-        acts += [f"{name}: left alone" for name in self.left_alone]
+        acts = [f"{name}: {', '.join(part.line() for part in parts)}" for name, parts in self._parts.items()]
+        acts += [f"{name}: left alone" for name in self.left_alone if name not in self._parts]
         return f"lossless on {'; '.join(acts)}"
 
     def __str__(self) -> str:
         lines = [f"lossless{f' [{self.notice}]' if self.notice else ''}"]
-        for name, handler in self._handlers.items():
-            lines.append(f"  {name} ({self._models[name]})")
-            most = handler.seen.most_common(_MOST_SHOWN)
-            lines += [f"    {count} calls: {told}" for told, count in most] or ["    no call yet"]
-            others = handler.seen.total() - sum(count for _, count in most)
-            lines += [f"    {others} calls cut to other lengths: see patch.stats"] if others else []
-            hindrance = self._masks[name].hindrance
-            lines += [f"    its blocks keep their masks: {hindrance}"] if hindrance else []
-            lines.append(f"    masks were read from the device {handler.reader.reads} times")
-            if handler.verify is not None:
-                lines.append(f"    made both ways: {handler.verify}")
-        lines += [f"  {name} ({self._models[name]}) is left alone: {why}" for name, why in self.left_alone.items()]
+        for name, model in self._models.items():
+            lines.append(f"  {name} ({model})")
+            lines += [f"    {line}" for part in self._parts.get(name, ()) for line in part.lines()]
+            lines += [f"    {self._idle[name].line()}"] if name in self._idle else []
+            if name in self.left_alone:
+                lines.append(f"    its padding is left alone: {self.left_alone[name]}")
+            if name in self._verifications:
+                lines.append(f"    made both ways: {self._verifications[name]}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
-
-
-def _most_often(handler: PaddingHandler) -> str:
-    common = handler.seen.most_common(1)
-    return str(common[0][0]) if common else "no call yet"

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, take_apart
 from sgl_diffusion_accel.errors import LosslessError
+from sgl_diffusion_accel.lossless.call_handler import Call
 from sgl_diffusion_accel.lossless.cuts import Cut
 from sgl_diffusion_accel.slots import slot_of
 from sgl_diffusion_accel.targets import model_class, unwrap
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments."""
 
 _TRIMMED = {torch.float64: 1e-12, torch.float32: 1e-5}
 _PADS = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -42,12 +40,13 @@ class Verification:
         self.count = 0
         self.worst = 0.0
         self._component = component
+        self._same: set[Any] = set()
 
     def __str__(self) -> str:
         return f"{self.count} calls, largest relative difference {self.worst:.2g}"
 
-    def __call__(self, module: nn.Module, cut: Cut, call: Call, trimmed: Call, other_pads: Call) -> None:
-        """Verifies a call, if it is the first of its kind.
+    def cut(self, module: nn.Module, cut: Cut, call: Call, trimmed: Call, other_pads: Call) -> None:
+        """Verifies a call whose padding is cut, if it is the first of its kind.
 
         Args:
             module: The transformer, or its wrapper.
@@ -59,7 +58,7 @@ class Verification:
         Raises:
             LosslessError: The outputs differ by more than rounding.
         """
-        shapes = tuple(value.shape for value in (*call[0], *call[1].values()) if isinstance(value, Tensor))
+        shapes = _shapes(call)
         if shapes in cut.verified:
             return
         with torch.no_grad(), _nothing_in_front(module):
@@ -72,6 +71,27 @@ class Verification:
         found = self._check(module, "without its padding", whole, short, exact, _TRIMMED_IN_HALVES)
         self.worst = max(self.worst, found)
         cut.verified.add(shapes)
+        self.count += 1
+
+    def same(self, module: nn.Module, call: Call, changed: Call, how: str) -> None:
+        """Verifies that other arguments give the same output, if these are the first of their shapes.
+
+        Args:
+            module: The transformer, or its wrapper.
+            call: Its arguments.
+            changed: The others.
+            how: What they are, for the error.
+
+        Raises:
+            LosslessError: The outputs differ by more than rounding.
+        """
+        shapes = _shapes(call)
+        if shapes in self._same:
+            return
+        with torch.no_grad(), _nothing_in_front(module):
+            whole, other = (take_apart(_run(module, each))[0] for each in (call, changed))
+        self.worst = max(self.worst, self._check(module, how, whole, other, _TRIMMED, _TRIMMED_IN_HALVES))
+        self._same.add(shapes)
         self.count += 1
 
     def _check(
@@ -90,9 +110,9 @@ class Verification:
             if not difference <= limit:  # nan is no agreement
                 raise LosslessError(
                     f"{model_class(unwrap(module)).__name__} ({self._component}) gives another output {how}: relative "
-                    f"difference {difference:.2g}, of which rounding in {one.dtype} explains {limit:g}. Its padding "
-                    "matters, or one of its kernels goes wrong with a mask. Type: apply_lossless(pipe, padding=False), "
-                    "and please report the model."
+                    f"difference {difference:.2g}, of which rounding in {one.dtype} explains {limit:g}. What was left "
+                    "out matters, or one of its kernels goes wrong with a mask. Type: remove(pipe), and please report "
+                    "the model."
                 )
             worst = max(worst, difference)
         return worst
@@ -102,6 +122,10 @@ def _relative(one: Tensor, two: Tensor) -> float:
     exact = torch.promote_types(one.dtype, torch.float32)
     one, two = one.to(exact), two.to(exact)
     return float((one - two).norm() / one.norm().clamp_min(torch.finfo(exact).tiny))
+
+
+def _shapes(call: Call) -> tuple[torch.Size, ...]:
+    return tuple(value.shape for value in (*call[0], *call[1].values()) if isinstance(value, Tensor))
 
 
 def _run(module: nn.Module, call: Call) -> Any:

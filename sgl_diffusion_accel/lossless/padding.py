@@ -1,108 +1,96 @@
-"""Stands in front of a transformer and cuts its padding off, and in front of its blocks and takes their mask away."""
+"""Cuts the padding of a transformer's inputs off, and takes the mask away from its blocks where it hides nothing."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from sgl_diffusion_accel.lossless.arguments import Arguments
+from sgl_diffusion_accel.lossless.block_masks import BlockMasks
+from sgl_diffusion_accel.lossless.call_handler import Call
 from sgl_diffusion_accel.lossless.cuts import Cut, Trimmed
 from sgl_diffusion_accel.lossless.no_mask import HidesNothing
 from sgl_diffusion_accel.lossless.reading import Reader
 from sgl_diffusion_accel.lossless.table import InBlocks, Row
-from sgl_diffusion_accel.lossless.verify import Call, Verification
+from sgl_diffusion_accel.lossless.verify import Verification
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.slots import With
 from sgl_diffusion_accel.targets import Target, model_class, unwrap
 
 _MOST_KINDS = 100
+"""Kinds of calls that are counted apart: a service sees prompts of all lengths for weeks."""
+
+_MOST_SHOWN = 8
 _OTHERS = Trimmed()
 
 
-class UnderWay(threading.local):
-    """The transformer call that is under way in this thread.
+class Dropping(threading.local):
+    """Whether the blocks of the call that is under way in this thread are to be given no mask."""
 
-    Attributes:
-        is_inside: Whether there is one.
-        drops: Whether its blocks are to be given no mask.
-    """
-
-    is_inside: bool = False
-    drops: bool = False
+    is_on: bool = False
 
 
-class PaddingHandler(PatchHandler):
-    """Cuts the padding of one transformer's inputs.
-
-    It is innermost: caches find the place of a call in its loop by the tensors that the pipeline passes, and have to
-    see those. What a cache answers itself, this one never hears of; what it computes, it computes without padding.
+class Padding:
+    """The padding of one transformer.
 
     Args:
-        patch: The patch that it belongs to.
         target: The transformer.
         row: What may be cut of its inputs.
-        can_drop: Is asked before each call whose blocks need no mask whether it can be taken from them.
-        verifies: Whether first calls are made both ways.
+        verify: Makes the first call of each kind both ways, and raises where they differ; None verifies none.
 
     Attributes:
-        call: The call that is under way.
+        blocks: Its blocks that are handed a mask; None where it makes none for them.
+        dropping: Whether the blocks of the present call are to be given no mask.
+        masks: Those of its blocks.
         reader: Knows what is to be cut.
         seen: What was cut of calls, with how many they were.
-        verify: Makes the first call of each kind both ways, and raises where they differ; None verifies none.
+        verify: The same as given.
     """
 
-    is_inmost = True
-
-    def __init__(self, patch: Patch, target: Target, row: Row, can_drop: Callable[[], bool], verifies: bool) -> None:
-        self.patch = patch
-        self.call = UnderWay()
+    def __init__(self, target: Target, row: Row, verify: Verification | None) -> None:
+        self.blocks = row.blocks
+        self.dropping = Dropping()
+        self.masks = BlockMasks(target, row.blocks)
         self.reader = Reader(row)
         self.seen: Counter[Trimmed] = Counter()
-        self.verify = Verification(target.name) if verifies else None
+        self.verify = verify
         self._row = row
-        self._has_wrapper = target.is_wrapped
         model: Any = model_class(target.module)
         self._arguments = Arguments(model.forward)
         self._names = (*sorted(row.parameters), *row.unless)
-        self._can_drop = can_drop
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> With | None:
         """Begins a call, on fewer tokens."""
-        # Asked of the model alone: a call cut off by Ctrl-C may leave `is_inside` set, and the wrapper begins the next.
-        if self._has_wrapper and self.call.is_inside and unwrap(module) is module:
-            return None  # the wrapper has entered this call already
         given = self._arguments.find(self._names, args, kwargs)
         cut = self._cut_for(module, given)
-        drops = cut.drops_in_blocks and self._can_drop()
-        self._count(cut.told if drops or not cut.drops_in_blocks else cut.told_with_mask)
+        drops = cut.drops_in_blocks and self.masks.can_drop()
+        self.count(cut.told if drops or not cut.drops_in_blocks else cut.told_with_mask)
         if not cut.changes:
             return None
         trimmed = self._arguments.change(cut.apply(given), args, kwargs)
-        self.call.is_inside, self.call.drops = True, drops
+        self.dropping.is_on = drops
         if self.verify is not None:
             self._verify(self.verify, module, cut, (args, kwargs), trimmed, given)
         return With(*trimmed, cut)
 
-    def _count(self, told: Trimmed) -> None:
-        # A service sees prompts of all lengths for weeks.
+    def count(self, told: Trimmed) -> None:
+        """Counts a call."""
         self.seen[told if told in self.seen or len(self.seen) < _MOST_KINDS else _OTHERS] += 1
 
     def _verify(
         self, verify: Verification, module: nn.Module, cut: Cut, call: Call, trimmed: Call, given: dict[str, Any]
     ) -> None:
         try:
-            verify(module, cut, call, trimmed, self._arguments.change(cut.with_other_pads(given), *call))
+            verify.cut(module, cut, call, trimmed, self._arguments.change(cut.with_other_pads(given), *call))
         except BaseException:
-            self._end()
+            self.dropping.is_on = False
             raise
 
     def _cut_for(self, module: nn.Module, given: dict[str, Any]) -> Cut:
-        config: Any = getattr(unwrap(module), "_parallel_config", None)
-        if getattr(config, "context_parallel_config", None) is not None:
+        if is_context_parallel(module):
             # The text is divided among the devices as well, which the number of its tokens has to allow.
             return Cut(self._row, remark="its tokens are divided over several devices (context parallelism)")
         hindrance = next((name for name in self._row.unless if given.get(name) is not None), None)
@@ -110,20 +98,39 @@ class PaddingHandler(PatchHandler):
             return Cut(self._row, remark=f"it is given {hindrance}")
         return self.reader.cut_for(given)
 
-    def leave(self, _: nn.Module, token: Cut | None, output: Any) -> Any:
+    def leave(self, token: Cut | None, output: Any) -> Any:
         """Ends a call, and gives its output the shape that the caller expects."""
-        if token is None:
-            return output
-        self._end()
-        return token.restore(output)
+        self.dropping.is_on = False
+        return output if token is None else token.restore(output)
 
-    def fail(self, _: nn.Module, token: Cut | None) -> None:
+    def fail(self, _: Cut | None) -> None:
         """Ends a call that raised."""
-        if token is not None:
-            self._end()
+        self.dropping.is_on = False
 
-    def _end(self) -> None:
-        self.call.is_inside = self.call.drops = False
+    def lines(self) -> list[str]:
+        """What was cut."""
+        most = self.seen.most_common(_MOST_SHOWN)
+        lines = [f"{count} calls: {told}" for told, count in most] or ["no call yet"]
+        others = self.seen.total() - sum(count for _, count in most)
+        lines += [f"{others} calls cut to other lengths: see patch.stats"] if others else []
+        hindrance = self.masks.hindrance
+        lines += [f"its blocks keep their masks: {hindrance}"] if hindrance else []
+        return [*lines, f"masks were read from the device {self.reader.reads} times"]
+
+    def line(self) -> str:
+        """What was cut most often."""
+        common = self.seen.most_common(1)
+        return str(common[0][0]) if common else "no call yet"
+
+    def forget(self) -> None:
+        """Forgets the masks that were read."""
+        self.reader.forget()
+
+
+def is_context_parallel(module: nn.Module) -> bool:
+    """Whether the tokens of a transformer are divided over several devices."""
+    config: Any = getattr(unwrap(module), "_parallel_config", None)
+    return getattr(config, "context_parallel_config", None) is not None
 
 
 class MaskHandler(PatchHandler):
@@ -131,21 +138,21 @@ class MaskHandler(PatchHandler):
 
     Args:
         patch: The patch that it belongs to.
-        call: The transformer's call that is under way.
+        dropping: Whether it is to be taken away in the transformer's present call.
         blocks: Where the mask is among the block's arguments.
     """
 
     is_inmost = True
 
-    def __init__(self, patch: Patch, call: UnderWay, blocks: InBlocks) -> None:
+    def __init__(self, patch: Patch, dropping: Dropping, blocks: InBlocks) -> None:
         self.patch = patch
-        self._call = call
+        self._dropping = dropping
         self._position, self._name = blocks.position, blocks.name
         self._none = HidesNothing() if blocks.own else None
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> With | None:
         """Begins a block."""
-        if not self._call.drops:
+        if not self._dropping.is_on:
             return None
         if self._name in kwargs:
             return With(args, {**kwargs, self._name: self._none})
