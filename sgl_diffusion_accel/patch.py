@@ -160,7 +160,9 @@ class Patch:
         if self._undone:
             self._let_back()
             return
-        modules = [(module, *rest) for found, *rest in self._interceptions if (module := found()) is not None]
+        modules = [
+            (module, handler, kind) for found, handler, kind in self._interceptions if (module := found()) is not None
+        ]
         others = [patch for module, *_ in modules for patch in patches_of(module) if patch.kind == self.kind]
         if others:  # applied elsewhere meanwhile, to a part of what this one is on
             others[0]._waiting.append(self)

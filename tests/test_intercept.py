@@ -584,11 +584,8 @@ def test_handler_gives_the_module_other_arguments(block):
 @pytest.mark.parametrize("order", list(itertools.permutations(["cache", "lossless", "spare", "watch"])))
 def test_what_changes_arguments_is_innermost_and_what_watches_outermost_in_any_order(block, order):
     log = []
-    kinds = {
-        "cache": Note("cache", log),
-        "lossless": Change(3.0, name="lossless", log=log),
-        "watch": Note("watch", log),
-    }
+    kinds = {name: Note(name, log) for name in order}
+    kinds["lossless"] = Change(3.0, name="lossless", log=log)
     kinds["watch"].is_watching = kinds["spare"].is_outer = True
     for kind in order:
         intercept(block, kind, kinds[kind])

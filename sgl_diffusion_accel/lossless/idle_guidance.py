@@ -72,16 +72,16 @@ class IdleGuidance(PatchHandler):
         if self._doors.is_second(module):
             return None
         where = self._session.enter(COMPONENT, module, args, kwargs)
-        kept = None
-        if where is not None:
-            kept, where.run.kept = where.run.kept, None
         # How a loop of one's own combines the branches is not known; nor at which step a call is that is not placed.
-        is_idle = where is not None and where.run.guidance == 1.0 and not where.run.ends_with_loop
-        if is_idle and where.branch == _UNCOND and isinstance(kept, _WithPrompt) and kept.step == where.step:
+        if where is None or where.run.guidance != 1.0 or where.run.ends_with_loop:
+            self._doors.pass_through()
+            return _Entered(None)
+        kept, where.run.kept = where.run.kept, None
+        if where.branch == _UNCOND and isinstance(kept, _WithPrompt) and kept.step == where.step:
             self.skipped += 1
             return Instead(kept.output)
         self._doors.pass_through()
-        return _Entered(where if is_idle else None)
+        return _Entered(where)
 
     def leave(self, _: nn.Module, token: _Entered | None, output: Any) -> Any:
         """Ends a call, and keeps its output for the next one of the step."""
