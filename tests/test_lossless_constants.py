@@ -263,3 +263,128 @@ def test_constants_false_leaves_all_as_it_is(family: Family) -> None:
     assert [type(pipe.transformer), type(pipe.transformer_2)] == kinds
     assert torch.equal(family.run(pipe, **IDLE), expected)
     assert patch.stats.idle == {}
+
+
+@families("ideogram4")
+def test_projection_of_the_prompt_is_computed_once_a_run_and_branch(family: Family) -> None:
+    pipe = family.make()
+    with apply_lossless(pipe, constants=False):
+        expected = family.run(pipe)
+    before = Snapshot(pipe)
+    patch = apply_lossless(pipe)
+    calls = []
+    hooks = [
+        model.llm_cond_proj.register_forward_hook(lambda *_: calls.append(1))
+        for model in (pipe.transformer, pipe.unconditional_transformer)
+    ]
+    for runs in (1, 2):
+        assert torch.equal(family.run(pipe), expected)
+        assert len(calls) == 2 * runs
+        assert patch.held_bytes() == 0
+    assert patch.stats.spared == {"transformer": 10, "unconditional_transformer": 10}
+    assert "llm_cond_proj computed 2 times in 12 calls" in str(patch)
+    for hook in hooks:
+        hook.remove()
+    patch.remove()
+    assert_same(before, pipe)
+
+
+@families("ideogram4")
+def test_projection_of_another_prompt_is_computed(family: Family) -> None:
+    pipe = family.make()
+    outputs = {}
+    for prompt in ("a", "b"):
+        with apply_lossless(pipe, constants=False):
+            outputs[prompt] = family.run(pipe, prompt=[prompt])
+    assert not torch.equal(outputs["a"], outputs["b"])
+    apply_lossless(pipe)
+    for prompt in ("a", "b", "a"):
+        assert torch.equal(family.run(pipe, prompt=[prompt]), outputs[prompt])
+
+
+@families("ideogram4")
+def test_projection_whose_prompt_is_written_to_is_computed_again(family: Family) -> None:
+    """As at a step's end, by a callback."""
+    pipe = family.make()
+    given = family.bare()
+    timesteps = torch.tensor([0.9, 0.5, 0.1])
+
+    def loop() -> list[Tensor]:
+        text = given["encoder_hidden_states"].clone()
+        outputs = []
+        for step, timestep in enumerate(denoising_steps(timesteps)):
+            if step == 2:
+                text *= 2
+            with branch("cond"), torch.no_grad():
+                call = given | {"encoder_hidden_states": text, "timestep": timestep[None]}
+                outputs.append(tensor_of(pipe.transformer(**call))[:, 8:])
+        return outputs
+
+    with apply_lossless(pipe.transformer, constants=False):
+        expected = loop()
+    with apply_lossless(pipe.transformer) as patch:
+        assert all(map(torch.equal, loop(), expected))
+        assert patch.stats.spared == {"transformer": 1}
+        assert patch.held_bytes() == 0
+
+
+def test_call_outside_of_a_loop_keeps_nothing() -> None:
+    family = present("ideogram4")
+    pipe, given = family.make(), family.bare()
+    with apply_lossless(pipe.transformer) as patch, torch.no_grad():
+        for _ in range(2):
+            pipe.transformer(**given)
+        assert patch.stats.spared == {"transformer": 0}
+        assert patch.held_bytes() == 0
+
+
+@families("ideogram4")
+def test_projection_goes_with_an_adapter_that_changes_in_mid_run(family: Family) -> None:
+    peft = pytest.importorskip("peft")
+    outputs, seen = [], []
+    for constants in (False, True):
+        pipe = family.make()
+        apply_lossless(pipe, constants=constants)
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["llm_cond_proj"], init_lora_weights=False))
+
+        def off(pipe: Any, step: int, _: Any, given: dict[str, Any]) -> dict[str, Any]:
+            seen.append(step)
+            if step == 2:
+                pipe.transformer.disable_adapters()
+            return given
+
+        outputs.append(family.run(pipe, callback_on_step_end=off))
+    assert seen == [*range(6), *range(6)]
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@families("ideogram4")
+@pytest.mark.parametrize("cache", ["taylor", "adaptive"])
+def test_projection_goes_with_caches(family: Family, cache: str) -> None:
+    outputs = []
+    for order in ((CACHES[cache], apply_lossless), (apply_lossless, CACHES[cache])):
+        pipe = family.make()
+        for each in order:
+            each(pipe)
+        outputs.append(family.run(pipe))
+    pipe = family.make()
+    CACHES[cache](pipe)
+    apply_lossless(pipe, constants=False)
+    assert torch.equal(family.run(pipe), outputs[0])
+    assert torch.equal(outputs[0], outputs[1])
+
+
+def test_transformer_compiled_as_a_whole_is_not_cut_at_its_projection() -> None:
+    family = present("ideogram4")
+    torch._dynamo.reset()
+    pipe = family.make(num_layers=1)
+    expected = family.run(pipe, steps=2)
+    patch = apply_lossless(pipe)
+    for model in (pipe.transformer, pipe.unconditional_transformer):
+        model.compile(backend="eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert relative(family.run(pipe, steps=2), expected) < RUN
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+    assert set(patch.stats.spared.values()) == {0}
+    torch._dynamo.reset()

@@ -9,11 +9,12 @@ from torch import nn
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.lossless.arguments import Arguments
 from sgl_diffusion_accel.lossless.call_handler import Part
-from sgl_diffusion_accel.lossless.constants import may_have_equal_timesteps, may_have_idle_guidance
+from sgl_diffusion_accel.lossless.constants import ONCE_A_RUN, may_have_equal_timesteps, may_have_idle_guidance
 from sgl_diffusion_accel.lossless.equal_timesteps import EqualTimesteps
 from sgl_diffusion_accel.lossless.left_alone import why_left_alone
 from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig, VerifyWhen
 from sgl_diffusion_accel.lossless.lossless_patch import LosslessPatch
+from sgl_diffusion_accel.lossless.once_a_run import OnceARun
 from sgl_diffusion_accel.lossless.padding import Padding
 from sgl_diffusion_accel.lossless.table import ROWS, Row
 from sgl_diffusion_accel.lossless.verify import Verification
@@ -89,6 +90,8 @@ def _attach(patch: LosslessPatch, target: Target, settings: LosslessConfig) -> N
     parts: list[Part] = []
     if settings.constants and may_have_equal_timesteps(owner.__name__):
         parts.append(EqualTimesteps(target, verification))
+    if settings.constants and owner.__name__ in ONCE_A_RUN:
+        parts.append(OnceARun(target, ONCE_A_RUN[owner.__name__]))
     found = _row_for(owner) if settings.padding else "padding=False"
     if isinstance(found, Row):
         parts.append(Padding(target, found, verification))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sgl_diffusion_accel.lossless.idle_guidance import COMPONENT
+from sgl_diffusion_accel.lossless.once_a_run import Constant
 from sgl_diffusion_accel.targets import Target
 
 _EQUAL_TIMESTEPS = ("WanTransformer3DModel", "ChronoEditTransformer3DModel")
@@ -10,6 +11,13 @@ _EQUAL_TIMESTEPS = ("WanTransformer3DModel", "ChronoEditTransformer3DModel")
 
 _IDLE_GUIDANCE = ("WanTransformer3DModel",)
 """Classes of a second expert whose pipelines compute the branch without the prompt by the first one's guidance."""
+
+
+ONCE_A_RUN = {
+    # The other two tell where padding is cut, which the projection's tokens go by.
+    "Ideogram4Transformer2DModel": Constant("llm_cond_proj", ("encoder_hidden_states", "indicator", "segment_ids")),
+}
+"""Class to its part that depends on the prompt alone."""
 
 
 def may_have_equal_timesteps(model: str) -> bool:

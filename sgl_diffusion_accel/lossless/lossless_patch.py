@@ -12,6 +12,7 @@ from sgl_diffusion_accel.lossless.cuts import Trimmed
 from sgl_diffusion_accel.lossless.equal_timesteps import EqualTimesteps
 from sgl_diffusion_accel.lossless.idle_guidance import IdleGuidance
 from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig
+from sgl_diffusion_accel.lossless.once_a_run import ConstantHandler, OnceARun
 from sgl_diffusion_accel.lossless.padding import MaskHandler, Padding
 from sgl_diffusion_accel.lossless.verify import Verification
 from sgl_diffusion_accel.patch import Patch
@@ -26,6 +27,7 @@ class LosslessStats:
         calls: Component to what was cut of its calls, with how many they were.
         timesteps: Component to what was found of its tokens' timesteps, with how many calls.
         idle: Component to how many of its calls were left out, since guidance multiplies them by 0.
+        spared: Component to how often a part of it was not computed, since its output of the run was known.
         reads: Component to how often its masks and timesteps were read from the device.
         verified: Component to the largest relative difference of the calls that were made both ways.
     """
@@ -33,6 +35,7 @@ class LosslessStats:
     calls: Mapping[str, Mapping[Trimmed, int]]
     timesteps: Mapping[str, Mapping[str, int]]
     idle: Mapping[str, int]
+    spared: Mapping[str, int]
     reads: Mapping[str, int]
     verified: Mapping[str, float]
 
@@ -66,13 +69,16 @@ class LosslessPatch(Patch):
             calls={name: dict(part.seen) for name, part in paddings.items()},
             timesteps={name: dict(part.seen) for name, part in timesteps.items()},
             idle={name: each.skipped for name, each in self._idle.items()},
+            spared={name: part.spared for name, part in parts if isinstance(part, OnceARun)},
             reads=reads,
             verified={name: each.worst for name, each in self._verifications.items()},
         )
 
     def held_bytes(self) -> int:
         """Bytes of the tensors that are kept for the runs under way; 0 between runs."""
-        return sum(each.held_bytes() for each in self._idle.values())
+        parts = [part for parts in self._parts.values() for part in parts if isinstance(part, OnceARun)]
+        idle = sum(each.held_bytes() for each in self._idle.values())
+        return idle + sum(part.held_bytes() for part in parts)
 
     def attach(self, target: Target, parts: Sequence[Part], verification: Verification | None) -> None:
         """Puts the patch in front of a transformer, and of those blocks that are handed a mask."""
@@ -84,6 +90,8 @@ class LosslessPatch(Patch):
             if isinstance(part, Padding) and part.blocks is not None and not part.masks.is_compiled:
                 for block in part.masks.blocks:
                     self.intercept(block, MaskHandler(self, part.dropping, part.blocks))
+            if isinstance(part, OnceARun) and part.part is not None:
+                self.intercept(part.part, ConstantHandler(self, part))
 
     def spare_idle_calls(self, target: Target) -> None:
         """Stands before a second expert and its caches, to leave out calls that guidance multiplies by 0."""
