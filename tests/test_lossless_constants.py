@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -388,3 +389,15 @@ def test_transformer_compiled_as_a_whole_is_not_cut_at_its_projection() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
     assert set(patch.stats.spared.values()) == {0}
     torch._dynamo.reset()
+
+
+@families("ideogram4")
+def test_projection_whose_weights_are_moved_is_called(family: Family) -> None:
+    """Offloading may fetch the next layer's weights when a layer is called."""
+    pipe = family.make()
+    with apply_lossless(pipe, constants=False):
+        expected = family.run(pipe)
+    patch = apply_lossless(pipe)
+    accelerate.cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+    assert torch.equal(family.run(pipe), expected)
+    assert patch.stats.spared == {"transformer": 0, "unconditional_transformer": 5}

@@ -93,8 +93,10 @@ class OnceARun:
             return None
         given = self._arguments.find(self._constant.of, args, kwargs)
         tensors = tuple(value for value in given.values() if isinstance(value, Tensor) and not value.is_inference())
+        if len(tensors) < len(self._constant.of) or part is None or _is_moved(part):
+            return None
         where = self._session.enter(self._name, module, args, kwargs)
-        if where is None or len(tensors) < len(self._constant.of):
+        if where is None:
             return None
         if not isinstance(where.run.kept, _Outputs):
             where.run.kept = _Outputs()
@@ -128,6 +130,15 @@ class OnceARun:
     def forget(self) -> None:
         """Lets go of the outputs."""
         self._session.runs.clear()
+
+
+_MOVERS = ("_hf_hook", "_diffusers_hook")
+"""Attributes of modules whose weights accelerate or diffusers brings to the device when they are called."""
+
+
+def _is_moved(part: nn.Module) -> bool:
+    """Whether weights are moved when a part is called: that may fetch the next one's too, so that it must be called."""
+    return any(name in vars(each) for each in part.modules() for name in _MOVERS)
 
 
 class ConstantHandler(PatchHandler):
