@@ -400,6 +400,34 @@ def test_mask_in_the_memory_of_an_old_one_is_not_taken_for_it() -> None:
     assert relative(longer, case.run(model, given)) < 1e-5
 
 
+def test_one_mask_of_two_streams_is_told_apart() -> None:
+    case = MODELS["LTX2VideoTransformer3DModel"]
+    model, given = case.make(), case.call((9,))
+    video, sound = "encoder_attention_mask", "audio_encoder_attention_mask"
+    calls = [{**given, sound: None}, {**given, video: None, sound: given[video]}]
+    expected = [case.run(model, call) for call in calls]
+    with apply_lossless(model):
+        for call, whole in zip(calls, expected, strict=True):
+            assert relative(case.run(model, call), whole) < 1e-5
+
+
+def test_stream_without_padding_loses_its_mask_beside_one_that_keeps_it() -> None:
+    case = MODELS["LTX2VideoTransformer3DModel"]
+    model, given = case.make(), case.call((24, 24))
+    given["audio_encoder_attention_mask"][0, 12:] = 0
+    given["audio_encoder_attention_mask"][1] = 1
+    expected = case.run(model, given)
+    masks: list[Any] = []
+    block = model.transformer_blocks[0]
+    with apply_lossless(model):
+        hook = block.attn2.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        assert relative(case.run(model, given), expected) < 1e-5
+    hook.remove()
+    assert masks == [None]
+
+
 def test_inference_mode_reads_at_each_call() -> None:
     """Its tensors count no writes."""
     case = MODELS["QwenImageTransformer2DModel"]

@@ -107,8 +107,13 @@ class Cut:
     @property
     def changes(self) -> bool:
         """Whether the call is any other than it was."""
-        cuts = any(each.after < each.before for each in self.streams)
-        return bool(self.streams) and (cuts or not self.has_mask)
+        if not self.streams:
+            return False
+        return not self.has_mask or any(each.after < each.before or self._is_unmasked(each) for each in self.streams)
+
+    def _is_unmasked(self, cut: StreamCut) -> bool:
+        """Whether a stream needs no mask, whatever those beside it need."""
+        return self.row.takes_none and cut.is_full and not (self.row.only_alone and self.has_mask)
 
     def apply(self, given: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """The arguments that change.
@@ -127,8 +132,8 @@ class Cut:
                     # A mask has its tokens at 1, whatever the tokens have.
                     changed[name] = each.of(given[name], 1 if name == stream.mark else stream.axis)
                 changed |= {name: each.beside(given[name]) for name in stream.beside}
-            if self.row.takes_none and each.is_full and not (self.row.only_alone and self.has_mask):
-                changed[stream.mark] = None  # a stream with padding of its own keeps its mask beside it
+            if self._is_unmasked(each):
+                changed[stream.mark] = None
         return changed
 
     def with_other_pads(self, given: dict[str, Tensor]) -> dict[str, Tensor]:

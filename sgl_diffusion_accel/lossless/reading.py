@@ -55,12 +55,11 @@ class Reader:
 
     Attributes:
         reads: How often the device was asked.
-        cuts: What was found, newest last.
     """
 
     def __init__(self, row: Row) -> None:
         self._row = row
-        self._known: list[tuple[tuple[Known, ...], tuple[Any, ...], Cut]] = []
+        self._known: list[tuple[tuple[Known, ...], dict[str, int], Cut]] = []
         self.reads = 0
 
     def cut_for(self, given: dict[str, Any]) -> Cut:
@@ -74,11 +73,12 @@ class Reader:
         if remark:
             return Cut(self._row, remark=remark)
         marks = [given[each.mark] for each in streams]
-        sizes = tuple(given[each.tokens[0]].shape[each.axis] for each in streams)
+        # By name as well: one mask may serve two streams, of which a call gives either.
+        sizes = {each.mark: given[each.tokens[0]].shape[each.axis] for each in streams}
         for known, of_sizes, cut in self._known:
             if sizes == of_sizes and all(map(Known.is_still, known, marks)):
                 return cut
-        cut = self._read(streams, marks, sizes, given[streams[0].tokens[0]].device)
+        cut = self._read(streams, marks, list(sizes.values()), given[streams[0].tokens[0]].device)
         # Tensors of `torch.inference_mode` count no writes: what was read of them may be old at the next call.
         if not any(mark.is_inference() for mark in marks):
             self._known = [(tuple(map(Known, marks)), sizes, cut), *self._known[: _MOST - 1]]
