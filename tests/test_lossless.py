@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from invariants import CACHES, Snapshot, assert_same, failing_at, families
 from invariants.caches import KINDS
-from padded import CASES as MODELS
+from padded import present as model_of
 from padded import relative
 from sgl_diffusion_accel import (
     ConfigError,
@@ -52,7 +52,7 @@ def run(family: Family, pipe: Any, **more: Any) -> Tensor:
 
 
 def hunyuan15() -> Any:
-    return MODELS["HunyuanVideo15Transformer3DModel"]
+    return model_of("HunyuanVideo15Transformer3DModel")
 
 
 @families(*PADDED, "ltx", "sana", "qwen", "flux", "wan22")
@@ -196,7 +196,7 @@ def test_compiled_blocks_get_one_graph_more_for_a_second_length(first: str) -> N
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("how", ["patch, then compile", "compile, then patch", "wrapper"])
 def test_transformer_compiled_as_a_whole_keeps_its_masks_and_is_not_cut_into_pieces(how: str) -> None:
-    case = MODELS["HunyuanVideoTransformer3DModel"]
+    case = model_of("HunyuanVideoTransformer3DModel")
     model, given = case.make(), case.call()
     expected = case.run(model, given)
     called: Any = torch.compile(model, backend="eager") if how == "wrapper" else model
@@ -216,7 +216,7 @@ def test_transformer_compiled_as_a_whole_keeps_its_masks_and_is_not_cut_into_pie
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_wrapper_of_the_compiler_put_on_afterwards() -> None:
-    case = MODELS["HunyuanVideoTransformer3DModel"]
+    case = model_of("HunyuanVideoTransformer3DModel")
     model, given = case.make(), case.call()
     expected = case.run(model, given)
     patch = apply_lossless(model)
@@ -229,7 +229,7 @@ def test_wrapper_of_the_compiler_put_on_afterwards() -> None:
 
 @pytest.mark.parametrize("name", ["HunyuanVideo15Transformer3DModel", "QwenImageTransformer2DModel"])
 def test_half_precision_is_no_farther_from_float32_than_with_padding(name: str) -> None:
-    case = MODELS[name]
+    case = model_of(name)
     model = case.make(dtype=torch.bfloat16)
     exact = copy.deepcopy(model).float()
     errors: dict[str, list[float]] = {"whole": [], "trimmed": []}
@@ -247,7 +247,7 @@ def test_half_precision_is_no_farther_from_float32_than_with_padding(name: str) 
 
 @pytest.mark.parametrize("name", ["HunyuanVideo15Transformer3DModel", "Ideogram4Transformer2DModel"])
 def test_positional_arguments_and_output_class(name: str) -> None:
-    case = MODELS[name]
+    case = model_of(name)
     model, given = case.make(), case.call()
     expected = case.run(model, given)
     known = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -260,7 +260,7 @@ def test_positional_arguments_and_output_class(name: str) -> None:
 
 
 def test_output_has_the_shape_that_it_had() -> None:
-    case = MODELS["Ideogram4Transformer2DModel"]
+    case = model_of("Ideogram4Transformer2DModel")
     model, given = case.make(), case.call()
     with apply_lossless(model), torch.no_grad():
         (output,) = model(**given)
@@ -306,7 +306,7 @@ LEFT: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("why", LEFT)
 def test_call_that_is_not_understood_is_left_alone_bit_by_bit(why: str) -> None:
     name, change, told = LEFT[why]
-    case = MODELS[name]
+    case = model_of(name)
     model, given = case.make(), change(case.call())
     expected = case.run(model, given)
     with apply_lossless(model) as patch:
@@ -316,7 +316,7 @@ def test_call_that_is_not_understood_is_left_alone_bit_by_bit(why: str) -> None:
 
 
 def test_mask_with_holes_is_cut_behind_the_last_token_and_kept() -> None:
-    case = MODELS["HunyuanVideoTransformer3DModel"]
+    case = model_of("HunyuanVideoTransformer3DModel")
     model, given = case.make(), case.call((9,))
     given["encoder_attention_mask"][0, 4] = 0
     expected = case.run(model, given)
@@ -327,7 +327,7 @@ def test_mask_with_holes_is_cut_behind_the_last_token_and_kept() -> None:
 
 
 def test_segments_that_stand_apart_keep_their_mask() -> None:
-    case = MODELS["Ideogram4Transformer2DModel"]
+    case = model_of("Ideogram4Transformer2DModel")
     model, given = case.make(), case.call()
     given["segment_ids"][:, -4:] = 2
     expected = case.run(model, given)
@@ -354,7 +354,7 @@ def test_other_processors_keep_their_masks() -> None:
 
 
 def test_context_parallel_transformer_is_left_alone() -> None:
-    case = MODELS["LTXVideoTransformer3DModel"]
+    case = model_of("LTXVideoTransformer3DModel")
     model, given = case.make(), case.call()
     expected = case.run(model, given)
     patch = apply_lossless(model)
@@ -364,7 +364,7 @@ def test_context_parallel_transformer_is_left_alone() -> None:
 
 
 def test_mask_that_is_written_to_is_read_again() -> None:
-    case = MODELS["QwenImageTransformer2DModel"]
+    case = model_of("QwenImageTransformer2DModel")
     model, given = case.make(), case.call((9,))
     with apply_lossless(model) as patch:
         case.run(model, given)
@@ -375,7 +375,7 @@ def test_mask_that_is_written_to_is_read_again() -> None:
 
 
 def test_slices_of_one_mask_are_known_again_and_told_apart() -> None:
-    case = MODELS["QwenImageTransformer2DModel"]
+    case = model_of("QwenImageTransformer2DModel")
     model, given = case.make(), case.call((9,))
     both = torch.cat([case.call((length,))["encoder_hidden_states_mask"] for length in (9, 14)])
     with apply_lossless(model) as patch:
@@ -388,7 +388,7 @@ def test_slices_of_one_mask_are_known_again_and_told_apart() -> None:
 
 
 def test_mask_in_the_memory_of_an_old_one_is_not_taken_for_it() -> None:
-    case = MODELS["QwenImageTransformer2DModel"]
+    case = model_of("QwenImageTransformer2DModel")
     model, given = case.make(), case.call((9,))
     memory = given["encoder_hidden_states_mask"]
     with apply_lossless(model) as patch:
@@ -401,7 +401,7 @@ def test_mask_in_the_memory_of_an_old_one_is_not_taken_for_it() -> None:
 
 
 def test_one_mask_of_two_streams_is_told_apart() -> None:
-    case = MODELS["LTX2VideoTransformer3DModel"]
+    case = model_of("LTX2VideoTransformer3DModel")
     model, given = case.make(), case.call((9,))
     video, sound = "encoder_attention_mask", "audio_encoder_attention_mask"
     calls = [{**given, sound: None}, {**given, video: None, sound: given[video]}]
@@ -412,7 +412,7 @@ def test_one_mask_of_two_streams_is_told_apart() -> None:
 
 
 def test_stream_without_padding_loses_its_mask_beside_one_that_keeps_it() -> None:
-    case = MODELS["LTX2VideoTransformer3DModel"]
+    case = model_of("LTX2VideoTransformer3DModel")
     model, given = case.make(), case.call((24, 24))
     given["audio_encoder_attention_mask"][0, 12:] = 0
     given["audio_encoder_attention_mask"][1] = 1
@@ -430,7 +430,7 @@ def test_stream_without_padding_loses_its_mask_beside_one_that_keeps_it() -> Non
 
 def test_inference_mode_reads_at_each_call() -> None:
     """Its tensors count no writes."""
-    case = MODELS["QwenImageTransformer2DModel"]
+    case = model_of("QwenImageTransformer2DModel")
     model = case.make()
     with torch.inference_mode():
         given = case.call((9,))
@@ -443,7 +443,7 @@ def test_inference_mode_reads_at_each_call() -> None:
 
 
 def test_nothing_of_a_run_is_held() -> None:
-    case = MODELS["Krea2Transformer2DModel"]
+    case = model_of("Krea2Transformer2DModel")
     model, given = case.make(), case.call()
     apply_lossless(model)
     case.run(model, given)
@@ -528,7 +528,7 @@ def test_verified_run(family: Family) -> None:
 
 def test_verification_finds_a_row_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose padding is attended, under a row that says it is not."""
-    case = MODELS["QwenImageTransformer2DModel"]
+    case = model_of("QwenImageTransformer2DModel")
     model, given = case.make(), case.call((9,))
     wrong = Row((Stream("encoder_hidden_states_mask", ("hidden_states",)),))
     monkeypatch.setitem(ROWS, case.name, wrong)
@@ -545,7 +545,7 @@ def test_verification_finds_a_cut_that_is_wrong(monkeypatch: pytest.MonkeyPatch)
     """Nothing is padding, and yet it is cut."""
     from sgl_diffusion_accel.lossless import cuts
 
-    case = MODELS["QwenImageTransformer2DModel"]
+    case = model_of("QwenImageTransformer2DModel")
     model, given = case.make(), case.call((9,))
     right = cuts._kept
     monkeypatch.setattr(cuts, "_kept", lambda *args: slice(0, right(*args).stop - 1))
@@ -567,7 +567,7 @@ def test_verification_is_of_the_blocks_without_a_mask(monkeypatch: pytest.Monkey
 
 
 def test_config_and_replacing() -> None:
-    model = MODELS["QwenImageTransformer2DModel"].make()
+    model = model_of("QwenImageTransformer2DModel").make()
     first = apply_lossless(model, verify="first")
     assert first.config == LosslessConfig(verify="first")
     with apply_lossless(model, LosslessConfig()) as second:
@@ -581,7 +581,7 @@ def test_config_and_replacing() -> None:
 
 
 def test_what_is_wrong_is_told() -> None:
-    model = MODELS["QwenImageTransformer2DModel"].make()
+    model = model_of("QwenImageTransformer2DModel").make()
     with pytest.raises(ConfigError, match=r"verify.*first"):
         apply_lossless(model, verify="always")  # type: ignore[arg-type]
     with pytest.raises(ConfigTypeError, match="padding"):
@@ -616,7 +616,7 @@ def test_what_it_says() -> None:
 
 
 def test_prompts_of_all_lengths_are_counted_and_not_all_listed() -> None:
-    case = MODELS["QwenImageTransformer2DModel"]
+    case = model_of("QwenImageTransformer2DModel")
     model = case.make()
     patch = apply_lossless(model)
     (padding,) = patch._parts["transformer"]
@@ -632,7 +632,7 @@ def test_prompts_of_all_lengths_are_counted_and_not_all_listed() -> None:
 
 
 def test_blocks_that_run_once_more_for_gradients_keep_their_masks() -> None:
-    case = MODELS["HunyuanVideoTransformer3DModel"]
+    case = model_of("HunyuanVideoTransformer3DModel")
     model, given = case.make(), case.call()
     model.requires_grad_(True)
     expected = model(**given)[0].detach()
@@ -660,7 +660,7 @@ def test_model_without_a_row_has_nothing_in_front_of_it(family: Family) -> None:
 
 
 def test_padding_false_does_nothing() -> None:
-    case = MODELS["QwenImageTransformer2DModel"]
+    case = model_of("QwenImageTransformer2DModel")
     model, given = case.make(), case.call()
     expected = case.run(model, given)
     patch = apply_lossless(model, padding=False)
@@ -680,13 +680,28 @@ def test_derived_class_has_the_row_of_the_forward_that_it_takes() -> None:
         def forward(self, hidden_states: Any, encoder_hidden_states_mask: Any = None, **kwargs: Any) -> Any:
             return super().forward(hidden_states, encoder_hidden_states_mask=encoder_hidden_states_mask, **kwargs)
 
-    config = MODELS["QwenImageTransformer2DModel"].config
+    config = model_of("QwenImageTransformer2DModel").config
     assert apply_lossless(Mine(**config)).left_alone == {}
     assert "nothing is known" in apply_lossless(Other(**config)).left_alone["transformer"]
 
 
+def test_older_version_of_a_class_is_left_alone() -> None:
+    """Qwen-Image's attention had no mask at first."""
+    from diffusers import QwenImageTransformer2DModel as Base
+
+    class Older(Base):  # type: ignore[misc]
+        """Its forward of diffusers 0.35."""
+
+        def forward(self, hidden_states: Any, txt_seq_lens: Any = None, **kwargs: Any) -> Any:
+            return super().forward(hidden_states, **kwargs)
+
+    Older.__name__ = Base.__name__
+    patch = apply_lossless(Older(**model_of("QwenImageTransformer2DModel").config))
+    assert "attends its padding" in patch.left_alone["transformer"]
+
+
 def test_class_that_lost_a_parameter_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = MODELS["QwenImageTransformer2DModel"]
+    case = model_of("QwenImageTransformer2DModel")
     monkeypatch.setitem(ROWS, case.name, Row((Stream("gone", ("encoder_hidden_states",)),)))
     patch = apply_lossless(case.make())
     assert "has no gone" in patch.left_alone["transformer"]
@@ -719,7 +734,7 @@ def test_goes_with_offloading_block_by_block(first: str) -> None:
 
 @pytest.mark.parametrize("first", ["patch", "adapter"])
 def test_goes_with_adapters(first: str) -> None:
-    case = MODELS["HunyuanVideoTransformer3DModel"]
+    case = model_of("HunyuanVideoTransformer3DModel")
     peft = pytest.importorskip("peft")
     adapter = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from diffusers.models import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from padded import CASES, Case, relative
+from padded import CASES, Case, present, relative
 from sgl_diffusion_accel import apply_lossless
 from sgl_diffusion_accel.lossless.left_alone import LEFT_ALONE, marks_of, why_left_alone
 from sgl_diffusion_accel.lossless.table import ROWS
@@ -133,11 +133,11 @@ def test_no_attention_in_the_blocks_is_masked_where_all_tokens_count(case: Case,
 
 def test_masks_are_counted() -> None:
     """Without the patch there are some: the count can fail."""
-    case = CASES["HunyuanVideo15Transformer3DModel"]
+    case = present("HunyuanVideoTransformer3DModel")
     model = case.make()
     with AttentionCalls(case.main_blocks(model)) as calls:
         case.run(model, case.call())
-    assert calls.masked == calls.all == 3
+    assert calls.masked == calls.all == 4
 
 
 def test_rows_are_those_that_are_run() -> None:

@@ -113,7 +113,10 @@ def _row_for(owner: type) -> Row | str:
     row = ROWS.get(owner.__name__)
     if row is None:
         return why_left_alone(owner)
-    missing = row.parameters.difference(Arguments(vars(owner)["forward"]).names)
+    names = Arguments(vars(owner)["forward"]).names
+    if set(row.older) & set(names):
+        return f"this version of {owner.__name__} attends its padding. Newer ones of diffusers do not"
+    missing = row.parameters.difference(names)
     if missing:
         return f"this {owner.__name__} has no {', '.join(sorted(missing))}, and another one was expected"
     return row

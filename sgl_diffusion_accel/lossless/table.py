@@ -74,6 +74,7 @@ class Row:
         only_alone: Whether the mask says more than which text tokens count in batches: it may go at batch 1 alone.
         restores: Whether the output has the tokens of the first stream, and gets back those that were cut, as zeros.
         unless: Parameters with which a call is left alone.
+        older: Parameters of older versions of the class, in which padding is attended.
         rounds: Whether parts of the model compute in half precision, whatever its type is.
     """
 
@@ -84,6 +85,7 @@ class Row:
     only_alone: bool = False
     restores: bool = False
     unless: tuple[str, ...] = ()
+    older: tuple[str, ...] = ()
     rounds: bool = False
 
     @property
@@ -130,7 +132,7 @@ ROWS: dict[str, Row] = {
     "ErnieImageTransformer2DModel": Row(
         (Stream("text_lens", ("text_bth",), ByLengths()),), takes_none=False, blocks=InBlocks(("layers",), 3)
     ),
-    "QwenImageTransformer2DModel": Row((_QWEN_TEXT,)),
+    "QwenImageTransformer2DModel": Row((_QWEN_TEXT,), older=("txt_seq_lens",)),
     "NucleusMoEImageTransformer2DModel": Row((_QWEN_TEXT,)),
     "JoyImageEditPlusTransformer3DModel": Row((_QWEN_TEXT,), only_alone=True),
     "Lumina2Transformer2DModel": Row((_TEXT,), takes_none=False),

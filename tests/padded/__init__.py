@@ -6,9 +6,20 @@ tokens that count.
 
 from __future__ import annotations
 
+import pytest
+
 from . import cross, joint
 from .base import Case, relative, tensor_of
 
 CASES: dict[str, Case] = {case.name: case for case in (*joint.CASES, *cross.CASES)}
 
-__all__ = ["CASES", "Case", "relative", "tensor_of"]
+
+def present(name: str) -> Case:
+    """A case, or a skip with the reason."""
+    missing = CASES[name].missing()
+    if missing:
+        pytest.skip(missing)
+    return CASES[name]
+
+
+__all__ = ["CASES", "Case", "present", "relative", "tensor_of"]

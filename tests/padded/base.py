@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from sgl_diffusion_accel.lossless.table import ROWS
 from zoo.base import normal, randomise
 
 LENGTH = 24
@@ -57,10 +59,12 @@ class Case:
     def missing(self) -> str | None:
         """Why this diffusers cannot make it; None where it can."""
         try:
-            importlib.import_module(f"diffusers.models.transformers.{self.module}")
+            module = importlib.import_module(f"diffusers.models.transformers.{self.module}")
         except ModuleNotFoundError:
             return f"diffusers {diffusers.__version__} has no {self.name}"
-        return None
+        known = inspect.signature(getattr(module, self.name).forward).parameters
+        is_old = any(name in known for name in ROWS[self.name].older)
+        return f"{self.name} of diffusers {diffusers.__version__} attends its padding" if is_old else None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
