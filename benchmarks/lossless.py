@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sgl_diffusion_accel.lossless.left_alone import LEFT_ALONE
-from sgl_diffusion_accel.lossless.table import ROWS, Row, Stream
+from sgl_diffusion_accel.lossless.padding.left_alone import LEFT_ALONE
+from sgl_diffusion_accel.lossless.padding.table import ROWS, Row, Stream
 
 from .markers import insert
 

@@ -40,9 +40,9 @@ from sgl_diffusion_accel.errors import (
 from sgl_diffusion_accel.loop.explicit import branch, denoising_steps
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.lossless.apply_lossless import apply_lossless
-from sgl_diffusion_accel.lossless.cuts import Trimmed
 from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig
 from sgl_diffusion_accel.lossless.lossless_patch import LosslessPatch, LosslessStats
+from sgl_diffusion_accel.lossless.padding.cuts import Trimmed
 from sgl_diffusion_accel.patch import Patch, remove
 from sgl_diffusion_accel.profiling.nsys import nsys_command
 from sgl_diffusion_accel.profiling.profile import Profile, profile

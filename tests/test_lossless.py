@@ -36,7 +36,7 @@ from sgl_diffusion_accel import (
     set_attention_backend,
 )
 from sgl_diffusion_accel.attention.backends import registry as backends
-from sgl_diffusion_accel.lossless.table import ROWS, Row, Stream
+from sgl_diffusion_accel.lossless.padding.table import ROWS, Row, Stream
 from zoo import Family
 
 torch.set_num_threads(1)
@@ -543,7 +543,7 @@ def test_verification_finds_a_row_that_is_wrong(monkeypatch: pytest.MonkeyPatch)
 
 def test_verification_finds_a_cut_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is padding, and yet it is cut."""
-    from sgl_diffusion_accel.lossless import cuts
+    from sgl_diffusion_accel.lossless.padding import cuts
 
     case = model_of("QwenImageTransformer2DModel")
     model, given = case.make(), case.call((9,))
@@ -556,7 +556,7 @@ def test_verification_finds_a_cut_that_is_wrong(monkeypatch: pytest.MonkeyPatch)
 
 def test_verification_is_of_the_blocks_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask that is taken away and is needed is found, too."""
-    from sgl_diffusion_accel.lossless.cuts import Cut
+    from sgl_diffusion_accel.lossless.padding.cuts import Cut
 
     case = hunyuan15()
     model, given = case.make(), case.call((9, 14))

@@ -15,7 +15,7 @@ from invariants import CACHES, Snapshot, assert_same, failing_at, families
 from invariants.families import present
 from padded import relative, tensor_of
 from sgl_diffusion_accel import apply_lossless, branch, denoising_steps, remove
-from sgl_diffusion_accel.lossless.equal_timesteps import EqualTimesteps
+from sgl_diffusion_accel.lossless.constants.equal_timesteps import EqualTimesteps
 from zoo import Family
 from zoo.base import build
 from zoo.wan import CONFIG

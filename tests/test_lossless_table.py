@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from padded import CASES, Case, present, relative
 from sgl_diffusion_accel import apply_lossless
-from sgl_diffusion_accel.lossless.left_alone import LEFT_ALONE, marks_of, why_left_alone
-from sgl_diffusion_accel.lossless.table import ROWS
+from sgl_diffusion_accel.lossless.padding.left_alone import LEFT_ALONE, marks_of, why_left_alone
+from sgl_diffusion_accel.lossless.padding.table import ROWS
 
 torch.set_num_threads(1)
 

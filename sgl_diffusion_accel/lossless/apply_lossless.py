@@ -8,16 +8,20 @@ from torch import nn
 
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.lossless.arguments import Arguments
+from sgl_diffusion_accel.lossless.both_ways import Verification
 from sgl_diffusion_accel.lossless.call_handler import Part
-from sgl_diffusion_accel.lossless.constants import ONCE_A_RUN, may_have_equal_timesteps, may_have_idle_guidance
-from sgl_diffusion_accel.lossless.equal_timesteps import EqualTimesteps
-from sgl_diffusion_accel.lossless.left_alone import why_left_alone
+from sgl_diffusion_accel.lossless.constants.constant_table import (
+    ONCE_A_RUN,
+    may_have_equal_timesteps,
+    may_have_idle_guidance,
+)
+from sgl_diffusion_accel.lossless.constants.equal_timesteps import EqualTimesteps
+from sgl_diffusion_accel.lossless.constants.once_a_run import OnceARun
 from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig, VerifyWhen
 from sgl_diffusion_accel.lossless.lossless_patch import LosslessPatch
-from sgl_diffusion_accel.lossless.once_a_run import OnceARun
-from sgl_diffusion_accel.lossless.padding import Padding
-from sgl_diffusion_accel.lossless.table import ROWS, Row
-from sgl_diffusion_accel.lossless.verify import Verification
+from sgl_diffusion_accel.lossless.padding.left_alone import why_left_alone
+from sgl_diffusion_accel.lossless.padding.table import ROWS, Row
+from sgl_diffusion_accel.lossless.padding.trimming import Padding
 from sgl_diffusion_accel.targets import Pipe, Target, find_targets, model_class
 from sgl_diffusion_accel.validate import names_checked, of_type
 

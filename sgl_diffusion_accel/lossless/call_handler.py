@@ -12,8 +12,17 @@ from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.slots import With
 from sgl_diffusion_accel.targets import Target, unwrap
 
+KIND = "lossless"
+"""Of the patch."""
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
+
+
+def is_context_parallel(module: nn.Module) -> bool:
+    """Whether the tokens of a transformer are divided over several devices."""
+    config: Any = getattr(unwrap(module), "_parallel_config", None)
+    return getattr(config, "context_parallel_config", None) is not None
 
 
 class Part(Protocol):

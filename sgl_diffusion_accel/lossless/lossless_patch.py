@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from sgl_diffusion_accel.lossless.block_masks import KIND
-from sgl_diffusion_accel.lossless.call_handler import CallHandler, Part
-from sgl_diffusion_accel.lossless.cuts import Trimmed
-from sgl_diffusion_accel.lossless.equal_timesteps import EqualTimesteps
-from sgl_diffusion_accel.lossless.idle_guidance import IdleGuidance
+from sgl_diffusion_accel.lossless.both_ways import Verification
+from sgl_diffusion_accel.lossless.call_handler import KIND, CallHandler, Part
+from sgl_diffusion_accel.lossless.constants.equal_timesteps import EqualTimesteps
+from sgl_diffusion_accel.lossless.constants.idle_guidance import IdleGuidance
+from sgl_diffusion_accel.lossless.constants.once_a_run import ConstantHandler, OnceARun
 from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig
-from sgl_diffusion_accel.lossless.once_a_run import ConstantHandler, OnceARun
-from sgl_diffusion_accel.lossless.padding import MaskHandler, Padding
-from sgl_diffusion_accel.lossless.verify import Verification
+from sgl_diffusion_accel.lossless.padding.cuts import Trimmed
+from sgl_diffusion_accel.lossless.padding.trimming import MaskHandler, Padding
 from sgl_diffusion_accel.patch import Patch
 from sgl_diffusion_accel.targets import Target
 

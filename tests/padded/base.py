@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion_accel.lossless.table import ROWS
+from sgl_diffusion_accel.lossless.padding.table import ROWS
 from zoo.base import normal, randomise
 
 LENGTH = 24

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sgl_diffusion_accel.lossless.idle_guidance import COMPONENT
-from sgl_diffusion_accel.lossless.once_a_run import Constant
+from sgl_diffusion_accel.lossless.constants.idle_guidance import COMPONENT
+from sgl_diffusion_accel.lossless.constants.once_a_run import Constant
 from sgl_diffusion_accel.targets import Target
 
 _EQUAL_TIMESTEPS = ("WanTransformer3DModel", "ChronoEditTransformer3DModel")

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.lossless.arguments import Arguments
-from sgl_diffusion_accel.lossless.padding import is_context_parallel
-from sgl_diffusion_accel.lossless.reading import Known
-from sgl_diffusion_accel.lossless.verify import Verification
+from sgl_diffusion_accel.lossless.both_ways import Verification
+from sgl_diffusion_accel.lossless.call_handler import is_context_parallel
+from sgl_diffusion_accel.lossless.padding.reading import Known
 from sgl_diffusion_accel.slots import With
 from sgl_diffusion_accel.targets import Target, model_class
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, take_apart
 from sgl_diffusion_accel.errors import LosslessError
 from sgl_diffusion_accel.lossless.call_handler import Call
-from sgl_diffusion_accel.lossless.cuts import Cut
+from sgl_diffusion_accel.lossless.padding.cuts import Cut
 from sgl_diffusion_accel.slots import slot_of
 from sgl_diffusion_accel.targets import model_class, unwrap
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.parts.output_tensors import take_apart
-from sgl_diffusion_accel.lossless.marks import Valid
-from sgl_diffusion_accel.lossless.table import Row, Stream
+from sgl_diffusion_accel.lossless.padding.marks import Valid
+from sgl_diffusion_accel.lossless.padding.table import Row, Stream
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,9 @@ from sgl_diffusion_accel.intercept import release
 from sgl_diffusion_accel.loop.runs import Kept, Run
 from sgl_diffusion_accel.loop.session import Session
 from sgl_diffusion_accel.lossless.arguments import Arguments
-from sgl_diffusion_accel.lossless.block_masks import KIND, BlockMasks
-from sgl_diffusion_accel.lossless.reading import Known
+from sgl_diffusion_accel.lossless.call_handler import KIND
+from sgl_diffusion_accel.lossless.padding.block_masks import BlockMasks
+from sgl_diffusion_accel.lossless.padding.reading import Known
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.slots import Instead
 from sgl_diffusion_accel.targets import Target, model_class

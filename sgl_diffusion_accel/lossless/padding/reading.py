@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.lossless.cuts import Cut, cut_of
-from sgl_diffusion_accel.lossless.marks import Valid
-from sgl_diffusion_accel.lossless.table import Row, Stream
+from sgl_diffusion_accel.lossless.padding.cuts import Cut, cut_of
+from sgl_diffusion_accel.lossless.padding.marks import Valid
+from sgl_diffusion_accel.lossless.padding.table import Row, Stream
 
 _MOST = 16
 """Cuts that are remembered: branches, twice the experts, and some."""

@@ -11,11 +11,9 @@ from torch import nn
 
 from sgl_diffusion_accel.attention.sites import find_sites, processor_of
 from sgl_diffusion_accel.intercept import release
-from sgl_diffusion_accel.lossless.table import InBlocks
+from sgl_diffusion_accel.lossless.call_handler import KIND
+from sgl_diffusion_accel.lossless.padding.table import InBlocks
 from sgl_diffusion_accel.targets import Target, is_in_compiled_wrapper, model_class
-
-KIND = "lossless"
-"""Of the patch."""
 
 
 class BlockMasks:

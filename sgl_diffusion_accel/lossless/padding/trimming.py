@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from sgl_diffusion_accel.lossless.arguments import Arguments
-from sgl_diffusion_accel.lossless.block_masks import BlockMasks
-from sgl_diffusion_accel.lossless.call_handler import Call
-from sgl_diffusion_accel.lossless.cuts import Cut, Trimmed
-from sgl_diffusion_accel.lossless.no_mask import HidesNothing
-from sgl_diffusion_accel.lossless.reading import Reader
-from sgl_diffusion_accel.lossless.table import InBlocks, Row
-from sgl_diffusion_accel.lossless.verify import Verification
+from sgl_diffusion_accel.lossless.both_ways import Verification
+from sgl_diffusion_accel.lossless.call_handler import Call, is_context_parallel
+from sgl_diffusion_accel.lossless.padding.block_masks import BlockMasks
+from sgl_diffusion_accel.lossless.padding.cuts import Cut, Trimmed
+from sgl_diffusion_accel.lossless.padding.no_mask import HidesNothing
+from sgl_diffusion_accel.lossless.padding.reading import Reader
+from sgl_diffusion_accel.lossless.padding.table import InBlocks, Row
 from sgl_diffusion_accel.patch import Patch, PatchHandler
 from sgl_diffusion_accel.slots import With
-from sgl_diffusion_accel.targets import Target, model_class, unwrap
+from sgl_diffusion_accel.targets import Target, model_class
 
 _MOST_KINDS = 100
 """Kinds of calls that are counted apart: a service sees prompts of all lengths for weeks."""
@@ -125,12 +125,6 @@ class Padding:
     def forget(self) -> None:
         """Forgets the masks that were read."""
         self.reader.forget()
-
-
-def is_context_parallel(module: nn.Module) -> bool:
-    """Whether the tokens of a transformer are divided over several devices."""
-    config: Any = getattr(unwrap(module), "_parallel_config", None)
-    return getattr(config, "context_parallel_config", None) is not None
 
 
 class MaskHandler(PatchHandler):

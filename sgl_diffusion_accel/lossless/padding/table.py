@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sgl_diffusion_accel.lossless.marks import ByLengths, ByMask, BySegments, ByZeros, Mark
+from sgl_diffusion_accel.lossless.padding.marks import ByLengths, ByMask, BySegments, ByZeros, Mark
 
 _BY_MASK = ByMask()
 
