@@ -32,12 +32,17 @@ from sgl_diffusion_accel.errors import (
     AccelError,
     ConfigError,
     ConfigTypeError,
+    LosslessError,
     MissingPackageError,
     UnsupportedModelError,
     VariantError,
 )
 from sgl_diffusion_accel.loop.explicit import branch, denoising_steps
 from sgl_diffusion_accel.loop.runs import Run
+from sgl_diffusion_accel.lossless.apply_lossless import apply_lossless
+from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig
+from sgl_diffusion_accel.lossless.lossless_patch import LosslessPatch, LosslessStats
+from sgl_diffusion_accel.lossless.padding.cuts import Trimmed
 from sgl_diffusion_accel.patch import Patch, remove
 from sgl_diffusion_accel.profiling.nsys import nsys_command
 from sgl_diffusion_accel.profiling.profile import Profile, profile
@@ -57,6 +62,10 @@ __all__ = [
     "ConfigTypeError",
     "Decision",
     "HeadResidual",
+    "LosslessConfig",
+    "LosslessError",
+    "LosslessPatch",
+    "LosslessStats",
     "MagCacheConfig",
     "MagnitudeRatios",
     "MissingPackageError",
@@ -78,6 +87,7 @@ __all__ = [
     "Taylor",
     "TeaCacheCoefficients",
     "TeaCacheConfig",
+    "Trimmed",
     "UnsupportedModelError",
     "VariantError",
     "__version__",
@@ -85,6 +95,7 @@ __all__ = [
     "apply_block_cache",
     "apply_cache_dit",
     "apply_cache_plan",
+    "apply_lossless",
     "apply_magcache",
     "apply_teacache",
     "attention_backends",

@@ -22,6 +22,10 @@ class UnsupportedModelError(AccelError, ValueError):
     """The model cannot be patched in the way that was asked for."""
 
 
+class LosslessError(AccelError, RuntimeError):
+    """What was left out of a call did matter: the outputs with it and without differ by more than rounding."""
+
+
 class VariantError(AccelError, RuntimeError):
     """A variant that was to be compared failed; the cause is the error that it raised."""
 

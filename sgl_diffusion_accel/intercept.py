@@ -23,7 +23,7 @@ from torch._dynamo import decorators
 
 from sgl_diffusion_accel.cache_contexts import listening_cache_context
 from sgl_diffusion_accel.errors import UnsupportedModelError
-from sgl_diffusion_accel.slots import BASE, CALL, SLOT, Handler, Instead, Slot, base_of, original_class, slot_of
+from sgl_diffusion_accel.slots import BASE, CALL, SLOT, Handler, Instead, Slot, With, base_of, original_class, slot_of
 
 _REASON = (
     "sgl_diffusion_accel decides at each step whether this block runs, which one graph of the whole transformer cannot "
@@ -97,6 +97,8 @@ def _run(
     token = _enter(handler, module, args, kwargs)
     if type(token) is Instead:
         return token.output
+    if type(token) is With:
+        args, kwargs, token = token.args, token.kwargs, token.token
     try:
         output = _run(module, handlers[1:], call, args, kwargs)
     # Interrupts as well: a run that was stopped must not go on with what it had kept.

@@ -37,7 +37,7 @@ class Patch:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         # Weak: a patch that is kept, or that a module's handlers know, must not keep the model's memory.
-        self._interceptions: list[tuple[weakref.ref[nn.Module], Handler]] = []
+        self._interceptions: list[tuple[weakref.ref[nn.Module], Handler, str]] = []
         self._components: dict[str, weakref.ref[nn.Module]] = {}
         self._pipe: weakref.ref[object] | None = None
         self.is_open = False
@@ -73,15 +73,22 @@ class Patch:
         names = " and ".join(f"pipe.{name}" for name in self.replaced)
         return f"{names} was replaced since: nothing acts on it. Apply again" if names else ""
 
-    def intercept(self, module: nn.Module, handler: Handler) -> None:
-        """Puts `handler` in front of `module` as part of this patch."""
-        intercept(module, self.kind, handler)
-        self._interceptions.append((weakref.ref(module), handler))
+    def intercept(self, module: nn.Module, handler: Handler, beside: str = "") -> None:
+        """Puts `handler` in front of `module` as part of this patch.
 
-    def stand_before(self, target: Target, handler: Handler) -> None:
-        """Puts `handler` in front of a component, wherever its calls come in."""
+        Args:
+            module: The module.
+            handler: The handler; it takes the place of the one that this patch has put there.
+            beside: A name for a further one that stands beside that.
+        """
+        kind = f"{self.kind} {beside}".rstrip()
+        intercept(module, kind, handler)
+        self._interceptions.append((weakref.ref(module), handler, kind))
+
+    def stand_before(self, target: Target, handler: Handler, beside: str = "") -> None:
+        """Puts `handler` in front of a component, wherever its calls come in; for the rest see `intercept`."""
         for door in target.doors:
-            self.intercept(door, handler)
+            self.intercept(door, handler, beside)
 
     @contextlib.contextmanager
     def applying(self, targets: Targets) -> Iterator[None]:
@@ -94,7 +101,7 @@ class Patch:
         """
         try:
             for target in targets:
-                for old in [patch for patch in patches_of(target.module) if patch.kind == self.kind]:
+                for old in dict.fromkeys(patch for patch in patches_of(target.module) if patch.kind == self.kind):
                     old._suspend()
                     self._waiting.append(old)
             yield
@@ -132,10 +139,10 @@ class Patch:
             self._let_back()
 
     def _take_off(self) -> None:
-        for found, _ in reversed(self._interceptions):
+        for found, _, kind in reversed(self._interceptions):
             module = found()
             if module is not None and self in patches_of(module):  # not if another patch has taken this one's place
-                release(module, self.kind)
+                release(module, kind)
         self._on_taken_off()
 
     def _suspend(self) -> None:
@@ -153,14 +160,16 @@ class Patch:
         if self._undone:
             self._let_back()
             return
-        modules = [(module, handler) for found, handler in self._interceptions if (module := found()) is not None]
-        others = [patch for module, _ in modules for patch in patches_of(module) if patch.kind == self.kind]
+        modules = [
+            (module, handler, kind) for found, handler, kind in self._interceptions if (module := found()) is not None
+        ]
+        others = [patch for module, *_ in modules for patch in patches_of(module) if patch.kind == self.kind]
         if others:  # applied elsewhere meanwhile, to a part of what this one is on
             others[0]._waiting.append(self)
             return
         self._is_suspended = False
-        for module, handler in modules:
-            intercept(module, self.kind, handler)
+        for module, handler, kind in modules:
+            intercept(module, kind, handler)
         self._on_put_back()
 
     def _on_taken_off(self) -> None:

@@ -24,6 +24,23 @@ class Instead:
         self.output = output
 
 
+class With:
+    """Returned by `Handler.enter` when the module is to run on other arguments than its caller gave.
+
+    Attributes:
+        args: Positional arguments that the handlers further inside, and the module, get.
+        kwargs: Keyword arguments.
+        token: For the handler's `leave` and `fail`.
+    """
+
+    __slots__ = ("args", "kwargs", "token")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], token: Any = None) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.token = token
+
+
 class Handler(Protocol):
     """Stands between the caller of a module and the module.
 
@@ -32,7 +49,10 @@ class Handler(Protocol):
     """
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any:
-        """Runs before the module. Returns `Instead(output)` to answer in its place, else a token for the other two."""
+        """Runs before the module. Returns `Instead(output)` to answer in its place, else a token for the other two.
+
+        `With(args, kwargs, token)` gives the token, and other arguments to the module.
+        """
 
     def leave(self, module: nn.Module, token: Any, output: Any, /) -> Any:
         """Runs after the module and returns what its caller gets."""
@@ -71,8 +91,12 @@ class Slot:
     Attributes:
         kinds: Those of its `__call__`, the one applied last at the end.
         handlers: The same, outermost first. Those that only watch (`is_watching`) are in front of all others, whenever
-            they came: an answer that another one gives in the module's place is seen by them as well.
-        detour: Of the only handler; None where there are others, which have to see each call.
+            they came: an answer that another one gives in the module's place is seen by them as well. Those that only
+            change arguments (`is_inmost`) are behind all others: what finds its place in a loop by the tensors that a
+            pipeline passes has to see these. Those that spare the others a call (`is_outer`) come right after the
+            watching ones.
+        detour: Of the only handler; None where there are others, which have to see each call. One that only changes
+            arguments has not: there is nothing for it to do when the module does not run.
         methods: The slots of its other methods, by name.
     """
 
@@ -99,14 +123,27 @@ class Slot:
         self.kinds.pop(kind, None)
         if handler is not None:
             self.kinds[kind] = handler
-        applied = sorted(self.kinds.values(), key=lambda each: bool(getattr(each, "is_watching", False)))
-        self.handlers = tuple(reversed(applied))
-        self.detour = getattr(applied[0], "detour", None) if len(applied) == 1 else None
+        newest_first = list(reversed(self.kinds.values()))
+        self.handlers = tuple(sorted(newest_first, key=_from_outside))
+        deciding = [each for each in self.handlers if _from_outside(each) != _INMOST]
+        self.detour = getattr(deciding[0], "detour", None) if len(deciding) == 1 else None
 
     def of(self, method: str) -> tuple[Handler, ...]:
         """The handlers of a method, outermost first."""
         slot = self if method == CALL else self.methods.get(method)
         return slot.handlers if slot is not None else ()
+
+
+_WATCHING, _OUTER, _BETWEEN, _INMOST = range(4)
+
+
+def _from_outside(handler: Handler) -> int:
+    """Where a handler stands, whenever it came."""
+    if getattr(handler, "is_watching", False):
+        return _WATCHING
+    if getattr(handler, "is_outer", False):
+        return _OUTER
+    return _INMOST if getattr(handler, "is_inmost", False) else _BETWEEN
 
 
 BASE = "_sgl_diffusion_accel_original"

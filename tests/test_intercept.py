@@ -15,7 +15,7 @@ from torch import nn
 
 from sgl_diffusion_accel.cache_contexts import cache_context_of
 from sgl_diffusion_accel.intercept import intercept, release
-from sgl_diffusion_accel.slots import Instead
+from sgl_diffusion_accel.slots import Instead, With
 
 
 class Block(nn.Module):
@@ -553,3 +553,55 @@ def test_class_that_its_base_registers_is_made():
     intercept(module, "cache", handler := Note())
     module(HIDDEN)
     assert handler.log == [("enter", "a"), ("leave", "a")]
+
+
+class Change(Note):
+    """A handler that gives the module another scale."""
+
+    is_inmost = True
+
+    def __init__(self, scale, **more):
+        super().__init__(**more)
+        self.scale = scale
+
+    def enter(self, module, args, kwargs):
+        token = super().enter(module, args, kwargs)
+        self.seen = kwargs
+        return With(args, {**kwargs, "scale": self.scale}, token)
+
+
+def test_handler_gives_the_module_other_arguments(block):
+    expected = block(HIDDEN, scale=3.0)
+    given = {"scale": 2.0}
+    intercept(block, "lossless", Change(3.0))
+    assert torch.equal(block(HIDDEN, **given), expected)
+    assert given == {"scale": 2.0}
+    intercept(block, "lossless", Change(None))
+    with pytest.raises(ValueError, match="no scale"):
+        block(HIDDEN, scale=2.0)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["cache", "lossless", "spare", "watch"])))
+def test_what_changes_arguments_is_innermost_and_what_watches_outermost_in_any_order(block, order):
+    log = []
+    kinds = {name: Note(name, log) for name in order}
+    kinds["lossless"] = Change(3.0, name="lossless", log=log)
+    kinds["watch"].is_watching = kinds["spare"].is_outer = True
+    for kind in order:
+        intercept(block, kind, kinds[kind])
+    block(HIDDEN, scale=2.0)
+    assert [name for what, name in log if what == "enter"] == ["watch", "spare", "cache", "lossless"]
+    assert [name for what, name in log if what == "leave"] == ["lossless", "cache", "spare", "watch"]
+    assert kinds["lossless"].seen == {"scale": 2.0}
+
+
+def test_short_way_is_that_of_the_handler_that_decides(block):
+    cache, change = Note("cache"), Change(3.0)
+    cache.detour = object()
+    slot_of = lambda: block.__dict__["_sgl_diffusion_accel"]  # noqa: E731
+    intercept(block, "lossless", change)
+    assert slot_of().detour is None
+    intercept(block, "cache", cache)
+    assert slot_of().detour is cache.detour
+    intercept(block, "other", Note())
+    assert slot_of().detour is None

@@ -20,6 +20,7 @@ FLOORS = [
     ["loop/", "patch"],
     ["attention/backends/"],
     ["attention/"],
+    ["lossless/"],
     [
         "caching/cache_handler",
         "caching/cache_config",
@@ -41,6 +42,8 @@ FLOORS = [
 
 APART = [
     ("attention/", "caching/", "caching/parts/"),
+    ("lossless/", "caching/", "caching/parts/"),
+    ("lossless/constants/", "lossless/padding/trimming", ""),
     ("caching/cache_dit/", "caching/teacache/", ""),
     ("caching/cache_dit/", "caching/magcache/", ""),
     ("caching/teacache/", "caching/cache_dit/", ""),

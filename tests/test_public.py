@@ -120,7 +120,9 @@ def test_documented_arguments_exist():
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", ["AdaptiveConfig", "CacheDiTConfig", "MagCacheConfig", "StepsMask", "TeaCacheConfig"])
+@pytest.mark.parametrize(
+    "name", ["AdaptiveConfig", "CacheDiTConfig", "LosslessConfig", "MagCacheConfig", "StepsMask", "TeaCacheConfig"]
+)
 def test_every_field_of_a_config_is_documented(name):
     cls = getattr(package, name)
     fields = [field.name for field in dataclasses.fields(cls) if not field.name.startswith("_")]

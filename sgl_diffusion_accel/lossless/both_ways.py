@@ -1,0 +1,158 @@
+"""Makes a call both ways: as it comes, without its padding, and with other padding."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, take_apart
+from sgl_diffusion_accel.errors import LosslessError
+from sgl_diffusion_accel.lossless.call_handler import Call
+from sgl_diffusion_accel.lossless.padding.cuts import Cut
+from sgl_diffusion_accel.slots import slot_of
+from sgl_diffusion_accel.targets import model_class, unwrap
+
+_TRIMMED = {torch.float64: 1e-12, torch.float32: 1e-5}
+_PADS = {torch.float64: 1e-12, torch.float32: 1e-6}
+_TRIMMED_IN_HALVES, _PADS_IN_HALVES = 0.05, 0.005
+"""Relative differences that rounding explains. Sums of fewer terms are taken in another order, which in half precision
+a deep model makes a hundredth of; there the changed padding is the sharper test, whose sums keep their order."""
+
+
+class Verification:
+    """Makes the first call of each mask and shape three times more, and raises where it differs by more than rounding.
+
+    Meanwhile nothing of this library stands in front of the model or of its blocks, in no thread.
+
+    Args:
+        component: The transformer's name.
+
+    Attributes:
+        count: Calls that were verified.
+        worst: Largest relative difference of a call without its padding to the same with it.
+    """
+
+    def __init__(self, component: str) -> None:
+        self.count = 0
+        self.worst = 0.0
+        self._component = component
+        self._same: set[Any] = set()
+
+    def __str__(self) -> str:
+        return f"{self.count} calls, largest relative difference {self.worst:.2g}"
+
+    def cut(self, module: nn.Module, cut: Cut, call: Call, trimmed: Call, other_pads: Call) -> None:
+        """Verifies a call whose padding is cut, if it is the first of its kind.
+
+        Args:
+            module: The transformer, or its wrapper.
+            cut: What is cut of the call.
+            call: Its arguments.
+            trimmed: The same without padding.
+            other_pads: The same with other padding.
+
+        Raises:
+            LosslessError: The outputs differ by more than rounding.
+        """
+        shapes = _shapes(call)
+        if shapes in cut.verified:
+            return
+        with torch.no_grad(), _nothing_in_front(module):
+            whole, other = (_tensors(_run(module, each), cut) for each in (call, other_pads))
+        exact = {} if cut.row.rounds else _PADS
+        self._check(module, "with its padding multiplied by ten", whole, other, exact, _PADS_IN_HALVES)
+        with torch.no_grad(), _nothing_in_front(module, but_inmost_of_blocks=True):
+            short = _tensors(cut.restore(_run(module, trimmed)), cut)
+        exact = {} if cut.row.rounds else _TRIMMED
+        found = self._check(module, "without its padding", whole, short, exact, _TRIMMED_IN_HALVES)
+        self.worst = max(self.worst, found)
+        cut.verified.add(shapes)
+        self.count += 1
+
+    def same(self, module: nn.Module, call: Call, changed: Call, how: str) -> None:
+        """Verifies that other arguments give the same output, if these are the first of their shapes.
+
+        Args:
+            module: The transformer, or its wrapper.
+            call: Its arguments.
+            changed: The others.
+            how: What they are, for the error.
+
+        Raises:
+            LosslessError: The outputs differ by more than rounding.
+        """
+        shapes = _shapes(call)
+        if shapes in self._same:
+            return
+        with torch.no_grad(), _nothing_in_front(module):
+            whole, other = (take_apart(_run(module, each))[0] for each in (call, changed))
+        self.worst = max(self.worst, self._check(module, how, whole, other, _TRIMMED, _TRIMMED_IN_HALVES))
+        self._same.add(shapes)
+        self.count += 1
+
+    def _check(
+        self,
+        module: nn.Module,
+        how: str,
+        whole: Tensors,
+        other: Tensors,
+        allowed: dict[torch.dtype, float],
+        allowed_in_halves: float,
+    ) -> float:
+        worst = 0.0
+        for one, two in zip(whole, other, strict=True):
+            limit = allowed.get(one.dtype, allowed_in_halves)
+            difference = _relative(one, two)
+            if not difference <= limit:  # nan is no agreement
+                raise LosslessError(
+                    f"{model_class(unwrap(module)).__name__} ({self._component}) gives another output {how}: relative "
+                    f"difference {difference:.2g}, of which rounding in {one.dtype} explains {limit:g}. What was left "
+                    "out matters, or one of its kernels goes wrong with a mask. Type: remove(pipe), and please report "
+                    "the model."
+                )
+            worst = max(worst, difference)
+        return worst
+
+
+def _relative(one: Tensor, two: Tensor) -> float:
+    exact = torch.promote_types(one.dtype, torch.float32)
+    one, two = one.to(exact), two.to(exact)
+    return float((one - two).norm() / one.norm().clamp_min(torch.finfo(exact).tiny))
+
+
+def _shapes(call: Call) -> tuple[torch.Size, ...]:
+    return tuple(value.shape for value in (*call[0], *call[1].values()) if isinstance(value, Tensor))
+
+
+def _run(module: nn.Module, call: Call) -> Any:
+    args, kwargs = call
+    return module(*args, **kwargs)
+
+
+def _tensors(output: Any, cut: Cut) -> Tensors:
+    return tuple(map(cut.what_counts, take_apart(output)[0]))
+
+
+@contextlib.contextmanager
+def _nothing_in_front(module: nn.Module, but_inmost_of_blocks: bool = False) -> Iterator[None]:
+    """Takes all handlers off a model and its parts for a while: a cache is to hear nothing of such calls.
+
+    Args:
+        module: The model, or its wrapper.
+        but_inmost_of_blocks: Whether what takes the mask from blocks stays.
+    """
+    found = {each: slot for each in module.modules() if (slot := slot_of(each)) is not None}
+    kept = [(slot, slot.handlers, slot.detour) for slot in found.values()]
+    doors = (module, unwrap(module))
+    try:
+        for each, slot in found.items():
+            inmost = tuple(handler for handler in slot.handlers if getattr(handler, "is_inmost", False))
+            slot.handlers, slot.detour = inmost if but_inmost_of_blocks and each not in doors else (), None
+        yield
+    finally:
+        for slot, handlers, detour in kept:
+            slot.handlers, slot.detour = handlers, detour

@@ -1,0 +1,1 @@
+"""What is computed again and again with one result, or for nothing."""
