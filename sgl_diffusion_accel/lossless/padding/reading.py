@@ -95,6 +95,8 @@ class Reader:
             for name in (*stream.tokens, *stream.beside):
                 if not isinstance(given.get(name), Tensor):
                     return f"{name} is no tensor, but {type(given.get(name)).__name__}"
+            if stream.is_raw and given[stream.mark].dtype != torch.bool:
+                return f"its mask is of {given[stream.mark].dtype}, and not of torch.bool: it is added to the scores"
             sizes = {given[name].shape[stream.axis : stream.axis + 1] for name in stream.tokens}
             if len(sizes) != 1:
                 return f"{' and '.join(stream.tokens)} differ in their tokens"
