@@ -37,6 +37,8 @@ from sgl_diffusion_accel import (
 )
 from sgl_diffusion_accel.attention.backends import registry as backends
 from sgl_diffusion_accel.lossless.padding.table import ROWS, Row, Stream
+from sgl_diffusion_accel.patch import patches_of
+from sgl_diffusion_accel.slots import slot_of
 from zoo import Family
 
 torch.set_num_threads(1)
@@ -564,6 +566,50 @@ def test_verification_is_of_the_blocks_without_a_mask(monkeypatch: pytest.Monkey
     apply_lossless(model, verify="first")
     with pytest.raises(LosslessError, match="without its padding"):
         case.run(model, given)
+
+
+@pytest.mark.parametrize("what", ["removed", "another one applied"])
+def test_patches_may_come_and_go_during_verification(what: str) -> None:
+    case = hunyuan15()
+    model, given = case.make(), case.call()
+    expected = case.run(model, given)
+    apply_lossless(model, verify="first")
+    calls = []
+
+    def in_mid_call(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            remove(model) if what == "removed" else set_attention_backend(model, "native")
+
+    hook = model.register_forward_pre_hook(in_mid_call)
+    assert relative(case.run(model, given), expected) < 1e-5
+    hook.remove()
+    slots = [slot for each in model.modules() if (slot := slot_of(each)) is not None]
+    if what == "removed":
+        assert slots == []
+        assert torch.equal(case.run(model, given), expected)
+    else:
+        assert {patch.kind for patch in patches_of(model)} == {"lossless", "attention"}
+        assert all(len(slot.handlers) == len(slot.kinds) for slot in slots)
+
+
+def test_verification_is_of_its_thread_alone() -> None:
+    case = hunyuan15()
+    model = case.make()
+    patch = apply_lossless(model, verify="first")
+    counts = []
+
+    def from_another_thread(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and not counts:
+            counts.append(0)
+            thread = threading.Thread(target=case.run, args=(model, case.call((5,))))
+            thread.start()
+            thread.join()
+
+    hook = model.register_forward_pre_hook(from_another_thread)
+    case.run(model, case.call((9,)))
+    hook.remove()
+    assert sorted(told.tokens[0][2] for told in patch.stats.calls["transformer"]) == [5, 9]
 
 
 def test_config_and_replacing() -> None:
