@@ -23,7 +23,19 @@ from torch._dynamo import decorators
 
 from sgl_diffusion_accel.cache_contexts import listening_cache_context
 from sgl_diffusion_accel.errors import UnsupportedModelError
-from sgl_diffusion_accel.slots import ASIDE, BASE, CALL, SLOT, Handler, Instead, Slot, With, base_of, original_class, slot_of
+from sgl_diffusion_accel.slots import (
+    ASIDE,
+    BASE,
+    CALL,
+    SLOT,
+    Handler,
+    Instead,
+    Slot,
+    With,
+    base_of,
+    original_class,
+    slot_of,
+)
 
 _REASON = (
     "sgl_diffusion_accel decides at each step whether this block runs, which one graph of the whole transformer cannot "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
+import textwrap
 from typing import Any
 
 import accelerate
@@ -252,6 +255,26 @@ def test_loop_of_ones_own_is_computed(family: Family) -> None:
             for name, prompt in (("cond", text), ("uncond", -text)):
                 with branch(name):
                     pipe.transformer_2(timestep=timestep[None], encoder_hidden_states=prompt, **given)
+        assert patch.stats.idle == {"transformer_2": 0}
+
+
+@families("wan22")
+def test_pipeline_that_combines_the_branches_in_another_way_is_computed(family: Family) -> None:
+    """Where a scale of 0 is that without guidance, one of 1 is none to leave out."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(diffusers.WanPipeline.__call__)))
+    formula = "noise_uncond + current_guidance_scale *"
+    assert formula in source
+    source = source[source.index("def ") :].replace(formula, "noise_pred + current_guidance_scale *")
+    mine = {**sys.modules[diffusers.WanPipeline.__module__].__dict__, "__name__": "mine"}
+    exec(source, mine)
+    derived = type("Mine", (diffusers.WanPipeline,), {"__call__": torch.no_grad()(mine["__call__"])})
+    pipe = family.make()
+    usual = family.run(pipe, **IDLE)
+    pipe.__class__ = derived
+    expected = family.run(pipe, **IDLE)
+    assert relative(expected, usual) > 0.01
+    with apply_lossless(pipe) as patch:
+        assert torch.equal(family.run(pipe, **IDLE), expected)
         assert patch.stats.idle == {"transformer_2": 0}
 
 
