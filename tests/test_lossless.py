@@ -317,6 +317,19 @@ def test_call_that_is_not_understood_is_left_alone_bit_by_bit(why: str) -> None:
         assert told in str(patch)
 
 
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "SanaTransformer2DModel"])
+def test_mask_of_fewer_samples_is_the_error_that_it_was(name: str) -> None:
+    case = model_of(name)
+    model, given = case.make(), case.call((9, 9))
+    mark = ROWS[name].streams[0].mark
+    given[mark] = given[mark][:1]
+    with pytest.raises((RuntimeError, ValueError)) as before:
+        case.run(model, given)
+    with apply_lossless(model) as patch, pytest.raises(type(before.value)):
+        case.run(model, given)
+    assert "for 2 samples" in seen(patch).remark
+
+
 def test_mask_with_holes_is_cut_behind_the_last_token_and_kept() -> None:
     case = model_of("HunyuanVideoTransformer3DModel")
     model, given = case.make(), case.call((9,))
