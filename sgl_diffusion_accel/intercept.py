@@ -23,7 +23,19 @@ from torch._dynamo import decorators
 
 from sgl_diffusion_accel.cache_contexts import listening_cache_context
 from sgl_diffusion_accel.errors import UnsupportedModelError
-from sgl_diffusion_accel.slots import BASE, CALL, SLOT, Handler, Instead, Slot, With, base_of, original_class, slot_of
+from sgl_diffusion_accel.slots import (
+    ASIDE,
+    BASE,
+    CALL,
+    SLOT,
+    Handler,
+    Instead,
+    Slot,
+    With,
+    base_of,
+    original_class,
+    slot_of,
+)
 
 _REASON = (
     "sgl_diffusion_accel decides at each step whether this block runs, which one graph of the whole transformer cannot "
@@ -59,9 +71,14 @@ _jit: Any = torch.jit  # its `is_tracing` is public and has no types
 def _acting(module: nn.Module, handlers: tuple[Handler, ...]) -> tuple[Handler, ...]:
     """The handlers that may act on a call: while a model is being exported none but watchers could, and they need not.
 
+    Those that stand aside in this thread are none of them.
+
     Raises:
         UnsupportedModelError: The model is being exported, and a handler would leave its decision in the graph.
     """
+    stands_aside = ASIDE.stands
+    if stands_aside is not None:
+        handlers = tuple(handler for handler in handlers if not stands_aside(module, handler))
     if not (torch.compiler.is_exporting() or _jit.is_tracing()):
         return handlers
     if all(getattr(handler, "is_watching", False) for handler in handlers):

@@ -85,6 +85,21 @@ class Detour(threading.local):
         self.answer, self.taken = None, 0
 
 
+class Aside(threading.local):
+    """Which handlers stand aside in this thread, while a model is called for comparison.
+
+    They stay where they are, for calls of other threads, and so that a patch can be removed or applied meanwhile.
+
+    Attributes:
+        stands: Tells of a module and its handler whether that stands aside; None where none does.
+    """
+
+    stands: Callable[[nn.Module, Handler], bool] | None = None
+
+
+ASIDE = Aside()
+
+
 class Slot:
     """The handlers of one module, by kind; the one applied last is outermost.
 

@@ -37,6 +37,8 @@ from sgl_diffusion_accel import (
 )
 from sgl_diffusion_accel.attention.backends import registry as backends
 from sgl_diffusion_accel.lossless.padding.table import ROWS, Row, Stream
+from sgl_diffusion_accel.patch import patches_of
+from sgl_diffusion_accel.slots import slot_of
 from zoo import Family
 
 torch.set_num_threads(1)
@@ -315,6 +317,19 @@ def test_call_that_is_not_understood_is_left_alone_bit_by_bit(why: str) -> None:
         assert told in str(patch)
 
 
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "SanaTransformer2DModel"])
+def test_mask_of_fewer_samples_is_the_error_that_it_was(name: str) -> None:
+    case = model_of(name)
+    model, given = case.make(), case.call((9, 9))
+    mark = ROWS[name].streams[0].mark
+    given[mark] = given[mark][:1]
+    with pytest.raises((RuntimeError, ValueError)) as before:
+        case.run(model, given)
+    with apply_lossless(model) as patch, pytest.raises(type(before.value)):
+        case.run(model, given)
+    assert "for 2 samples" in seen(patch).remark
+
+
 def test_mask_with_holes_is_cut_behind_the_last_token_and_kept() -> None:
     case = model_of("HunyuanVideoTransformer3DModel")
     model, given = case.make(), case.call((9,))
@@ -564,6 +579,50 @@ def test_verification_is_of_the_blocks_without_a_mask(monkeypatch: pytest.Monkey
     apply_lossless(model, verify="first")
     with pytest.raises(LosslessError, match="without its padding"):
         case.run(model, given)
+
+
+@pytest.mark.parametrize("what", ["removed", "another one applied"])
+def test_patches_may_come_and_go_during_verification(what: str) -> None:
+    case = hunyuan15()
+    model, given = case.make(), case.call()
+    expected = case.run(model, given)
+    apply_lossless(model, verify="first")
+    calls = []
+
+    def in_mid_call(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            remove(model) if what == "removed" else set_attention_backend(model, "native")
+
+    hook = model.register_forward_pre_hook(in_mid_call)
+    assert relative(case.run(model, given), expected) < 1e-5
+    hook.remove()
+    slots = [slot for each in model.modules() if (slot := slot_of(each)) is not None]
+    if what == "removed":
+        assert slots == []
+        assert torch.equal(case.run(model, given), expected)
+    else:
+        assert {patch.kind for patch in patches_of(model)} == {"lossless", "attention"}
+        assert all(len(slot.handlers) == len(slot.kinds) for slot in slots)
+
+
+def test_verification_is_of_its_thread_alone() -> None:
+    case = hunyuan15()
+    model = case.make()
+    patch = apply_lossless(model, verify="first")
+    counts = []
+
+    def from_another_thread(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and not counts:
+            counts.append(0)
+            thread = threading.Thread(target=case.run, args=(model, case.call((5,))))
+            thread.start()
+            thread.join()
+
+    hook = model.register_forward_pre_hook(from_another_thread)
+    case.run(model, case.call((9,)))
+    hook.remove()
+    assert sorted(told.tokens[0][2] for told in patch.stats.calls["transformer"]) == [5, 9]
 
 
 def test_config_and_replacing() -> None:

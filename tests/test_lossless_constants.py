@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import accelerate
@@ -256,6 +260,26 @@ def test_loop_of_ones_own_is_computed(family: Family) -> None:
 
 
 @families("wan22")
+def test_pipeline_that_combines_the_branches_in_another_way_is_computed(family: Family) -> None:
+    """Where a scale of 0 is that without guidance, one of 1 is none to leave out."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(diffusers.WanPipeline.__call__)))
+    formula = "noise_uncond + current_guidance_scale *"
+    assert formula in source
+    source = source[source.index("def ") :].replace(formula, "noise_pred + current_guidance_scale *")
+    mine = {**sys.modules[diffusers.WanPipeline.__module__].__dict__, "__name__": "mine"}
+    exec(source, mine)
+    derived = type("Mine", (diffusers.WanPipeline,), {"__call__": torch.no_grad()(mine["__call__"])})
+    pipe = family.make()
+    usual = family.run(pipe, **IDLE)
+    pipe.__class__ = derived
+    expected = family.run(pipe, **IDLE)
+    assert relative(expected, usual) > 0.01
+    with apply_lossless(pipe) as patch:
+        assert torch.equal(family.run(pipe, **IDLE), expected)
+        assert patch.stats.idle == {"transformer_2": 0}
+
+
+@families("wan22")
 def test_constants_false_leaves_all_as_it_is(family: Family) -> None:
     pipe = family.make()
     expected = family.run(pipe, **IDLE)
@@ -358,6 +382,102 @@ def test_projection_goes_with_an_adapter_that_changes_in_mid_run(family: Family)
         outputs.append(family.run(pipe, callback_on_step_end=off))
     assert seen == [*range(6), *range(6)]
     assert torch.equal(outputs[0], outputs[1])
+
+
+def scaled(pipe: Any, name: str = "llm_cond_proj") -> None:
+    with torch.no_grad():
+        getattr(pipe.transformer, name).weight.mul_(1.5)
+
+
+def exchanged(pipe: Any) -> None:
+    layer = pipe.transformer.llm_cond_proj
+    layer.weight = torch.nn.Parameter(layer.weight * 1.5, requires_grad=False)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "written to": scaled,
+    "before it written to": lambda pipe: scaled(pipe, "llm_cond_norm"),
+    "exchanged": exchanged,
+    "assigned as data": lambda pipe: setattr(
+        pipe.transformer.llm_cond_proj.weight, "data", pipe.transformer.llm_cond_proj.weight * 1.5
+    ),
+    "a hook": lambda pipe: pipe.transformer.llm_cond_proj.register_forward_hook(lambda _, __, output: output * 1.5),
+}
+ADAPTER_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "off": lambda pipe: pipe.transformer.disable_adapters(),
+    "scaled": lambda pipe: pipe.transformer.set_adapters(["default"], [0.3]),
+    "merged": lambda pipe: pipe.transformer.fuse_lora(lora_scale=2.0),
+    "deleted": lambda pipe: pipe.transformer.delete_adapters("default"),
+    "unloaded": lambda pipe: pipe.transformer.unload_lora(),
+}
+
+
+def changed_in_mid_run(family: Family, change: Callable[[Any], Any], steps: Sequence[Callable[[Any], Any]]) -> Tensor:
+    pipe = family.make()
+    for each in steps:
+        each(pipe)
+
+    def at_step_2(pipe: Any, step: int, _: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            change(pipe)
+        return given
+
+    return family.run(pipe, callback_on_step_end=at_step_2)
+
+
+@families("ideogram4")
+@pytest.mark.parametrize("how", CHANGES)
+def test_projection_whose_weights_change_in_mid_run_is_computed_again(family: Family, how: str) -> None:
+    expected = changed_in_mid_run(family, CHANGES[how], [])
+    assert relative(changed_in_mid_run(family, lambda _: None, []), expected) > 1e-3
+    assert relative(changed_in_mid_run(family, CHANGES[how], [apply_lossless]), expected) < RUN
+
+
+@families("ideogram4")
+@pytest.mark.parametrize("first", ["patch", "adapter"])
+@pytest.mark.parametrize("how", ADAPTER_CHANGES)
+def test_projection_whose_adapter_changes_in_mid_run_is_right(family: Family, how: str, first: str) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapt(pipe: Any) -> None:
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["llm_cond_proj"], init_lora_weights=False))
+
+    expected = changed_in_mid_run(family, ADAPTER_CHANGES[how], [adapt])
+    steps = [apply_lossless, adapt] if first == "patch" else [adapt, apply_lossless]
+    assert relative(changed_in_mid_run(family, ADAPTER_CHANGES[how], steps), expected) < RUN
+
+
+@families("ideogram4")
+def test_autocast_that_begins_in_mid_run_is_obeyed(family: Family) -> None:
+    patches = []
+
+    def begin(_: Any) -> None:
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
+        torch.set_autocast_enabled("cpu", True)
+
+    with torch.autocast("cpu", enabled=False):  # ends what is begun
+        changed_in_mid_run(family, begin, [lambda pipe: patches.append(apply_lossless(pipe))])
+    assert patches[0].stats.spared == {"transformer": 4, "unconditional_transformer": 4}
+
+
+@families("ideogram4")
+def test_gradients_of_each_step_have_a_graph_of_their_own(family: Family) -> None:
+    pipe, given = family.make(), family.bare()
+
+    def gradients() -> list[Tensor]:
+        text = given["encoder_hidden_states"].clone().requires_grad_()
+        found = []
+        for timestep in denoising_steps(torch.tensor([0.9, 0.5, 0.1])):
+            with branch("cond"):
+                call = given | {"encoder_hidden_states": text, "timestep": timestep[None]}
+                output = tensor_of(pipe.transformer(**call))[:, 8:]
+            found.extend(torch.autograd.grad(output.square().sum(), text))
+        return found
+
+    expected = gradients()
+    with apply_lossless(pipe.transformer):
+        assert all(relative(one, two) < RUN for one, two in zip(gradients(), expected, strict=True))
 
 
 @families("ideogram4")

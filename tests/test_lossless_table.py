@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from padded import CASES, Case, present, relative
+from padded.base import LENGTH
 from sgl_diffusion_accel import apply_lossless
 from sgl_diffusion_accel.lossless.padding.left_alone import LEFT_ALONE, marks_of, why_left_alone
 from sgl_diffusion_accel.lossless.padding.table import ROWS
@@ -103,6 +104,43 @@ def test_call_without_padding_gives_the_same(case: Case, lengths: Sequence[int])
     assert relative(trimmed, whole) < (FLOAT32 if case.dtype == torch.float32 else 1e-12)
     assert not torch.equal(trimmed, whole), "nothing was cut"
     assert torch.equal(case.run(model, given), whole)
+
+
+@cases
+def test_one_token_is_enough(case: Case) -> None:
+    """An empty prompt has one: the start of the sequence."""
+    model, given = case.make(), case.call((9,))
+    for mark in {stream.mark for stream in ROWS[case.name].streams}:
+        if mark == "text_lens":
+            given[mark] = torch.tensor([1])
+        elif mark == "segment_ids":
+            given[mark][:, :LENGTH] = torch.where(torch.arange(LENGTH) < LENGTH - 1, -1, 1)
+        elif mark != "image_embeds":
+            given[mark] = torch.zeros_like(given[mark])
+            given[mark][:, 0] = 1
+    whole = case.run(model, given)
+    with lossless(model) as patch:
+        assert relative(case.run(model, given), whole) < (FLOAT32 if case.dtype == torch.float32 else 1e-12)
+        ((told, _),) = patch.stats.calls["transformer"].items()
+    assert told.tokens, told
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32, torch.bfloat16], ids=str)
+def test_mask_of_any_type_is_taken_as_the_model_takes_it(case: Case, dtype: torch.dtype) -> None:
+    """Attention adds a mask of numbers to its scores, where a model hands it on as it is."""
+    model, given = case.make(), case.call((9,))
+    for stream in ROWS[case.name].streams:
+        if stream.mark not in ("segment_ids", "text_lens", "image_embeds"):
+            given[stream.mark] = given[stream.mark].to(dtype)
+    try:
+        whole = case.run(model, given)
+    except (RuntimeError, TypeError) as error:  # of attention, or of Lumina 2, which counts tokens by the mask
+        with lossless(model), pytest.raises(type(error)):
+            case.run(model, given)
+        return
+    with lossless(model):
+        assert relative(case.run(model, given), whole) < (FLOAT32 if case.dtype == torch.float32 else 1e-12)
 
 
 @cases

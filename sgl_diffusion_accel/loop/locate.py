@@ -156,6 +156,8 @@ class _Walk:
             guidance=guidance_of(pipeline, local),
             boundary=float(boundary) if isinstance(boundary, (int, float)) else None,
             switches=switches_on(local),
+            # Not by the pipeline's class: one that is derived from diffusers' may have a `__call__` of its own.
+            is_published=str(frame.f_globals.get("__name__")).partition(".")[0] == "diffusers",
         )
 
     def _times(self) -> list[Any]:

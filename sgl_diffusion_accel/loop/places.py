@@ -33,6 +33,7 @@ class LoopCall:
         guidance: The scale with which the branches are combined, None where nothing tells.
         boundary: The timestep below which a second transformer takes over, None if there is none.
         switches: The control that has an effect at this step.
+        is_published: Whether the loop is code of diffusers itself, of which is known how it combines the branches.
     """
 
     loop: Any
@@ -46,6 +47,7 @@ class LoopCall:
     guidance: float | None = None
     boundary: float | None = None
     switches: Kind = frozenset()
+    is_published: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ class Run:
         given: Of what kind is what the transformer is given at the present call.
         first: Where in the scheduler's timesteps those of the run begin; None where that is not known.
         ends_with_loop: Whether its end is sure to be seen, since the loop itself ends then.
+        is_published: Whether the loop is code of diffusers itself, of which is known how it combines the branches.
     """
 
     def __init__(self, call: LoopCall) -> None:
@@ -79,6 +80,7 @@ class Run:
         if call.timesteps is not None:
             self.first = first_of(call.timesteps, getattr(call.scheduler, "timesteps", None))
         self.ends_with_loop = call.owner is call.loop
+        self.is_published = call.is_published
         # All weak: the end of a run is noticed by these objects going, so that it must not keep them.
         self._loop = weakref.ref(call.loop)
         self._timesteps = weakref.ref(call.timesteps) if call.timesteps is not None else lambda: None

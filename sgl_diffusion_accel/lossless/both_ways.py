@@ -13,7 +13,7 @@ from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, take_apart
 from sgl_diffusion_accel.errors import LosslessError
 from sgl_diffusion_accel.lossless.call_handler import Call
 from sgl_diffusion_accel.lossless.padding.cuts import Cut
-from sgl_diffusion_accel.slots import slot_of
+from sgl_diffusion_accel.slots import ASIDE, Handler, slot_of
 from sgl_diffusion_accel.targets import model_class, unwrap
 
 _TRIMMED = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -26,7 +26,7 @@ a deep model makes a hundredth of; there the changed padding is the sharper test
 class Verification:
     """Makes the first call of each mask and shape three times more, and raises where it differs by more than rounding.
 
-    Meanwhile nothing of this library stands in front of the model or of its blocks, in no thread.
+    Meanwhile nothing of this library stands in front of the model or of its blocks, for calls of this thread.
 
     Args:
         component: The transformer's name.
@@ -139,20 +139,29 @@ def _tensors(output: Any, cut: Cut) -> Tensors:
 
 @contextlib.contextmanager
 def _nothing_in_front(module: nn.Module, but_inmost_of_blocks: bool = False) -> Iterator[None]:
-    """Takes all handlers off a model and its parts for a while: a cache is to hear nothing of such calls.
+    """Lets all handlers of a model and its parts stand aside in this thread: a cache is to hear nothing of such calls.
 
     Args:
         module: The model, or its wrapper.
         but_inmost_of_blocks: Whether what takes the mask from blocks stays.
     """
-    found = {each: slot for each in module.modules() if (slot := slot_of(each)) is not None}
-    kept = [(slot, slot.handlers, slot.detour) for slot in found.values()]
+    parts = set(module.modules())
     doors = (module, unwrap(module))
+
+    def stands_aside(each: nn.Module, handler: Handler) -> bool:
+        stays = but_inmost_of_blocks and each not in doors and getattr(handler, "is_inmost", False)
+        return each in parts and not stays
+
+    # A cache outside of this call may have opened the short way past blocks already. It is open for this thread alone.
+    detours = {slot.detour for each in parts if (slot := slot_of(each)) is not None and slot.detour is not None}
+    kept = [(detour, detour.answer, detour.taken) for detour in detours]
+    before = ASIDE.stands
     try:
-        for each, slot in found.items():
-            inmost = tuple(handler for handler in slot.handlers if getattr(handler, "is_inmost", False))
-            slot.handlers, slot.detour = inmost if but_inmost_of_blocks and each not in doors else (), None
+        ASIDE.stands = stands_aside
+        for detour in detours:
+            detour.close()
         yield
     finally:
-        for slot, handlers, detour in kept:
-            slot.handlers, slot.detour = handlers, detour
+        ASIDE.stands = before
+        for detour, answer, taken in kept:
+            detour.answer, detour.taken = answer, taken

@@ -15,7 +15,9 @@ _IDLE_GUIDANCE = ("WanTransformer3DModel",)
 
 ONCE_A_RUN = {
     # The other two tell where padding is cut, which the projection's tokens go by.
-    "Ideogram4Transformer2DModel": Constant("llm_cond_proj", ("encoder_hidden_states", "indicator", "segment_ids")),
+    "Ideogram4Transformer2DModel": Constant(
+        "llm_cond_proj", ("encoder_hidden_states", "indicator", "segment_ids"), before=("llm_cond_norm",)
+    ),
 }
 """Class to its part that depends on the prompt alone."""
 

@@ -72,8 +72,9 @@ class IdleGuidance(PatchHandler):
         if self._doors.is_second(module):
             return None
         where = self._session.enter(COMPONENT, module, args, kwargs)
-        # How a loop of one's own combines the branches is not known; nor at which step a call is that is not placed.
-        if where is None or where.run.guidance != 1.0 or where.run.ends_with_loop:
+        # How a loop or a pipeline of one's own combines the branches is not known, and in some of them a scale of 1 is
+        # no idle one: cond + scale · (cond − uncond). Nor is it known at which step a call is that is not placed.
+        if where is None or where.run.guidance != 1.0 or not where.run.is_published:
             self._doors.pass_through()
             return _Entered(None)
         kept, where.run.kept = where.run.kept, None

@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sgl_diffusion_accel.intercept import release
@@ -18,6 +19,7 @@ from sgl_diffusion_accel.loop.runs import Kept, Run
 from sgl_diffusion_accel.loop.session import Session
 from sgl_diffusion_accel.lossless.arguments import Arguments
 from sgl_diffusion_accel.lossless.call_handler import KIND
+from sgl_diffusion_accel.lossless.constants.part_state import PartState, layers_of
 from sgl_diffusion_accel.lossless.padding.block_masks import BlockMasks
 from sgl_diffusion_accel.lossless.padding.reading import Known
 from sgl_diffusion_accel.patch import Patch, PatchHandler
@@ -32,21 +34,23 @@ class Constant:
     Attributes:
         part: Its name in the transformer. It lies outside of the blocks.
         of: Parameters of the transformer's `forward` on which its output depends, beside weights.
+        before: Other parts through which its input goes: their weights count as well.
     """
 
     part: str
     of: tuple[str, ...]
+    before: tuple[str, ...] = ()
 
 
 class _Outputs(Kept):
-    """What the part gave in a run: branch to the arguments of the call, and the output."""
+    """What the part gave in a run: branch to the arguments of the call, the weights, and the output."""
 
     def __init__(self) -> None:
-        self.by_branch: dict[str, tuple[tuple[Known, ...], Tensor]] = {}
+        self.by_branch: dict[str, tuple[tuple[Known, ...], PartState, Tensor]] = {}
 
     def nbytes(self) -> int:
         """Bytes of the outputs."""
-        return sum(output.nbytes for _, output in self.by_branch.values())
+        return sum(output.nbytes for *_, output in self.by_branch.values())
 
 
 class _Present(threading.local):
@@ -58,7 +62,8 @@ class _Present(threading.local):
 class OnceARun:
     """A constant of one transformer.
 
-    Outside of a loop nothing is kept: what is kept has to go at its end, and weights may change between runs.
+    Outside of a loop nothing is kept: what is kept has to go at its end. Where gradients are wanted neither: the graph
+    behind an output serves one backward pass.
 
     Args:
         target: The transformer.
@@ -73,7 +78,9 @@ class OnceARun:
     def __init__(self, target: Target, constant: Constant) -> None:
         self.present = _Present()
         self.computed = self.spared = 0
-        self._part = weakref.ref(target.module.get_submodule(constant.part))
+        self._module = weakref.ref(target.module)
+        # Inside of adapters, whose scale and number may change at any step.
+        self._innermost = weakref.ref(layers_of(target.module.get_submodule(constant.part))[-1])
         self._constant = constant
         self._name = target.name
         self._whole = BlockMasks(target, None)
@@ -84,17 +91,36 @@ class OnceARun:
     @property
     def part(self) -> nn.Module | None:
         """The part of the transformer; None where it is compiled as a whole, which must not be cut into pieces."""
-        return None if self._whole.is_compiled else self._part()
+        return None if self._whole.is_compiled else self._innermost()
+
+    def state(self) -> PartState | None:
+        """What its output depends on beside the arguments, as it is now."""
+        found = self._found()
+        return PartState(*found) if found is not None else None
+
+    def is_still(self, state: PartState) -> bool:
+        """Whether that is as it was."""
+        found = self._found()
+        return found is not None and state.is_still(*found)
+
+    def _found(self) -> tuple[nn.Module, list[nn.Module]] | None:
+        module = self._module()
+        if module is None:
+            return None
+        part, *before = map(module.get_submodule, (self._constant.part, *self._constant.before))
+        return part, before
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run | None:
         """Begins a call: whose constants does it have?"""
-        part = self._part()
-        if self._whole.is_compiled and part is not None:
-            release(part, KIND)
+        innermost, found = self._innermost(), self._found()
+        if self._whole.is_compiled and innermost is not None:
+            release(innermost, KIND)
+            return None
+        if found is None or torch.is_grad_enabled():
             return None
         given = self._arguments.find(self._constant.of, args, kwargs)
         tensors = tuple(value for value in given.values() if isinstance(value, Tensor) and not value.is_inference())
-        if len(tensors) < len(self._constant.of) or part is None or _is_moved(part):
+        if len(tensors) < len(self._constant.of) or _is_moved(found[0]):
             return None
         where = self._session.enter(self._name, module, args, kwargs)
         if where is None:
@@ -162,18 +188,22 @@ class ConstantHandler(PatchHandler):
         if call is None:
             return None
         outputs, branch, tensors = call
-        known, output = outputs.by_branch.get(branch, ((), None))
-        if output is not None and all(map(Known.is_still, known, tensors)):
-            self._once.spared += 1
-            return Instead(output)
+        kept = outputs.by_branch.get(branch)
+        if kept is not None:
+            known, state, output = kept
+            if all(map(Known.is_still, known, tensors)) and self._once.is_still(state):
+                self._once.spared += 1
+                return Instead(output)
         return call
 
     def leave(self, _: nn.Module, token: Any, output: Any) -> Any:
         """Keeps what was computed."""
         if token is not None and isinstance(output, Tensor):
             outputs, branch, tensors = token
-            outputs.by_branch[branch] = (tuple(map(Known, tensors)), output)
             self._once.computed += 1
+            state = self._once.state()
+            if state is not None:
+                outputs.by_branch[branch] = (tuple(map(Known, tensors)), state, output)
         return output
 
     def fail(self, _: nn.Module, __: Any) -> None:

@@ -197,7 +197,7 @@ def _kept(stream: Stream, counts: Tensor, length: int) -> slice | Tensor:
         return slice(0, 0)
     first, last = int(places[0]), int(places[-1])
     start = 0 if stream.pads == "end" else first
-    stop = length if stream.pads == "start" else last + 1
+    stop = length if stream.pads == "start" else min(max(last + 1, start + stream.least), length)
     if stream.pads != "anywhere" or stop - start == len(places):
         return slice(start, stop)
     return places

@@ -7,7 +7,7 @@ every row, and finds classes of diffusers with a mask that are in neither table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sgl_diffusion_accel.lossless.padding.marks import ByLengths, ByMask, BySegments, ByZeros, Mark
@@ -28,6 +28,9 @@ class Stream:
         axis: Dimension of the tokens in `tokens`.
         beside: Parameters `[L + M, …]` whose first `L` rows belong to these tokens, the others to the picture.
         may_vanish: Whether the stream may be cut to no token at all.
+        is_raw: Whether the model hands its mask to attention as it is: one that is not of `torch.bool` is added to the
+            scores there, 1 and 0 alike, and hides nothing.
+        least: How many tokens the model needs, of those that are cut at the end.
     """
 
     mark: str
@@ -37,6 +40,8 @@ class Stream:
     axis: int = 1
     beside: tuple[str, ...] = ()
     may_vanish: bool = False
+    is_raw: bool = False
+    least: int = 1
 
     @property
     def cut_names(self) -> tuple[str, ...]:
@@ -125,7 +130,15 @@ ROWS: dict[str, Row] = {
         restores=True,
     ),
     "Krea2Transformer2DModel": Row(
-        (Stream("encoder_attention_mask", ("encoder_hidden_states",), pads="anywhere", beside=("position_ids",)),)
+        (
+            Stream(
+                "encoder_attention_mask",
+                ("encoder_hidden_states",),
+                pads="anywhere",
+                beside=("position_ids",),
+                is_raw=True,
+            ),
+        )
     ),
     "MotifVideoTransformer3DModel": Row((_TEXT,)),
     "PRXTransformer2DModel": Row((Stream("attention_mask", ("encoder_hidden_states",)),)),
@@ -137,14 +150,17 @@ ROWS: dict[str, Row] = {
     "JoyImageEditPlusTransformer3DModel": Row((_QWEN_TEXT,), only_alone=True),
     "Lumina2Transformer2DModel": Row((_TEXT,), takes_none=False),
     "MochiTransformer3DModel": Row((_TEXT,), takes_none=False),
-    "BriaFibo2Transformer2DModel": Row((Stream("encoder_attention_mask", ("encoder_hidden_states",), axis=2),)),
+    "BriaFibo2Transformer2DModel": Row(
+        (Stream("encoder_attention_mask", ("encoder_hidden_states",), axis=2, is_raw=True),)
+    ),
     # The picture looks at the text.
     "LTXVideoTransformer3DModel": Row((_TEXT,)),
     "LTX2VideoTransformer3DModel": Row((_TEXT, _AUDIO_TEXT)),
     "SanaTransformer2DModel": Row((_TEXT,)),
     "SanaVideoTransformer3DModel": Row((_TEXT,)),
     "SanaWMTransformer3DModel": Row(
-        (Stream("encoder_attention_mask", ("encoder_hidden_states",), axis=2),),
+        # It squeezes its mask, so that one token alone is an error: the empty prompt has no more than its start.
+        (Stream("encoder_attention_mask", ("encoder_hidden_states",), axis=2, least=2),),
         takes_none=False,
         blocks=InBlocks(("blocks",), 3, "mask"),
         unless=("mask",),
@@ -158,6 +174,6 @@ ROWS: dict[str, Row] = {
     "LuminaNextDiT2DModel": Row(
         (Stream("encoder_mask", ("encoder_hidden_states",)),), takes_none=False, keeps_mask=True
     ),
-    "Kandinsky6Transformer3DModel": Row((_TEXT,)),
+    "Kandinsky6Transformer3DModel": Row((replace(_TEXT, is_raw=True),)),
 }
 """Class of the transformer to its row."""
