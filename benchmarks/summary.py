@@ -178,7 +178,8 @@ def title(result: Mapping[str, Any]) -> str:
 
 def short_title(result: Mapping[str, Any]) -> str:
     """The same for a line of a table, with the number of captions."""
-    return f"{_MODELS[result['model']]}, {_how(result)}; {len(result['captions'])} captions"
+    count = len(result["captions"])
+    return f"{_MODELS[result['model']]}, {_how(result)}; {count} caption{'' if count == 1 else 's'}"
 
 
 def _how(result: Mapping[str, Any]) -> str:

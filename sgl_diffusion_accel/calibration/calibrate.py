@@ -19,8 +19,8 @@ from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficien
 from sgl_diffusion_accel.calibration.block_record import BlockRecording
 from sgl_diffusion_accel.calibration.call_record import Recording, Watch, recording
 from sgl_diffusion_accel.calibration.growth import disturbance_for, growth_between, same_start
-from sgl_diffusion_accel.calibration.held_out import ENOUGH, held_out_ratio
 from sgl_diffusion_accel.calibration.plan import CachePlan
+from sgl_diffusion_accel.calibration.plan_checks import ENOUGH, held_out_ratio
 from sgl_diffusion_accel.calibration.teacache_fit import fit_recording
 from sgl_diffusion_accel.calls import Call, read_calls
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError

@@ -15,8 +15,7 @@ from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficien
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
 from sgl_diffusion_accel.calibration.growth import early_growth
-from sgl_diffusion_accel.calibration.held_out import ENOUGH
-from sgl_diffusion_accel.calibration.plan_checks import Check, factor_at
+from sgl_diffusion_accel.calibration.plan_checks import ENOUGH, Check, factor_at
 from sgl_diffusion_accel.calibration.plan_fields import checked, symmetric
 from sgl_diffusion_accel.calibration.plan_file import parts, read, refuse, write
 from sgl_diffusion_accel.errors import ConfigError
