@@ -144,7 +144,7 @@ class AutoPatch(Patch):
         if part.is_in_place or self.notice:
             return ""
         standing = self._standing(kind)
-        return f"replaced by {standing[0]!r}, which was applied after it" if standing else "removed by itself"
+        return f"replaced by {standing[0]!r}, which was applied after it" if standing else "removed since"
 
     def _standing(self, kind: str) -> list[Patch]:
         """The patches of a kind on its transformers that are none of its parts."""
