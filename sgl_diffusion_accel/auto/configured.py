@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import typing
@@ -12,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgl_diffusion_accel.errors import AccelError, ConfigError, UnsupportedModelError, unknown_name
+from sgl_diffusion_accel.errors import AccelError, ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.targets import TRANSFORMERS
 
 _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 _CLASS = "_class_name"
-_USUAL_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _LIKE_A_CLASS = ("Pipeline", "Model", "Transformer", "DiT")
 
 
@@ -35,15 +35,19 @@ def configured(model: str) -> Any:
     """
     if Path(model).is_dir():
         return _of_folder(Path(model))
-    if "/" not in model and any(word in model for word in _LIKE_A_CLASS):
-        return _of_class(model)
+    kind = _class_named(model)
+    if kind is not None:
+        return _of_class(kind)
     cached = _cached(model)
     if cached is not None:
         return _of_folder(cached)
+    nearest = difflib.get_close_matches(model, _class_names(), n=1, cutoff=0.8)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ConfigError(
         f"{model!r} is no folder, no class of diffusers, and no model in the local cache of the Hugging Face Hub, which "
-        "is all that is looked at: nothing is fetched. Type the path of a folder with model_index.json or config.json; "
-        "or the name of a class, such as QwenImagePipeline; or first: hf download OWNER/NAME --include '*.json'"
+        f"is all that is looked at: nothing is fetched.{hint} Type the path of a folder with model_index.json or "
+        "config.json; or the name of a class, such as QwenImagePipeline; or first: hf download OWNER/NAME --include "
+        "'*.json'"
     )
 
 
@@ -98,8 +102,7 @@ def _is_denoiser(name: str, model: str) -> bool:
     return name in TRANSFORMERS or ("Transformer" in model and "Text" not in model)
 
 
-def _of_class(name: str) -> Any:
-    kind = _class(name)
+def _of_class(kind: Any) -> Any:
     if issubclass(kind, nn.Module):
         return _made(kind, {}, "its default configuration")
     parts: dict[str, Any] = dict.fromkeys(_components(kind))
@@ -134,7 +137,7 @@ def _scheduler(hint: Any) -> Any:
     """A scheduler of the class that is asked for; the usual one where any will do, None where it needs settings."""
     kinds = (each for each in _classes_in(hint) if hasattr(each, "set_timesteps"))
     try:
-        return next(kinds, _class(_USUAL_SCHEDULER))()
+        return next(kinds, _diffusers().FlowMatchEulerDiscreteScheduler)()
     except TypeError:
         return None
 
@@ -165,19 +168,31 @@ def _made(kind: Any, config: Mapping[str, Any], where: str) -> nn.Module:
     return made
 
 
-def _class(name: str, where: Path | None = None) -> Any:
-    """A class of diffusers."""
-    import diffusers
-
-    found = getattr(diffusers, name, None) if name in dir(diffusers) else None
+def _class(name: str, where: Path) -> Any:
+    """The class of diffusers that a file names."""
+    found = getattr(_diffusers(), name, None) if name in dir(_diffusers()) else None
     if isinstance(found, type):
         return found
-    if where is not None:
-        raise UnsupportedModelError(
-            f"{where} is of class {name!r}, which diffusers {diffusers.__version__} does not have. A newer diffusers may; "
-            "code that comes with a model is not run here: load the pipeline, and type check_pipeline(pipe)."
-        )
-    raise unknown_name("class of diffusers", name, [each for each in dir(diffusers) if each.endswith(_LIKE_A_CLASS)])
+    raise UnsupportedModelError(
+        f"{where} is of class {name!r}, which diffusers {_diffusers().__version__} does not have. A newer diffusers may; "
+        "code that comes with a model is not run here: load the pipeline, and type check_pipeline(pipe)."
+    )
+
+
+def _class_named(name: str) -> Any:
+    """The pipeline or transformer of diffusers with a name, None if there is none."""
+    found = getattr(_diffusers(), name) if name in _class_names() else None
+    return found if isinstance(found, type) else None
+
+
+def _class_names() -> list[str]:
+    return [name for name in dir(_diffusers()) if any(word in name for word in _LIKE_A_CLASS)]
+
+
+def _diffusers() -> Any:
+    import diffusers  # late: it imports much
+
+    return diffusers
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,6 +19,12 @@ _USUAL = (torch.bfloat16, torch.float32)
 """Types in which weights are loaded; told of models that have none yet."""
 
 
+class _OnHost:
+    """In the place of a pipeline without weights, on a machine without a GPU."""
+
+    _execution_device = torch.device("cpu")
+
+
 def denoiser_of(pipe: object, target: Target) -> Denoiser:
     """What is known of a transformer before it runs.
 
@@ -41,7 +47,7 @@ def denoiser_of(pipe: object, target: Target) -> Denoiser:
         is_loaded=is_loaded,
         blocks=blocks,
         wiring=wiring,
-        attention=_backends(pipe, target.module),
+        attention=_backends(pipe if is_loaded or torch.cuda.is_available() else _OnHost(), target.module),
     )
 
 

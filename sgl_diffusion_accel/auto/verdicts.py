@@ -165,5 +165,5 @@ def _verdict(name: str, check: Callable[[Subject], Verdict], subject: Subject) -
     is_placed = subject.loop.is_placed
     if not is_cache or is_placed or found.answer == "no":
         return found
-    told = _UNPLACED if is_placed is False else f"where its calls are placed ({subject.loop.how}); "
+    told = _UNPLACED if is_placed is False else "in a loop where its calls are placed: "
     return replace(found, reason=told + found.reason)
