@@ -1,15 +1,17 @@
 """`apply_auto` beside simply fewer steps: quality and cost on every miniature, at few steps and many.
 
-    python -m benchmarks.auto                                        # all miniatures, 4 to 50 steps: an hour on two cores
+    python -m benchmarks.auto                                     # all miniatures, 4 to 50 steps, one caption
     python -m benchmarks.auto --models qwen --steps 4 8 20 --out out/auto.json
 
 Each row is `apply_auto` on a run of so many steps, against the unpatched run: PSNR, share of the blocks' work, and the
-PSNR of as many plain steps as it computes. It is never below that: where every step is computed it is the unpatched run.
+PSNR of as many plain steps as it computes, which it must not be below. Where every step is computed, the picture is
+the unpatched one.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -67,13 +69,14 @@ def rows_of(setting: Setting, qualities: Sequence[str], texts: Sequence[str]) ->
     calls = [{"caption": text, "seed": NOISE_SEED + index} for index, text in enumerate(texts)]
     plain = [run(setting, Contender("unpatched", "unpatched"), call) for call in calls]
     for quality in qualities:
-        auto = Contender("auto", quality, apply=lambda pipe, quality=quality: apply_auto(pipe, quality))
+        auto = Contender("auto", quality, apply=functools.partial(apply_auto, quality=quality))
         samples = [
             compare(run(setting, auto, call), reference, setting.steps)
             for call, reference in zip(calls, plain, strict=True)
         ]
         share = sum(each.share for each in samples) / len(samples)
-        fewer = min(setting.steps, math.ceil(share * setting.steps - 1e-6))  # never cheaper than what it is held against
+        # Rounded up: what it is held against may cost more, and never less.
+        fewer = min(setting.steps, math.ceil(share * setting.steps - 1e-6))
         others = [
             compare(run(setting, Contender("fewer", f"{fewer} steps", steps=fewer), call), reference, setting.steps)
             for call, reference in zip(calls, plain, strict=True)

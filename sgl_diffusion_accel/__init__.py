@@ -8,8 +8,8 @@ from sgl_diffusion_accel.attention.select import attention_backends, set_attenti
 from sgl_diffusion_accel.auto.apply_auto import apply_auto
 from sgl_diffusion_accel.auto.auto_config import AutoConfig
 from sgl_diffusion_accel.auto.auto_patch import AutoPatch
-from sgl_diffusion_accel.auto.check_pipeline import check_pipeline
-from sgl_diffusion_accel.auto.pipeline_report import PipelineReport
+from sgl_diffusion_accel.auto.checking.check_pipeline import check_pipeline
+from sgl_diffusion_accel.auto.checking.pipeline_report import PipelineReport
 from sgl_diffusion_accel.caching.adaptive import AdaptiveConfig, apply_adaptive_cache
 from sgl_diffusion_accel.caching.apply_block_cache import BlockCacheConfig, apply_block_cache
 from sgl_diffusion_accel.caching.cache_dit.apply_cache_dit import apply_cache_dit

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sgl_diffusion_accel._version import __version__
-from sgl_diffusion_accel.auto.check_pipeline import check
+from sgl_diffusion_accel.auto.checking.check_pipeline import check
 from sgl_diffusion_accel.errors import AccelError, unknown_name
 from sgl_diffusion_accel.profiling.machine import describe
 from sgl_diffusion_accel.profiling.results.perf_diff import perf_diff

@@ -240,19 +240,19 @@ def test_plan_needs_a_speedup_and_a_quality_that_allows_it() -> None:
         AutoConfig(plan=plan)
     with pytest.raises(ConfigError, match="computes every step"):
         AutoConfig("lossless", 2.0, plan)
-    with pytest.raises(ConfigError, match="speedup=0.5"):
+    with pytest.raises(ConfigError, match=r"speedup=0\.5"):
         AutoConfig(speedup=0.5, plan=plan)
 
 
 def test_config_of_another_patch_goes_alone(pipe: Any) -> None:
     config = apply_auto(pipe, "high").config
     assert apply_auto(pipe, config).config == config
-    with pytest.raises(ConfigError, match="dataclasses.replace"):
+    with pytest.raises(ConfigError, match=r"dataclasses\.replace"):
         apply_auto(pipe, config, speedup=2.0)
 
 
 def test_what_is_no_pipeline_is_refused() -> None:
-    with pytest.raises(ConfigTypeError, match="hand over|Hand over"):
+    with pytest.raises(ConfigTypeError, match="Hand over"):
         apply_auto("wan")
 
 

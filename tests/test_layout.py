@@ -54,6 +54,7 @@ APART = [
     ("caching/blocks/", "caching/outputs/", ""),
     ("auto/", "profiling/", ""),
     ("auto/", "comparing/", ""),
+    ("auto/checking/", "auto/", "auto/checking/"),
 ]
 """Neighbours that know nothing of each other: (who, whom, but for this folder)."""
 

@@ -24,16 +24,17 @@ def apply_auto(
     """Makes a pipeline faster with what pays on it, and says what that is and why.
 
     It puts on, as one patch, what `apply_lossless` does; the adaptive cache (`apply_adaptive_cache`) or a plan
-    (`apply_cache_plan`); and where there is a CUDA GPU attention by measurement (`set_attention_backend(pipe, "auto")`),
-    which goes again after eight calls if PyTorch's own is the fastest. A cache is left out, run by run, where fewer
-    steps may be better than it: in runs of fewer than twelve steps, as distilled models take, and under schedulers that
-    add noise of their own (SDE, LCM). What acts, what does not and why is in `print(patch)`.
+    (`apply_cache_plan`); and on a CUDA GPU attention by measurement (`set_attention_backend(pipe, "auto")`), which goes
+    again after eight calls if PyTorch's own is the fastest. A cache is left out, run by run, where fewer steps may be
+    better than it: in runs of fewer than twelve steps, as distilled models take, and under schedulers that add noise of
+    their own (SDE, LCM). What acts, what does not and why is in `print(patch)`.
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer, or the transformer itself.
         quality: How close the picture stays to the uncached one. `"lossless"`: no cache, equal up to rounding.
             `"high"`, `"balanced"`, `"fast"`: the adaptive cache with a tolerance of 0.0003, 0.001 or 0.003 (in runs of
-            fewer than 30 steps 0.0015 at most, of fewer than 20 steps 0.001). Or the `config` of another such patch, alone.
+            fewer than 30 steps 0.0015 at most, of fewer than 20 steps 0.001). Or the `config` of another such patch,
+            alone.
         speedup: With a plan, steps of a run for each computed one; at least eight are computed.
         plan: From `calibrate` or `CachePlan.load`, in the place of the adaptive cache.
 

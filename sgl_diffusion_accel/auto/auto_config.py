@@ -47,7 +47,7 @@ class AutoConfig:
                 f"plan = calibrate(pipe, calls), then {_EXAMPLE}; or leave speedup out, and take quality='fast'."
             )
         if self.plan is not None and self.speedup is None:
-            raise ConfigError(f"a plan without a speedup; how many times fewer steps are to be computed? Type: {_EXAMPLE}")
+            raise ConfigError(f"a plan without a speedup: it has to be told how much to compute. Type: {_EXAMPLE}")
         if self.plan is not None and self.quality == _ALONE:
             raise ConfigError(
                 f"quality={_ALONE!r} computes every step, and a plan leaves some out. Leave one of them out: {_EXAMPLE}"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from html import escape
-from textwrap import indent
+from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 from torch import nn
 
 from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
+from sgl_diffusion_accel.auto import auto_summary
 from sgl_diffusion_accel.auto.auto_config import AutoConfig
 from sgl_diffusion_accel.caching.cache_patch import CachePatch
 from sgl_diffusion_accel.caching.parts.stats import Stats
@@ -19,8 +18,6 @@ from sgl_diffusion_accel.lossless.lossless_patch import LosslessPatch
 from sgl_diffusion_accel.patch import Patch, PatchHandler, patches_of
 
 KIND = "auto"
-KINDS = ("lossless", "cache", "attention")
-"""Kinds of the parts, in the order in which they are applied."""
 
 _ENOUGH_CALLS = 8
 """Calls after which it is known which attention kernel is fastest: of two steps at least, with up to four branches."""
@@ -135,40 +132,17 @@ class AutoPatch(Patch):
             part.is_open = False
         super().__exit__(error, value, traceback)
 
-    def _state(self, kind: str) -> str:
-        """Why the part of a kind does not act; empty where it does."""
-        if kind not in self._parts:
-            standing = "; another one is on it, which was applied by itself" if self._standing(kind) else ""
-            return f"left out: {self.left_out.get(kind, 'not asked for')}{standing}"
-        part = self._parts[kind]
-        if part.is_in_place or self.notice:
-            return ""
-        standing = self._standing(kind)
-        return f"replaced by {standing[0]!r}, which was applied after it" if standing else "removed since"
-
-    def _standing(self, kind: str) -> list[Patch]:
+    def standing(self, kind: str) -> list[Patch]:
         """The patches of a kind on its transformers that are none of its parts."""
-        found = [each for module in self._modules() for each in patches_of(module) if each.kind == kind]
+        modules = [module for found, *_ in self._interceptions if (module := found()) is not None]
+        found = (each for module in modules for each in patches_of(module) if each.kind == kind)
         return [each for each in dict.fromkeys(found) if each is not self._parts.get(kind)]
 
-    def _modules(self) -> Iterator[nn.Module]:
-        yield from (module for found, *_ in self._interceptions if (module := found()) is not None)
-
     def _what(self) -> str:
-        acts = [kind for kind in KINDS if not self._state(kind)]
-        return f"auto, quality {self.config.quality!r}: {', '.join(acts) or 'nothing acts'}; see print(patch)"
+        return auto_summary.line(self)
 
     def __str__(self) -> str:
-        lines = [f"auto, quality {self.config.quality!r}{f' [{self.notice}]' if self.notice else ''}"]
-        for kind in KINDS:
-            state = self._state(kind)
-            lines.append(indent(f"{kind}: {state}" if state else str(self._parts[kind]), "  "))
-        return "\n".join(lines)
+        return auto_summary.text(self)
 
     def _repr_html_(self) -> str:
-        head = f"auto, quality {self.config.quality!r}{f' [{self.notice}]' if self.notice else ''}"
-        drawn = [f"<div><b>{escape(head)}</b></div>"]
-        for kind in KINDS:
-            state, part = self._state(kind), self._parts.get(kind)
-            drawn.append(f"<div>{escape(f'{kind}: {state}')}</div>" if state else part._repr_html_())  # type: ignore[union-attr]
-        return "".join(drawn)
+        return auto_summary.html(self)

@@ -90,8 +90,8 @@ class RunChoice:
             return config
         _tell(
             run,
-            f"{FEWEST_COMPUTED} of {run.total} steps are computed: a plan that computes {max(wanted, 1)} would be worse "
-            "than as many plain steps",
+            f"{FEWEST_COMPUTED} of {run.total} steps are computed: as many plain steps may be better than a plan that "
+            f"computes {max(wanted, 1)}",
         )
         return replace(config, speedup=None, computed_steps=FEWEST_COMPUTED)
 
@@ -117,7 +117,7 @@ def why_not_correctable(scheduler: Any) -> str:
     name = type(scheduler).__name__
     does = "adds noise of its own at each step" if adds_noise(scheduler) else "is not linear in what it is given"
     return (
-        f"{name} {does}, so that what a prediction does wrong cannot be put right later, and fewer steps may be better. "
+        f"{name} {does}, so that what a prediction does wrong cannot be put right, and fewer steps may be better. "
         "Take a deterministic scheduler, or another cache at your own risk: apply_teacache(pipe)"
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgl_diffusion_accel.auto.pipeline_report import FoundScheduler
+from sgl_diffusion_accel.auto.checking.findings import FoundScheduler
 from sgl_diffusion_accel.loop.scheduler_response import Response, adds_noise, response_of
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ def scheduler_of(pipe: object) -> FoundScheduler:
         is_noisy = adds_noise(twin)
         does = "adds noise of its own" if is_noisy else "is not linear in what the transformer says"
         return FoundScheduler(name, False, is_noisy, False, f"scheduler: {name} {does}: nothing can be corrected")
-    looks_back = _looks_back(response)
+    # The second stage of a step (Heun) overwrites what the first one leads to: that is no look back.
+    looks_back = getattr(twin, "order", 1) == 1 and _looks_back(response)
     back = ", and looks back at earlier steps: in short runs little is skipped" if looks_back else ""
     what = f"scheduler: {name} is linear, so that predictions are corrected{back}"
     return FoundScheduler(name, True, False, looks_back, what)
@@ -49,17 +50,21 @@ def scheduler_of(pipe: object) -> FoundScheduler:
 
 def _ready(scheduler: Any) -> Any:
     """A copy with the timesteps of a short run, None where it cannot be had."""
-    for more in _WAYS:
-        try:
-            with torch.random.fork_rng(devices=[]):
-                twin = copy.deepcopy(scheduler)
-                twin.set_timesteps(_STEPS, **more)
-            if hasattr(twin, "is_scale_input_called"):
-                twin.is_scale_input_called = True  # it is not scaled: without this some warn
-            return twin
-        except Exception as error:  # a scheduler is code of others, which may do anything
-            logger.debug("%s cannot be tried: %s", type(scheduler).__name__, error)
-    return None
+    made = (_copy_of(scheduler, more) for more in _WAYS)
+    return next((twin for twin in made if twin is not None), None)
+
+
+def _copy_of(scheduler: Any, more: dict[str, Any]) -> Any:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            twin = copy.deepcopy(scheduler)
+            twin.set_timesteps(_STEPS, **more)
+    except Exception as error:  # a scheduler is code of others, which may do anything
+        logger.debug("%s cannot be tried: %s", type(scheduler).__name__, error)
+        return None
+    if hasattr(twin, "is_scale_input_called"):
+        twin.is_scale_input_called = True  # some warn where their input is not scaled, which does not matter here
+    return twin
 
 
 def _looks_back(response: Response) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sgl_diffusion_accel.auto.pipeline_report import FoundLoop
+from sgl_diffusion_accel.auto.checking.findings import FoundLoop
 from sgl_diffusion_accel.loop.pipeline_frames import is_negative, may_be_loop
 from sgl_diffusion_accel.slots import original_class
 from sgl_diffusion_accel.targets import TRANSFORMERS, Targets
@@ -31,7 +31,7 @@ def loop_of(targets: Targets) -> FoundLoop:
         targets: Its transformers.
     """
     if isinstance(targets.pipe, nn.Module):
-        return FoundLoop(None, _OWN_LOOP)
+        return FoundLoop(False, _OWN_LOOP)
     kind = original_class(targets.pipe)
     if any(cls.__name__ == "ModularPipeline" for cls in kind.__mro__):
         return FoundLoop(True, _MODULAR)
@@ -40,7 +40,7 @@ def loop_of(targets: Targets) -> FoundLoop:
     # The loop that calls the transformer, if that is seen; a pipeline may call it through a method of its own.
     found.sort(key=lambda each: not _calls_of(each[1], denoisers))
     if not found:
-        return FoundLoop(None, _UNSEEN)
+        return FoundLoop(False, _UNSEEN)
     function, loop = found[0]
     how = f"{function.__qualname__} loops: for {ast.unparse(loop.target)} in {ast.unparse(loop.iter)}"
     contexts = _contexts(loop)
@@ -57,8 +57,8 @@ def _methods(kind: type) -> Iterator[FunctionType]:
         for name, value in vars(cls).items():
             function: Any = inspect.unwrap(value) if callable(value) else None
             if isinstance(function, FunctionType) and name not in seen and may_be_loop(function.__code__):
-                seen.add(name)
                 yield function
+            seen.add(name)
 
 
 def _loops(function: FunctionType) -> list[ast.For]:
@@ -85,7 +85,7 @@ def _contexts(loop: ast.For) -> tuple[str, ...]:
     calls = (each for each in ast.walk(loop) if isinstance(each, ast.Call))
     given = [each.args[0] for each in calls if _name_of(each.func) == "cache_context" and each.args]
     # Written out; a guider of diffusers names the branches itself.
-    return tuple(dict.fromkeys(each.value for each in given if isinstance(each, ast.Constant)))
+    return tuple(dict.fromkeys(str(each.value) for each in given if isinstance(each, ast.Constant)))
 
 
 def _name_of(function: ast.expr) -> str:
@@ -100,7 +100,8 @@ def _is_batched(loop: ast.For) -> bool:
             return True
         if name == "cat" and isinstance(first, ast.BinOp) and isinstance(first.op, ast.Mult):
             return True
-        if name == "cat" and isinstance(first, ast.List) and len({ast.unparse(each) for each in first.elts}) == 1 < len(first.elts):
+        joined = [ast.unparse(each) for each in first.elts] if isinstance(first, ast.List) else []
+        if name == "cat" and len(joined) > 1 == len(set(joined)):
             return True
     return False
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from sgl_diffusion_accel.attention.sites import find_scopes, find_sites
 from sgl_diffusion_accel.attention.usable import usable
-from sgl_diffusion_accel.auto.pipeline_report import Denoiser
+from sgl_diffusion_accel.auto.checking.findings import Denoiser
 from sgl_diffusion_accel.caching.blocks.layout import find_block_lists
 from sgl_diffusion_accel.caching.blocks.odd_models import ODD_MODELS
 from sgl_diffusion_accel.errors import UnsupportedModelError
@@ -57,7 +57,9 @@ def _blocks(target: Target) -> tuple[dict[str, int], str]:
     except UnsupportedModelError as error:
         return {}, str(error)
     odd = ODD_MODELS.get(target.model)
-    row = "" if odd is None or odd.max_bn is None else f"; at most {odd.max_bn} last blocks may be computed by themselves"
+    row = (
+        "" if odd is None or odd.max_bn is None else f"; at most {odd.max_bn} last blocks may be computed by themselves"
+    )
     counts = {name: len(blocks) for name, blocks in lists.items()}
     return counts, f"their wiring is learned at the first computed step, and refused there if it cannot be{row}"
 

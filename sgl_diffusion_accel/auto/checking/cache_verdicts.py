@@ -1,19 +1,14 @@
-"""What each patch can do on a pipeline: by what its front door asks, without putting anything on."""
+"""What each cache can do on a pipeline: by what its front door asks, without putting anything on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from sgl_diffusion_accel.attention.chosen_sites import chosen_sites
-from sgl_diffusion_accel.attention.sites import find_sites
-from sgl_diffusion_accel.auto.cache_memory import CallShape
-from sgl_diffusion_accel.auto.left_out import left_out_of
-from sgl_diffusion_accel.auto.pipeline_report import Answer, FoundLoop, FoundScheduler, Verdict
+from sgl_diffusion_accel.auto.checking.cache_memory import CallShape
+from sgl_diffusion_accel.auto.checking.findings import Answer, FoundLoop, FoundScheduler, Verdict
 from sgl_diffusion_accel.caching.blocks.layout import divide, find_block_lists
 from sgl_diffusion_accel.caching.cache_dit.apply_cache_dit import parts_of
 from sgl_diffusion_accel.caching.cache_dit.cache_dit_config import CacheDiTConfig
-from sgl_diffusion_accel.caching.cache_patch import refuse_foreign_cache
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.teacache.apply_teacache import parts_and_title
 from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheConfig
@@ -22,7 +17,6 @@ from sgl_diffusion_accel.caching.teacache.teacache_signals import check_signal
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.targets import Targets
 
-_UNPLACED = "calls that are not placed in a loop are computed in full; "
 _OUTPUTS = f"{DEPTH} outputs a branch, as large as the latents"
 
 
@@ -112,58 +106,3 @@ def magcache(subject: Subject) -> Verdict:
     call, memory = "apply_magcache(pipe, plan.magnitude_ratios)", "for each branch a residual of each list"
     reason = "with the ratios that plan = calibrate(pipe, calls) records, which needs a scheduler that adds no noise"
     return Verdict("magcache", call, "yes", reason, memory, subject.held_hidden(1))
-
-
-def attention(subject: Subject) -> Verdict:
-    """On `set_attention_backend`."""
-    call = "set_attention_backend(pipe, 'auto')"
-    try:
-        places = sum(len(chosen_sites(target, None)) for target in subject.targets)
-    except UnsupportedModelError as error:
-        able = any(site.can_redirect for target in subject.targets for site in find_sites(target.module))
-        return Verdict("attention", f"{call[:-1]}, layers=[…])" if able else call, "in part" if able else "no", str(error))
-    where = f"in {places} layers" if places else "in the modules that compute it, which have no processors"
-    return Verdict("attention", call, "yes", f"{where}; which backends are usable here is told with the transformers")
-
-
-def lossless(subject: Subject) -> Verdict:
-    """On `apply_lossless`."""
-    found = [left_out_of(subject.targets.pipe, target) for target in subject.targets]
-    names = [f"{target.name}: " if len(subject.targets) > 1 else "" for target in subject.targets]
-    reason = "; ".join(f"{name}{each.what}" for name, each in zip(names, found, strict=True))
-    answer: Answer = "yes" if any(each.cuts for each in found) else "in part" if any(each.may for each in found) else "no"
-    return Verdict("lossless", "apply_lossless(pipe)", answer, reason)
-
-
-CHECKS: dict[str, Callable[[Subject], Verdict]] = {
-    "adaptive": adaptive,
-    "plan": plan,
-    "dbcache": dbcache,
-    "teacache": teacache,
-    "magcache": magcache,
-    "lossless": lossless,
-    "attention": attention,
-}
-"""Name of a patch to what looks whether it can act. Another patch is another row."""
-
-_NO_CACHES = ("lossless", "attention")
-
-
-def verdicts(subject: Subject) -> tuple[Verdict, ...]:
-    """A verdict on each patch."""
-    return tuple(_verdict(name, check, subject) for name, check in CHECKS.items())
-
-
-def _verdict(name: str, check: Callable[[Subject], Verdict], subject: Subject) -> Verdict:
-    is_cache = name not in _NO_CACHES
-    try:
-        if is_cache:
-            refuse_foreign_cache(subject.targets)
-        found = check(subject)
-    except (UnsupportedModelError, ConfigError) as error:
-        return Verdict(name, "nothing", "no", str(error))
-    is_placed = subject.loop.is_placed
-    if not is_cache or is_placed or found.answer == "no":
-        return found
-    told = _UNPLACED if is_placed is False else "in a loop where its calls are placed: "
-    return replace(found, reason=told + found.reason)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sgl_diffusion_accel.auto.cache_memory import CallShape
-from sgl_diffusion_accel.auto.configured import configured
-from sgl_diffusion_accel.auto.found_denoisers import denoiser_of
-from sgl_diffusion_accel.auto.found_loop import loop_of
-from sgl_diffusion_accel.auto.found_scheduler import scheduler_of
-from sgl_diffusion_accel.auto.pipeline_report import PipelineReport
-from sgl_diffusion_accel.auto.verdicts import Subject, verdicts
+from sgl_diffusion_accel.auto.checking.cache_memory import CallShape
+from sgl_diffusion_accel.auto.checking.cache_verdicts import Subject
+from sgl_diffusion_accel.auto.checking.configured import configured
+from sgl_diffusion_accel.auto.checking.found_denoisers import denoiser_of
+from sgl_diffusion_accel.auto.checking.found_loop import loop_of
+from sgl_diffusion_accel.auto.checking.found_scheduler import scheduler_of
+from sgl_diffusion_accel.auto.checking.pipeline_report import PipelineReport
+from sgl_diffusion_accel.auto.checking.verdicts import verdicts
 from sgl_diffusion_accel.slots import original_class
 from sgl_diffusion_accel.targets import Pipe, find_targets
 from sgl_diffusion_accel.validate import names_checked

@@ -39,8 +39,11 @@ class CallShape:
         object.__setattr__(self, "latents", found)
 
     def outputs(self, target: Target) -> int:
-        """Bytes that a cache of whole calls holds: the last computed outputs of each branch."""
-        return DEPTH * self.branches * math.prod(self.latents) * dtype_of(target).itemsize
+        """Bytes that a cache of whole calls holds.
+
+        Those are the last computed outputs of each branch, and how far one was off, which waits for the other branch.
+        """
+        return (DEPTH * self.branches + (self.branches > 1)) * math.prod(self.latents) * dtype_of(target).itemsize
 
     def hidden(self, target: Target, tensors: int) -> int | None:
         """Bytes that a cache of blocks holds, those of text tokens left out; None where the width is not known.
@@ -52,7 +55,8 @@ class CallShape:
         tokens, width = self._tokens(target), _width(target)
         if tokens is None or width is None:
             return None
-        return self.branches * tensors * self.latents[0] * tokens * width * dtype_of(target).itemsize
+        held: int = self.branches * tensors * self.latents[0] * tokens * width * dtype_of(target).itemsize
+        return held
 
     def _tokens(self, target: Target) -> int | None:
         if len(self.latents) == _PACKED:
@@ -66,7 +70,8 @@ class CallShape:
             patches = (*((patch_t if isinstance(patch_t, int) else 1,) * (len(sides) - 2)), patch, patch)
         else:
             return None
-        return math.prod(-(-side // each) for side, each in zip(sides, patches, strict=True))
+        tokens: int = math.prod(-(-side // each) for side, each in zip(sides, patches, strict=True))
+        return tokens
 
 
 def dtype_of(target: Target) -> torch.dtype:
