@@ -232,6 +232,21 @@ def test_loop_that_is_not_seen_is_not_guessed() -> None:
     assert "after the first run print(patch) tells" in str(report)
 
 
+def test_loop_that_a_subclass_calls_is_seen() -> None:
+    pipe = present("wan").make()
+
+    class Other(type(pipe)):
+        def __call__(self, *args: Any, **given: Any) -> Any:
+            """Does something before, and hands on."""
+            return super().__call__(*args, **given)
+
+    pipe.__class__ = Other
+    assert check_pipeline(pipe).loop.is_placed
+    made = adaptive(pipe)
+    FAMILIES["wan"].run(pipe, steps=STEPS)
+    assert not made.stats.unplaced
+
+
 # Nothing is changed
 
 

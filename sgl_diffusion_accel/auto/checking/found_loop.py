@@ -56,9 +56,13 @@ def _methods(kind: type) -> Iterator[FunctionType]:
             return
         for name, value in vars(cls).items():
             function: Any = inspect.unwrap(value) if callable(value) else None
-            if isinstance(function, FunctionType) and name not in seen and may_be_loop(function.__code__):
+            if not isinstance(function, FunctionType) or name in seen:
+                continue
+            if may_be_loop(function.__code__):
                 yield function
-            seen.add(name)
+            # One that overrides a method and calls it may do something before and after, and leave the loop to it.
+            if not {"super", name} & {*function.__code__.co_names}:
+                seen.add(name)
 
 
 def _loops(function: FunctionType) -> list[ast.For]:
