@@ -5,6 +5,11 @@ from sgl_diffusion_accel.attention.attention_config import AttentionConfig
 from sgl_diffusion_accel.attention.attention_patch import AttentionPatch
 from sgl_diffusion_accel.attention.backends.registry import register_attention_backend
 from sgl_diffusion_accel.attention.select import attention_backends, set_attention_backend
+from sgl_diffusion_accel.auto.apply_auto import apply_auto
+from sgl_diffusion_accel.auto.auto_config import AutoConfig
+from sgl_diffusion_accel.auto.auto_patch import AutoPatch
+from sgl_diffusion_accel.auto.checking.check_pipeline import check_pipeline
+from sgl_diffusion_accel.auto.checking.pipeline_report import PipelineReport
 from sgl_diffusion_accel.caching.adaptive import AdaptiveConfig, apply_adaptive_cache
 from sgl_diffusion_accel.caching.apply_block_cache import BlockCacheConfig, apply_block_cache
 from sgl_diffusion_accel.caching.cache_dit.apply_cache_dit import apply_cache_dit
@@ -53,6 +58,8 @@ __all__ = [
     "AdaptiveConfig",
     "AttentionConfig",
     "AttentionPatch",
+    "AutoConfig",
+    "AutoPatch",
     "BlockCacheConfig",
     "CacheDiTConfig",
     "CachePatch",
@@ -70,6 +77,7 @@ __all__ = [
     "MagnitudeRatios",
     "MissingPackageError",
     "Patch",
+    "PipelineReport",
     "PlanConfig",
     "Policy",
     "Position",
@@ -92,6 +100,7 @@ __all__ = [
     "VariantError",
     "__version__",
     "apply_adaptive_cache",
+    "apply_auto",
     "apply_block_cache",
     "apply_cache_dit",
     "apply_cache_plan",
@@ -101,6 +110,7 @@ __all__ = [
     "attention_backends",
     "branch",
     "calibrate",
+    "check_pipeline",
     "check_plan",
     "compare",
     "denoising_steps",

@@ -1,13 +1,14 @@
-"""The command line: `python -m sgl_diffusion_accel info | perf-diff`."""
+"""The command line: `python -m sgl_diffusion_accel info | check | perf-diff`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sgl_diffusion_accel._version import __version__
+from sgl_diffusion_accel.auto.checking.check_pipeline import check
 from sgl_diffusion_accel.errors import AccelError, unknown_name
 from sgl_diffusion_accel.profiling.machine import describe
 from sgl_diffusion_accel.profiling.results.perf_diff import perf_diff
@@ -23,15 +24,26 @@ class Command:
         about: What it does, for the help.
         run: Does it with the arguments that were given, and returns what is to be shown.
         arguments: Name of each argument to what it is, for the help.
+        flags: Name of each flag, which goes to `run` by its name, to what it does.
     """
 
     about: str
     run: Callable[..., str]
     arguments: dict[str, str]
+    flags: dict[str, str] = field(default_factory=dict)
 
 
 COMMANDS = {
     "info": Command("versions, devices, attention backends: what a bug report needs", describe, {}),
+    "check": Command(
+        "what each patch can do on a model, of its configuration alone: nothing is run or fetched",
+        check,
+        {
+            "model": "folder of a pipeline or a transformer, name of a class of diffusers, or of a model in the Hub's "
+            "local cache"
+        },
+        {"json": "as JSON"},
+    ),
     "perf-diff": Command(
         "two files of timings side by side, as Markdown",
         perf_diff,
@@ -61,12 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         added = chosen.add_parser(name, help=command.about, description=command.about)
         for argument, about in command.arguments.items():
             added.add_argument(argument, help=about)
+        for flag, about in command.flags.items():
+            added.add_argument(f"--{flag}", action="store_true", help=about)
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         parser.error(str(unknown_name("command", given[0], COMMANDS)))
     read = vars(parser.parse_args(given))
     name = read.pop("command")
+    flags = {flag: read.pop(flag) for flag in COMMANDS[name].flags}
     try:
-        shown = COMMANDS[name].run(*read.values())
+        shown = COMMANDS[name].run(*read.values(), **flags)
     except AccelError as error:
         sys.stderr.write(f"{parser.prog} {name}: {error}\n")
         return _USAGE_ERROR

@@ -167,7 +167,10 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: Any) -> None:
 def test_unknown_command_is_told_with_the_nearest_one(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         main(["perfdiff", "one.json"])
-    assert "unknown command 'perfdiff'. Did you mean 'perf-diff'? Known: info, perf-diff." in capsys.readouterr().err
+    assert (
+        "unknown command 'perfdiff'. Did you mean 'perf-diff'? Known: check, info, perf-diff."
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -36,6 +36,7 @@ FLOORS = [
     ["calibration/"],
     ["profiling/"],
     ["comparing/"],
+    ["auto/"],
     ["__init__", "__main__"],
 ]
 """From the ground up: a file imports from its own floor and from those below. A name with / is a whole folder."""
@@ -51,6 +52,9 @@ APART = [
     ("caching/magcache/", "caching/cache_dit/", ""),
     ("caching/magcache/", "caching/teacache/", ""),
     ("caching/blocks/", "caching/outputs/", ""),
+    ("auto/", "profiling/", ""),
+    ("auto/", "comparing/", ""),
+    ("auto/checking/", "auto/", "auto/checking/"),
 ]
 """Neighbours that know nothing of each other: (who, whom, but for this folder)."""
 

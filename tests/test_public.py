@@ -121,7 +121,16 @@ def test_documented_arguments_exist():
 
 
 @pytest.mark.parametrize(
-    "name", ["AdaptiveConfig", "CacheDiTConfig", "LosslessConfig", "MagCacheConfig", "StepsMask", "TeaCacheConfig"]
+    "name",
+    [
+        "AdaptiveConfig",
+        "AutoConfig",
+        "CacheDiTConfig",
+        "LosslessConfig",
+        "MagCacheConfig",
+        "StepsMask",
+        "TeaCacheConfig",
+    ],
 )
 def test_every_field_of_a_config_is_documented(name):
     cls = getattr(package, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
@@ -53,8 +54,12 @@ class AdaptiveSettings(TypedDict, total=False):
 
 def settings_for(settings: GapSettings, run: Run) -> GapSettings:
     """The settings of gap control for a run: for as many steps as the user asked of the schedule that it is part of."""
-    steps = (run.total + (run.first or 0)) / _order(run.scheduler)
-    return settings.in_run_of(steps, share_of_schedule(run.scheduler, run.first))
+    return settings.in_run_of(steps_of_schedule(run), share_of_schedule(run.scheduler, run.first))
+
+
+def steps_of_schedule(run: Run) -> float:
+    """How many steps the user asked of the schedule that a run is part of, stages of a step (Heun) counted as one."""
+    return (run.total + (run.first or 0)) / _order(run.scheduler)
 
 
 def _order(scheduler: Any) -> int:
@@ -100,19 +105,25 @@ def apply_adaptive_cache(
         >>> patch.remove()
     """
     config = AdaptiveConfig.of(config, {name: value for name, value in settings.items() if value is not None})
-    gaps = GapSettings(tolerance=config.tolerance)
-
-    def policy(run: Run) -> GapControl:
-        response = response_of(run.scheduler, run.total, run.first)
-        skips = gaps.tolerance > 0 and run.total >= gaps.fewest_steps
-        switch = run.switch() if skips else None
-        mine = settings_for(gaps, run)
-        if response is None:
-            return GapControl(mine, np.ones(run.total), corrects=False, switch=switch)
-        passing = passing_influence(response)
-        # The second stage of a step (Heun) overwrites the latents that the first one leads to.
-        ways = response if _order(run.scheduler) == 1 else None
-        return GapControl(mine, response[-1], switch=switch, response=ways, passing=passing)
-
-    title = f"adaptive cache (tolerance {gaps.tolerance:g})"
+    policy = functools.partial(gap_control_of, GapSettings(tolerance=config.tolerance))
+    title = f"adaptive cache (tolerance {config.tolerance:g})"
     return put_around(targets_of_cache(pipe), title, policy, config)
+
+
+def gap_control_of(gaps: GapSettings, run: Run) -> GapControl:
+    """What decides the steps of a run under the adaptive cache.
+
+    Args:
+        gaps: How it steers in runs of 50 steps.
+        run: The run; its scheduler and its number of steps tell the rest.
+    """
+    response = response_of(run.scheduler, run.total, run.first)
+    skips = gaps.tolerance > 0 and run.total >= gaps.fewest_steps
+    switch = run.switch() if skips else None
+    mine = settings_for(gaps, run)
+    if response is None:
+        return GapControl(mine, np.ones(run.total), corrects=False, switch=switch)
+    passing = passing_influence(response)
+    # The second stage of a step (Heun) overwrites the latents that the first one leads to.
+    ways = response if _order(run.scheduler) == 1 else None
+    return GapControl(mine, response[-1], switch=switch, response=ways, passing=passing)

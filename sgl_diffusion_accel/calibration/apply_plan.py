@@ -81,19 +81,30 @@ def apply_cache_plan(
     check_model(plan, targets)
     if adds_noise(getattr(pipe, "scheduler", None)):
         raise no_plan(getattr(pipe, "scheduler", None))
-
-    def policy(run: Run) -> PlanPolicy:
-        response = response_of(run.scheduler, run.total, run.first)
-        if response is None:
-            raise no_plan(run.scheduler)
-        timesteps = tuple(map(float, run.timesteps.tolist()))
-        reach = share_of_schedule(run.scheduler, run.first)
-        design = config.design(plan, timesteps, response, reach)
-        moments = _moments(plan, timesteps, response.tobytes(), reach)
-        settings = replace(settings_for(GapSettings(), run), early=moments.early)
-        return PlanPolicy(design, moments, config.guard, settings)
-
+    policy = functools.partial(plan_policy_of, plan, config)
     return put_around(targets, f"cache plan ({config.budget})", policy, config)
+
+
+def plan_policy_of(plan: CachePlan, config: PlanConfig, run: Run) -> PlanPolicy:
+    """What decides the steps of a run by a plan.
+
+    Args:
+        plan: The plan.
+        config: How much is computed.
+        run: The run.
+
+    Raises:
+        UnsupportedModelError: No plan can be made for its scheduler, or its loop does not tell its timesteps.
+    """
+    response = response_of(run.scheduler, run.total, run.first)
+    if response is None:
+        raise no_plan(run.scheduler)
+    timesteps = tuple(map(float, run.timesteps.tolist()))
+    reach = share_of_schedule(run.scheduler, run.first)
+    design = config.design(plan, timesteps, response, reach)
+    moments = _moments(plan, timesteps, response.tobytes(), reach)
+    settings = replace(settings_for(GapSettings(), run), early=moments.early)
+    return PlanPolicy(design, moments, config.guard, settings)
 
 
 @dataclass(frozen=True)

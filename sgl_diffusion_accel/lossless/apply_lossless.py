@@ -90,13 +90,13 @@ def apply_lossless(
 
 def _attach(patch: LosslessPatch, target: Target, settings: LosslessConfig) -> None:
     verification = Verification(target.name) if settings.verify is not None else None
-    owner = _owner_of_forward(target.module)
+    owner = owner_of_forward(target.module)
     parts: list[Part] = []
     if settings.constants and may_have_equal_timesteps(owner.__name__):
         parts.append(EqualTimesteps(target, verification))
     if settings.constants and owner.__name__ in ONCE_A_RUN:
         parts.append(OnceARun(target, ONCE_A_RUN[owner.__name__]))
-    found = _row_for(owner) if settings.padding else "padding=False"
+    found = row_for(owner) if settings.padding else "padding=False"
     if isinstance(found, Row):
         parts.append(Padding(target, found, verification))
     else:
@@ -107,12 +107,12 @@ def _attach(patch: LosslessPatch, target: Target, settings: LosslessConfig) -> N
         patch.spare_idle_calls(target)
 
 
-def _owner_of_forward(module: nn.Module) -> type:
+def owner_of_forward(module: nn.Module) -> type:
     """The class whose `forward` a model has: one that is derived from it and leaves that as it is computes the same."""
     return next(cls for cls in model_class(module).__mro__ if "forward" in vars(cls))
 
 
-def _row_for(owner: type) -> Row | str:
+def row_for(owner: type) -> Row | str:
     """The row of a class, or why it has none."""
     row = ROWS.get(owner.__name__)
     if row is None:

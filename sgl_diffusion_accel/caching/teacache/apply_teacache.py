@@ -67,7 +67,7 @@ def apply_teacache(
     config = TeaCacheConfig.of(config, settings)
     targets = targets_of_cache(pipe)
     config.check_targets(targets)
-    planned = {target.name: _plan(target, config.for_component(target.name)) for target in targets}
+    planned = {target.name: parts_and_title(target, config.for_component(target.name)) for target in targets}
     for name, (_, said) in planned.items():
         logger.info("TeaCache on %s: %s", name, said)
     words = {said for _, said in planned.values()}
@@ -76,8 +76,13 @@ def apply_teacache(
     return put_on_blocks(targets, f"TeaCache ({title})", parts, config)
 
 
-def _plan(target: Target, config: TeaCacheConfig) -> tuple[Parts, str]:
-    """The parts of the cache on one transformer, and a line on what was chosen."""
+def parts_and_title(target: Target, config: TeaCacheConfig) -> tuple[Parts, str]:
+    """The parts of the cache on one transformer, and a line on what was chosen.
+
+    Raises:
+        ConfigError: A setting is not allowed, or no coefficients are known for the model.
+        UnsupportedModelError: Its blocks cannot be cached, or have no signal.
+    """
     transformer = target.module
     family = family_of(transformer)
     retains = uses_ret_steps(transformer, _ret_steps(config))
