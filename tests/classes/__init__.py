@@ -1,0 +1,18 @@
+"""Every transformer class of diffusers, small: one row each, and what the library does with it.
+
+`ROWS[name].make()` gives a model, `.given()` the arguments of a call. `verdict_of(row)` runs a class with each kind of
+patch and says what came out; `python -m classes` in `tests/` runs all of them and writes `verdicts.json`, from which the
+table of `docs/models.md` is made. A new class is one row in `pictures.py`, `videos.py` or `others.py`.
+"""
+
+from __future__ import annotations
+
+from . import borrowed, others, pictures, videos
+from .base import Row
+from .finding import found, times_of
+
+ROWS: dict[str, Row] = {
+    row.name: row for module in (borrowed, pictures, videos, others) for row in module.ROWS
+}
+
+__all__ = ["ROWS", "Row", "found", "times_of"]
