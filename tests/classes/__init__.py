@@ -7,12 +7,10 @@ table of `docs/models.md` is made. A new class is one row in `pictures.py`, `vid
 
 from __future__ import annotations
 
-from . import borrowed, others, pictures, videos
+from . import borrowed, others, pictures, stores, videos
 from .base import Row
 from .finding import found, times_of
 
-ROWS: dict[str, Row] = {
-    row.name: row for module in (borrowed, pictures, videos, others) for row in module.ROWS
-}
+ROWS: dict[str, Row] = {row.key: row for module in (borrowed, pictures, videos, others, stores) for row in module.ROWS}
 
 __all__ = ["ROWS", "Row", "found", "times_of"]

@@ -31,6 +31,7 @@ class Row:
         stream: Which of them is denoised.
         prepare: What else a call needs and only the model can make, such as a filled store of keys and values.
         unread: Places at the start of the output that nobody reads.
+        label: What sets it apart from another row of its class.
     """
 
     name: str
@@ -41,6 +42,12 @@ class Row:
     stream: str = "hidden_states"
     prepare: Callable[[Any, dict[str, Any]], dict[str, Any]] = field(default=lambda _, given: given)
     unread: int = 0
+    label: str = ""
+
+    @property
+    def key(self) -> str:
+        """What the row is known by."""
+        return f"{self.name}, {self.label}" if self.label else self.name
 
     @property
     def missing(self) -> bool:

@@ -109,7 +109,7 @@ def lossless(row: Row, model: nn.Module, given: dict[str, Any]) -> str:
 
 
 def _constants(row: Row) -> str:
-    said = [f"`{ONCE_A_RUN[row.name].name}` once a run"] if row.name in ONCE_A_RUN else []
+    said = ["a part that is constant in a run, once"] if row.name in ONCE_A_RUN else []
     return "; ".join(said + ["one timestep for equal ones"] * may_have_equal_timesteps(row.name))
 
 

@@ -1,8 +1,6 @@
-"""Videos."""
+"""Videos, with and without sound."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -22,22 +20,6 @@ ANYFLOW = {
     "r_timestep": torch.full((1, 2), 250.0),
     "encoder_hidden_states": WAN_WORDS,
 }
-
-
-def with_reference(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Wan-Animate 2: the pass over the driving video comes first and fills the store that all steps read."""
-    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
-
-    store, grid = WanAnimate2KVCache(len(model.blocks)), torch.tensor([[2, 2, 2]])
-    reference = {name: [value[0][:, :2]] for name, value in given.items() if name in ("hidden_states", "condition_latents")}
-    shared = {name: given[name] for name in ("encoder_hidden_states", "encoder_hidden_states_image")}
-    with torch.no_grad():
-        model(
-            **reference, **shared, timestep=at(1.0), kv_cache=store, kv_cache_mode="extract", seq_len=8,
-            offset_grid_sizes=grid,
-        )  # fmt: skip
-    return {**given, "kv_cache": store, "reference_grid_sizes": grid}
-
 
 ROWS = (
     row(
@@ -131,33 +113,6 @@ ROWS = (
             "face_pixel_values": shape(1, 3, 5, 16, 16),
             "timestep": at(900.0),
         },
-    ),
-    row(
-        "WanAnimate2Transformer3DModel",
-        "blocks",
-        {
-            "text_len": 7,
-            "in_dim": 8,
-            "dim": 32,
-            "ffn_dim": 48,
-            "freq_dim": 16,
-            "text_dim": TEXT,
-            "out_dim": 4,
-            "num_heads": 2,
-            "num_layers": 3,
-        },
-        {
-            "hidden_states": [torch.linspace(-1, 1, 192).reshape(4, 3, 4, 4)],
-            "timestep": at(900.0),
-            "encoder_hidden_states": [torch.linspace(-1, 1, 5 * TEXT).reshape(5, TEXT)],
-            "condition_latents": [torch.ones(4, 3, 4, 4)],
-            "encoder_hidden_states_image": shape(1, 5, 1280),
-            "kv_cache_mode": "cached",
-            "seq_len": 12,
-            "origin_len": 5,
-            "origin_area": [32, 32],
-        },
-        prepare=with_reference,
     ),
     row(
         "WanVACETransformer3DModel",
