@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class Row:
         prepare: What else a call needs and only the model can make, such as a filled store of keys and values.
         unread: Places at the start of the output that nobody reads.
         label: What sets it apart from another row of its class.
+        lacks: Why this diffusers, which has the class, cannot make it all the same; None where it can.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Row:
     prepare: Callable[[Any, dict[str, Any]], dict[str, Any]] = field(default=lambda _, given: given)
     unread: int = 0
     label: str = ""
+    lacks: Callable[[], str | None] = lambda: None
 
     @property
     def key(self) -> str:
@@ -50,9 +53,11 @@ class Row:
         return f"{self.name}, {self.label}" if self.label else self.name
 
     @property
-    def missing(self) -> bool:
-        """Whether this diffusers lacks the class."""
-        return self.name not in found()
+    def missing(self) -> str | None:
+        """Why this diffusers cannot make it; None where it can."""
+        if self.name not in found():
+            return f"diffusers {diffusers.__version__} has no {self.name}"
+        return self.lacks()
 
 
 def row(name: str, lists: str, config: dict[str, Any], given: dict[str, Any], **more: Any) -> Row:

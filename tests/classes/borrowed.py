@@ -9,7 +9,6 @@ from zoo import FAMILIES
 
 from .base import Row
 
-_STREAMS = {"RFD4ProteinaTransformer": "bb_ca"}
 _FAMILIES = {
     "WanTransformer3DModel": "wan",
     "FluxTransformer2DModel": "flux",
@@ -25,13 +24,13 @@ _FAMILIES = {
 
 
 def _padded(case: Case) -> Row:
-    return Row(case.name, case.lists, case.make, case.call, unread=case.unread)
+    return Row(case.name, case.lists, case.make, case.call, unread=case.unread, lacks=case.missing)
 
 
 def _of_family(name: str, family: str) -> Row:
     found = FAMILIES[family]
     small: dict[str, Any] = {"time": "t", "stream": "x"} if family == "zimage" else {}
-    return Row(name, found.block_lists, lambda: found.make().transformer, found.bare, **small)
+    return Row(name, found.block_lists, lambda: found.make().transformer, found.bare, lacks=lambda: found.missing, **small)
 
 
 ROWS = (*map(_padded, CASES.values()), *(_of_family(*pair) for pair in _FAMILIES.items()))

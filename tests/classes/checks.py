@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from invariants.caches import adaptive
 from invariants.snapshot import Snapshot
-from sgl_diffusion_accel import apply_adaptive_cache, apply_cache_dit, apply_lossless, set_attention_backend
+from sgl_diffusion_accel import (
+    CachePatch,
+    apply_adaptive_cache,
+    apply_cache_dit,
+    apply_lossless,
+    set_attention_backend,
+)
 from sgl_diffusion_accel.errors import AccelError
 from sgl_diffusion_accel.lossless.constants.constant_table import ONCE_A_RUN, may_have_equal_timesteps
 from sgl_diffusion_accel.lossless.padding.table import ROWS as CUT
@@ -33,13 +39,13 @@ def never_skipping(row: Row, model: nn.Module, given: dict[str, Any], unpatched:
     for apply in (_adaptive_0, _dbcache_0):
         try:
             with apply(model):
-                _assert_equal(run(row, model, given), unpatched, apply.__doc__)
+                assert_equal(run(row, model, given), unpatched, apply.__doc__)
         except AccelError as error:
             assert apply is _dbcache_0, f"the adaptive cache is refused: {error}"
             said = str(error)
         left = [each for name, each in _changed(before, model).items() if name not in by_itself]
         assert not left, f"{apply.__doc__} leaves {left[:3]}"
-        _assert_equal(run(row, model, given), unpatched, f"{apply.__doc__}, removed")
+        assert_equal(run(row, model, given), unpatched, f"{apply.__doc__}, removed")
     return said
 
 
@@ -53,13 +59,18 @@ def _dbcache_0(model: nn.Module) -> Any:
     return apply_cache_dit(model, residual_diff_threshold=0.0, max_warmup_steps=1, fn_compute_blocks=1)
 
 
-def whole_calls(row: Row, model: nn.Module) -> str:
-    """A skipped call is what follows from the last two computed outputs, by three quarters of their slope."""
+def whole_calls(row: Row, model: nn.Module, unpatched: Trace) -> str:
+    """A skipped call is what follows from the last two computed outputs, by three quarters of their slope; or why none is.
+
+    Its form is that of the class's own output.
+    """
     given = arguments(row, model, as_tuple=False)
-    with adaptive(model):
+    with adaptive(model) as patch:
         trace = run(row, model, given)
     skipped = [step for step in range(STEPS) if step not in trace.computed]
-    assert skipped, "nothing was skipped"
+    if not skipped:
+        assert_equal(trace, unpatched, "a run of which nothing was skipped")
+        return _why_in_full(patch)
     for step in skipped:
         last, earlier = sorted((done for done in trace.computed if done < step), reverse=True)[:2]
         ahead = 0.75 * (step - last) / (last - earlier)
@@ -67,16 +78,18 @@ def whole_calls(row: Row, model: nn.Module) -> str:
             one + ahead * (one - two) for one, two in zip(trace.computed[last], trace.computed[earlier], strict=True)
         ]
         _assert_close(trace.outputs[step], expected, f"skipped call {step}")
+    first = skipped[0]  # until there the run is the unpatched one
+    assert not _is_equal(trace.outputs[first], unpatched.outputs[first]), "a prediction is what would have come anyway"
     return YES
 
 
-def blocks(row: Row, model: nn.Module, given: dict[str, Any]) -> str:
+def blocks(row: Row, model: nn.Module, given: dict[str, Any], unpatched: Trace) -> str:
     """A step whose blocks are skipped is what `ByBlocks` works out; or why blocks are not cached."""
     counts: Counter[nn.Module] = Counter()
     watched = [block for name in row.lists for block in getattr(model, name)]
     hooks = [block.register_forward_hook(lambda block, *_: counts.update([block])) for block in watched]
     try:
-        with apply_cache_dit(model, fn_compute_blocks=0, steps_mask=MASK, steps_policy="static"):
+        with apply_cache_dit(model, fn_compute_blocks=0, steps_mask=MASK, steps_policy="static") as patch:
             trace = run(row, model, given)
     except AccelError as error:
         return str(error)
@@ -84,12 +97,23 @@ def blocks(row: Row, model: nn.Module, given: dict[str, Any]) -> str:
         for hook in hooks:
             hook.remove()
     ran = {counts[block] for block in watched}
+    if ran == {STEPS}:
+        return _why_in_full(patch)
     assert ran == {sum(MASK)}, f"blocks ran {sorted(ran)} times of {STEPS}, and {sum(MASK)} steps were computed"
     oracle = ByBlocks(row, model)
     for step, (call, is_computed) in enumerate(zip(trace.calls, MASK, strict=True)):
         expected = oracle.computed(call) if is_computed else oracle.skipped(call)
         _assert_close(trace.outputs[step], expected, f"step {step}")
+    first = MASK.index(0)
+    assert not _is_equal(trace.outputs[first], unpatched.outputs[first]), "a skipped step is what it would be anyway"
     return YES
+
+
+def _why_in_full(patch: CachePatch) -> str:
+    """What the patch says of calls that it does not skip: without a word of its own that is an error."""
+    said = [remark for _, remark in patch.stats.runs[-1].remarks if "is computed in full" in remark]
+    assert said, f"nothing was skipped, and nobody is told: {patch}"
+    return said[0]
 
 
 def lossless(row: Row, model: nn.Module, given: dict[str, Any]) -> str:
@@ -118,8 +142,9 @@ def attention(row: Row, model: nn.Module, given: dict[str, Any]) -> str:
     with torch.no_grad():
         expected = _read(row, model(**given))
         try:
-            with set_attention_backend(model, "math"):
+            with set_attention_backend(model, "math") as patch:
                 _assert_close(_read(row, model(**given)), expected, "attention by `math`", 1e-4)
+                assert sum(patch.calls["transformer"].values()) and not patch.fallbacks, f"it did not act: {patch}"
         except AccelError as error:
             return str(error)
         assert _is_equal(_read(row, model(**given)), expected), "the backend is not gone when removed"
@@ -154,7 +179,7 @@ def _is_equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
-def _assert_equal(trace: Trace, expected: Trace, what: str | None) -> None:
+def assert_equal(trace: Trace, expected: Trace, what: str | None) -> None:
     pairs = zip(trace.outputs, expected.outputs, strict=True)
     unequal = [step for step, (got, wanted) in enumerate(pairs) if not _is_equal(got, wanted)]
     assert not unequal, f"{what}: steps {unequal} differ from the unpatched ones"

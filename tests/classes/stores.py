@@ -10,14 +10,14 @@ import torch
 
 from padded.base import values
 
-from . import borrowed, pictures
+from . import borrowed, pictures, videos
 from .base import TEXT, Row, at, row, shape
 
 STORE = "with its store of keys and values"
 
 
 def _with_store(name: str, prepare: Any) -> Row:
-    known = {row.name: row for row in (*borrowed.ROWS, *pictures.ROWS)}
+    known = {row.name: row for row in (*borrowed.ROWS, *pictures.ROWS, *videos.ROWS)}
     return replace(known[name], label=STORE, prepare=prepare)
 
 
@@ -70,10 +70,32 @@ def of_wan_animate2(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {**given, "kv_cache": store, "reference_grid_sizes": grid}
 
 
+@torch.no_grad()
+def of_sana_wm_refiner(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The first frames."""
+    given.pop("return_dict", None)
+    store = _made("transformer_sana_wm_refiner", "SanaWMRefinerKVCache", len(model.transformer_blocks))
+    model(**given, kv_cache=store, kv_cache_mode="capture_pre_rope")
+    for index in range(len(model.transformer_blocks)):
+        store.get(index).store_sink(*store.get(index).get_captured_pre_rope())
+    store.sink_pe = given["video_rotary_emb"]
+    return {**given, "kv_cache": store, "kv_cache_mode": "inject"}
+
+
+def of_anyflow(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The chunks before, of which there are none."""
+    heads, width, chunk = model.config.num_attention_heads, model.config.attention_head_dim, {"chunk_partition": [2]}
+    empty = {"full_cache": torch.zeros(2, 1, heads, 96, width), "compressed_cache": torch.zeros(2, 1, heads, 32, width)}
+    stores = {index: {name: each.clone() for name, each in empty.items()} for index in range(len(model.blocks))}
+    return {**given, **chunk, "kv_cache": stores, "kv_cache_flag": {"num_cached_chunks": 0, "is_cache_step": False}}
+
+
 ROWS = (
     _with_store("QwenImage21Transformer2DModel", of_qwen_image21),
     _with_store("Flux2Transformer2DModel", of_flux2),
     _with_store("GlmImageTransformer2DModel", of_glm_image),
+    _with_store("SanaWMLTX2RefinerTransformer3DModel", of_sana_wm_refiner),
+    _with_store("AnyFlowFARTransformer3DModel", of_anyflow),
     row(
         "WanAnimate2Transformer3DModel",
         "blocks",
