@@ -50,8 +50,8 @@ def in_short(read: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
     verdicts = {key: each["verdict"] for key, each in classes.items() if ", " not in key}
     counts = [f"{count} {_VERDICTS[verdict]}" for verdict, count in Counter(verdicts.values()).most_common()]
     return (
-        f"diffusers {versions['diffusers']} has {len(verdicts)} classes of transformers that denoise, and each of them was "
-        f"run: {', '.join(counts)}. None was left out, and of none it is unknown."
+        f"diffusers {versions['diffusers']} has {len(verdicts)} classes of transformers that denoise, and each of them "
+        f"was run: {', '.join(counts)}. None was left out, and of none it is unknown."
     )
 
 

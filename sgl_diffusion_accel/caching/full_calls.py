@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 FULL_CALL_ARGUMENTS = ("kv_cache_mode", "kv_cache", "kv_caches", "past_key_values", "kv_cache_flag", "skip_layers")
-"""Transformer arguments with which a call is computed in full: its blocks may write a key/value cache, or the call leaves
-out blocks of its own choice (skip-layer guidance)."""
+"""Transformer arguments with which a call is computed in full: its blocks may write a key/value cache, or the call
+leaves out blocks of its own choice (skip-layer guidance)."""
 
 _MODE = "kv_cache_mode"
 _READS = "cached"  # Qwen-Image 2.1, FLUX.2 Klein, Wan-Animate 2; "extract" writes

@@ -1,8 +1,8 @@
 """Every transformer class of diffusers, small: one row each, and what the library does with it.
 
-`ROWS[name].make()` gives a model, `.given()` the arguments of a call. `verdict_of(row)` runs a class with each kind of
-patch and says what came out; `python -m classes` in `tests/` runs all of them and writes `verdicts.json`, from which the
-table of `docs/models.md` is made. A new class is one row in `pictures.py`, `videos.py` or `others.py`.
+`ROWS[key].make()` gives a model, `.given()` the arguments of a call. `verdict_of(row)` runs a class with each kind of
+patch and says what came out; `make models` runs all of them and writes `verdicts.json`, from which the table of
+`docs/models.md` is made. A new class is one row in `pictures.py`, `videos.py` or `others.py`.
 """
 
 from __future__ import annotations

@@ -77,7 +77,10 @@ class ByBlocks:
                 if block is self._lists[index][0]:
                     self._entered[index] = {name: value.clone() for name, value in given.items()}
                 self._names[index] |= {
-                    place: name for place, part in enumerate(before[0]) for name, value in given.items() if value is part
+                    place: name
+                    for place, part in enumerate(before[0])
+                    for name, value in given.items()
+                    if value is part
                 }
 
             def leave(block: Any, _: Any, output: Any, index: int = index, before: list[Any] = before) -> Any:
