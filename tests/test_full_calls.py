@@ -1,4 +1,4 @@
-"""Calls with a store of keys and values: one that may write it is computed in full, one that reads it may be skipped."""
+"""Calls with a store of keys and values: one that may write it is computed in full, one that reads it is skipped."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs every class with every kind of patch, about two minutes, and writes `verdicts.json`.
 
 PYTHONPATH=.:tests python -m classes             # then: python -m benchmarks.table, for docs/models.md
-PYTHONPATH=.:tests python -m classes Flux3 Wan   # those whose name holds one of these, and keeps the others as they are
+PYTHONPATH=.:tests python -m classes Flux3 Wan   # those whose name holds one of these; the others stay as they are
 """
 
 from __future__ import annotations

@@ -29,10 +29,9 @@ def _padded(case: Case) -> Row:
 
 def _of_family(name: str, family: str) -> Row:
     found = FAMILIES[family]
-    small: dict[str, Any] = {"time": "t", "stream": "x"} if family == "zimage" else {}
-    return Row(
-        name, found.block_lists, lambda: found.make().transformer, found.bare, lacks=lambda: found.missing, **small
-    )
+    given: dict[str, Any] = {"time": "t", "stream": "x"} if family == "zimage" else {}
+    given["lacks"] = lambda: found.missing
+    return Row(name, found.block_lists, lambda: found.make().transformer, found.bare, **given)
 
 
 ROWS = (*map(_padded, CASES.values()), *(_of_family(*pair) for pair in _FAMILIES.items()))

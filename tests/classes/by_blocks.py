@@ -1,8 +1,8 @@
 """What a step gives whose blocks are skipped, worked out without the library: by plain hooks on an unpatched model.
 
-In a computed step it is recorded what enters each list of blocks and what leaves it. In a skipped one the model runs with all
-of its blocks, and what its lists return is exchanged for `what enters + (what left - what entered)`. So a model that
-uses what its blocks return in the middle of a list for something else shows up as a difference.
+In a computed step it is recorded what enters each list of blocks and what leaves it. In a skipped one the model runs
+with all of its blocks, and what its lists return is exchanged for `what enters + (what left - what entered)`. So a
+model that uses what its blocks return in the middle of a list for something else shows up as a difference.
 """
 
 from __future__ import annotations
@@ -76,12 +76,8 @@ class ByBlocks:
                 given = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
                 if block is self._lists[index][0]:
                     self._entered[index] = {name: value.clone() for name, value in given.items()}
-                self._names[index] |= {
-                    place: name
-                    for place, part in enumerate(before[0])
-                    for name, value in given.items()
-                    if value is part
-                }
+                for place, part in enumerate(before[0]):
+                    self._names[index].update((place, name) for name, value in given.items() if value is part)
 
             def leave(block: Any, _: Any, output: Any, index: int = index, before: list[Any] = before) -> Any:
                 parts = output if isinstance(output, (tuple, list)) else (output,)

@@ -24,7 +24,7 @@ def found() -> dict[str, Any]:
     """Name to class, of this diffusers."""
     classes: dict[str, Any] = {}
     for module in pkgutil.walk_packages(diffusers.models.__path__, f"{diffusers.models.__name__}."):
-        if module.name.split(".")[2] in _OTHERS or module.name.endswith("_flax"):
+        if module.name.split(".")[2] in _OTHERS or "flax" in module.name:
             continue
         for name, each in vars(importlib.import_module(module.name)).items():
             is_model = inspect.isclass(each) and issubclass(each, diffusers.ModelMixin)

@@ -1,4 +1,4 @@
-"""Classes that keep keys and values of what stays the same: one pass fills the store, and all denoising steps read it."""
+"""Classes that keep keys and values of what stays the same: one pass fills the store, all denoising steps read it."""
 
 from __future__ import annotations
 
