@@ -75,7 +75,7 @@ def test_every_row_has_a_verdict() -> None:
 
 
 def test_search_finds_transformers_and_neither_unets_nor_autoencoders() -> None:
-    assert {"FluxTransformer2DModel", "ZImageTransformer2DModel", "T5FilmDecoder"} <= set(found())
+    assert {"FluxTransformer2DModel", "WanTransformer3DModel", "T5FilmDecoder"} <= set(found())
     assert not {"UNet2DConditionModel", "AutoencoderKL", "FluxControlNetModel"} & set(found())
 
 

@@ -15,8 +15,8 @@ import diffusers.models
 _TIME = re.compile(r"^t$|(^|_)time(step)?s?$")
 """Parameters of `forward` that tell the noise level: `timestep`, `t`, `vision_timesteps`, `decoder_noise_time`."""
 
-_OTHERS = ("unets", "controlnets")
-"""Packages of models that denoise, or help to, and are no transformers."""
+_OTHERS = ("unet", "controlnet")
+"""How the packages of models begin that denoise, or help to, and are no transformers."""
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def found() -> dict[str, Any]:
     """Name to class, of this diffusers."""
     classes: dict[str, Any] = {}
     for module in pkgutil.walk_packages(diffusers.models.__path__, f"{diffusers.models.__name__}."):
-        if module.name.split(".")[2] in _OTHERS or "flax" in module.name:
+        if module.name.split(".")[2].startswith(_OTHERS) or "flax" in module.name:
             continue
         for name, each in vars(importlib.import_module(module.name)).items():
             is_model = inspect.isclass(each) and issubclass(each, diffusers.ModelMixin)
