@@ -22,7 +22,7 @@ READY_BENCH := $(VENV_BENCH)/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-oldest test-pythons test-floors lint format mutants bench bench-emoji bench-others \
-	bench-times table clean
+	bench-times models table clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -103,6 +103,11 @@ bench-times: $(READY_BENCH)
 	@$(VENV_BENCH)/bin/python -m benchmarks.attention
 	@$(VENV_BENCH)/bin/python -m benchmarks.profiling
 	@$(VENV_BENCH)/bin/python -m benchmarks.table
+
+# Every transformer class of diffusers with every kind of patch, in about two minutes, and the table of docs/models.md.
+models: $(READY)
+	@PYTHONPATH=.:tests $(ONE_THREAD) $(VENV)/bin/python -m classes $(ARGS)
+	@$(VENV)/bin/python -m benchmarks.table
 
 table: $(READY)
 	@$(VENV)/bin/python -m benchmarks.table

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import costs, lossless, page, pareto, summary
+from . import costs, lossless, models, page, pareto, summary
 from .gpu import docs
 from .markers import insert
 
@@ -41,6 +41,7 @@ def documents() -> Mapping[Path, str]:
         dbcache: insert(dbcache.read_text(), costs.host_line(host), "host cost"),
         docs.PAGE: docs.renewed(docs.PAGE.read_text()),
         lossless.PAGE: lossless.renewed(lossless.PAGE.read_text()),
+        models.PAGE: models.renewed(models.PAGE.read_text()),
     }
 
 

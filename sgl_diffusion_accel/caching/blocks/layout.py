@@ -87,7 +87,7 @@ def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]
         raise UnsupportedModelError(
             f"{name} has no list of transformer blocks among its parts ({', '.join(seen) or 'none'}). A cache needs a "
             "torch.nn.ModuleList of blocks that the model calls one after the other, each with a part named attn or "
-            "attention."
+            "attention, or of a class named so."
         )
     return lists
 
@@ -95,9 +95,13 @@ def find_block_lists(transformer: nn.Module) -> dict[str, tuple[nn.Module, ...]]
 def _are_blocks(candidates: nn.ModuleList) -> bool:
     """Blocks have attention of some kind inside; projections, norms and heads do not."""
     return len(candidates) > 0 and all(
-        any("attn" in name.lower() or "attention" in name.lower() for name, _ in block.named_modules())
+        any(_is_attention(name) or _is_attention(type(part).__name__) for name, part in block.named_modules())
         for block in candidates
     )
+
+
+def _is_attention(name: str) -> bool:
+    return "attn" in name.lower() or "attention" in name.lower()
 
 
 def divide(transformer: nn.Module, fn: int, bn: int) -> Layout:
