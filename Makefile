@@ -84,7 +84,7 @@ mutants: $(READY)
 	@$(ONE_THREAD) $(VENV)/bin/python -m benchmarks.mutants $(ARGS)
 
 # The tables of caches in an hour at most on two cores: two models side by side, within a limit of time. It goes on where
-# it was stopped. What is timed by the clock has the machine for itself: bench-times, half an hour.
+# it was stopped. What is timed by the clock has the machine for itself: bench-times, forty minutes.
 bench: $(READY_BENCH)
 	@$(MAKE) --no-print-directory -j2 bench-emoji bench-others
 	@$(VENV_BENCH)/bin/python -m benchmarks.table
@@ -101,6 +101,7 @@ bench-times: $(READY_BENCH)
 	@$(VENV_BENCH)/bin/python -m benchmarks.overhead
 	@$(VENV_BENCH)/bin/python -m benchmarks.host_cost
 	@$(VENV_BENCH)/bin/python -m benchmarks.attention
+	@$(VENV_BENCH)/bin/python -m benchmarks.padding
 	@$(VENV_BENCH)/bin/python -m benchmarks.profiling
 	@$(VENV_BENCH)/bin/python -m benchmarks.table
 

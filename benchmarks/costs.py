@@ -14,7 +14,7 @@ def overhead(result: Mapping[str, Any]) -> str:
     about = f"{result['model']}; {host['cpu']}, {host['threads']} thread, {host['date']}, {result['pairs']} pairs."
     lines = [about, "", "| | CPU time | wall time |", "|---|--:|--:|"]
     lines += [
-        f"| {name} | {_quartiles(row['cpu'], 3)} | {_quartiles(row['wall'], 3)} |"
+        f"| {name} | {quartiles_cell(row['cpu'], 3)} | {quartiles_cell(row['wall'], 3)} |"
         for name, row in result["rows"].items()
     ]
     return "\n".join(lines)
@@ -33,7 +33,7 @@ def attention(result: Mapping[str, Any]) -> str:
     columns = list(next(iter(result["redirection"].values())))
     lines = [about, "", f"| layer | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
     for layer, rows in result["redirection"].items():
-        lines.append(f"| {layer} | {' | '.join(_quartiles(rows[name], 0) for name in columns)} |")
+        lines.append(f"| {layer} | {' | '.join(quartiles_cell(rows[name], 0) for name in columns)} |")
     if "kernels" in result:
         lines += ["", f"On {host['gpu']}, bfloat16, matrix product {result['peak_tflops']:.0f} TFLOP/s:", ""]
         lines.append(kernel_table(result["kernels"]))
@@ -55,7 +55,7 @@ def host_cost(result: Mapping[str, Any]) -> str:
     lines = [about, "", f"| pipeline, predictor | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
     for row in result["rows"]:
         found = (row["sides"][name] for name in sides)
-        cells = [f"{_quartiles(side['cpu_ms'], 2)} | {_quartiles(side['us_a_block'], 1)}" for side in found]
+        cells = [f"{quartiles_cell(side['cpu_ms'], 2)} | {quartiles_cell(side['us_a_block'], 1)}" for side in found]
         lines.append(f"| {row['layout']}, {row['predictor']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -74,6 +74,10 @@ def host_line(result: Mapping[str, Any]) -> str:
     )
 
 
-def _quartiles(row: Mapping[str, float], digits: int) -> str:
-    median, low, high = (f"{row[key]:.{digits}f}" for key in ("median", "lower_quartile", "upper_quartile"))
+def quartiles_cell(row: Mapping[str, float], digits: int) -> str:
+    """A median, and its quartiles in brackets."""
+    # Rounded first, and 0 added: what is just below zero would be shown as -0.
+    median, low, high = (
+        f"{round(row[key], digits) + 0.0:.{digits}f}" for key in ("median", "lower_quartile", "upper_quartile")
+    )
     return f"{median} ({low} to {high})"

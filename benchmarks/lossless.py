@@ -1,20 +1,101 @@
-"""The tables of `docs/lossless.md`: made from the tables that the library itself goes by."""
+"""The tables of `docs/lossless.md`: of what the library goes by, and of what `benchmarks.padding` measured."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sgl_diffusion_accel.lossless.padding.left_alone import LEFT_ALONE
 from sgl_diffusion_accel.lossless.padding.table import ROWS, Row, Stream
+from sgl_diffusion_accel.reporting.tables import Table
 
+from .costs import quartiles_cell
 from .markers import insert
+from .turns import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "lossless.md"
 
 
 def renewed(text: str) -> str:
-    """The page with its tables as the library has them."""
-    return insert(insert(text, cut(), "cut"), left_alone(), "left alone")
+    """The page with its tables as the library and the committed file have them."""
+    measured = json.loads((RESULTS / "padding.json").read_text())
+    text = insert(insert(text, cut(), "cut"), left_alone(), "left alone")
+    return insert(insert(text, saved(measured), "saved"), host_time(measured), "host time")
+
+
+def saved(result: Mapping[str, Any]) -> str:
+    """What `benchmarks.padding` measured of models, in short."""
+    head = [
+        "",
+        "text tokens",
+        "picture tokens",
+        "times as fast",
+        "as deep as released",
+        "memory of tensors",
+        "rel. diff.",
+    ]
+    drawn = [
+        [
+            f"{row['title']}, {_depth(row)}",
+            _tokens(row),
+            f"{row['picture_tokens']:,}",
+            f"{row['times']['cpu']['median']:.2f}",
+            f"{row['times']['released']['median']:.2f}",
+            _peaks(row),
+            f"{row['relative_difference']:.1e}",
+        ]
+        for row in result["rows"].values()
+    ]
+    return Table(head, drawn).to_markdown()
+
+
+def padding(result: Mapping[str, Any]) -> str:
+    """The same with what was timed, and the quartiles: a chapter of `RESULTS.md`."""
+    host = result["environment"]
+    about = (
+        f"One call at true width and text length, random weights, {result['dtype']}, a small picture; {host['cpu']}, "
+        f"{host['threads']} thread, {host['date']}, {result['pairs']} pairs. CPU time; as deep as released: computed "
+        "from the times of the blocks; memory: most bytes of tensors at one time, beside weights and inputs; masked: "
+        "attention calls with a mask in the blocks that see the picture."
+    )
+    sides = list(next(iter(result["rows"].values()))["cpu_s"])
+    head = ["", "tokens: text, picture", *(f"{side}, s" for side in sides), "times as fast", "by the clock"]
+    head += ["as deep as released", "memory", "masked", "rel. diff."]
+    drawn = [
+        [
+            f"{row['title']}, {_depth(row)}",
+            f"{_tokens(row)}, {row['picture_tokens']:,}",
+            *(quartiles_cell(row["cpu_s"][side], 2) for side in sides),
+            *(quartiles_cell(row["times"][clock], 2) for clock in ("cpu", "wall", "released")),
+            _peaks(row),
+            " → ".join(str(row["masked_attention_calls"][side]) for side in sides),
+            f"{row['relative_difference']:.1e}",
+        ]
+        for row in result["rows"].values()
+    ]
+    return "\n\n".join([about, Table(head, drawn).to_markdown(), host_time(result)])
+
+
+def host_time(result: Mapping[str, Any]) -> str:
+    """What the patch itself takes of the host's time."""
+    told = (f"{name} {quartiles_cell(found['us'], 0)}" for name, found in result["host"].items())
+    return f"Host time of the patch, µs a call (CPU time, blocks that do nothing): {'; '.join(told)}."
+
+
+def _depth(row: Mapping[str, Any]) -> str:
+    counts = [depth for depth, _ in row["blocks"].values()]
+    return f"{sum(counts)} of {sum(released for _, released in row['blocks'].values())} blocks"
+
+
+def _tokens(row: Mapping[str, Any]) -> str:
+    before, after = row["text_tokens"]
+    return f"{before:,} → {after:,}"
+
+
+def _peaks(row: Mapping[str, Any]) -> str:
+    return f"{' → '.join(f'{peak:,.0f}' for peak in row['peak_mib'].values())} MiB"
 
 
 def cut() -> str:

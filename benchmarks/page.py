@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import costs, summary
+from . import costs, lossless, summary
 from .rows import chapter, measured_on
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,6 +109,7 @@ _QUESTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "overhead": ("The library's own cost", costs.overhead),
     "host_cost": ("Host time of a skipped step", costs.host_cost),
     "attention": ("Attention: the cost of redirecting", costs.attention),
+    "padding": ("Padding", lossless.padding),
     "profiling": ("The cost of profiling", costs.profiling),
 }
 """By the name of the file that answers it: the heading of a chapter, and what writes it."""

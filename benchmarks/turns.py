@@ -50,15 +50,15 @@ class StepClock:
         return wall, cpu
 
 
-def take_turns(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Runs sides in turn, each round beginning with another one; the first round is warm-up."""
+def take_turns(sides: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 1) -> dict[str, list[T]]:
+    """Runs sides in turn, each round beginning with another one; of rounds of warm-up nothing is kept."""
     taken: dict[str, list[T]] = {name: [] for name in sides}
     names = list(sides)
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm_up):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             found = sides[name]()
-            if turn:
+            if turn >= warm_up:
                 taken[name].append(found)
     return taken
 

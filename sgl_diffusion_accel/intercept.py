@@ -116,6 +116,9 @@ def _run(
         return token.output
     if type(token) is With:
         args, kwargs, token = token.args, token.kwargs, token.token
+    # Tens of blocks a call are given other arguments and no more: the end of each would cost the host a microsecond.
+    if getattr(handler, "only_enters", False):
+        return _run(module, handlers[1:], call, args, kwargs)
     try:
         output = _run(module, handlers[1:], call, args, kwargs)
     # Interrupts as well: a run that was stopped must not go on with what it had kept.

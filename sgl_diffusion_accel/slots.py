@@ -44,6 +44,8 @@ class With:
 class Handler(Protocol):
     """Stands between the caller of a module and the module.
 
+    One that has `only_enters` set to True is called before the module alone: its `leave` and `fail` do nothing.
+
     The parts are separate, and not one function around the module, so that `torch.compile` of a whole transformer can
     leave them out and still compile the module between them.
     """

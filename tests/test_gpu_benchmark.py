@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from benchmarks.gpu import docs
 from benchmarks.gpu.__main__ import main, measure
 from benchmarks.gpu.caches import NEVER, SKIPPING
 from benchmarks.gpu.models import MODELS, Place, build, release
+from benchmarks.gpu.padded import PADDED
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.store import PartLog, Store
 from benchmarks.gpu.timing import per_step
@@ -103,6 +105,26 @@ def check_resuming(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert after["wan_14b"]["finished"]
     assert after["wan_14b"] != before["parts"]["wan_14b"]
     assert after["attention"]["rows"]
+
+
+def test_padding_is_cut_and_its_table_tells_tokens_masks_and_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "padding.json"
+    main((*TINY, "--output", str(path), "--parts", "padding"))
+    printed, rows = capsys.readouterr().out, parts_of(path)["padding"]["rows"]
+    there = [model for model in PADDED.values() if hasattr(diffusers, model.transformer)]
+    assert len(rows) == len(PADDED)
+    for model in there:
+        (found,) = (row for name, row in rows.items() if name.startswith(f"{model.title}, tiny"))
+        assert found["masked_calls"][0] > found["masked_calls"][1] == 0
+        assert found["text_tokens"][0] > found["text_tokens"][1]
+        assert found["relative_difference"] < 1e-5
+        assert found["finite"]
+    assert printed.count(" → 9 |") == len(there)
+    assert "| times as fast |" in printed
+    for name, row in rows.items():
+        assert ("error" in row) == (f"- {name} did not run" in printed)
 
 
 def failing(log: PartLog, place: Place) -> None:

@@ -77,6 +77,29 @@ def test_module_computes_the_same_behind_a_handler(block):
     assert torch.equal(block(HIDDEN, scale=2.0), expected)
 
 
+class Louder(Note):
+    """Gives the module another argument, and has nothing to do afterwards."""
+
+    only_enters = True
+
+    def enter(self, module, args, kwargs):
+        super().enter(module, args, kwargs)
+        return With(args, {"scale": 3.0 if kwargs.get("scale") else None})
+
+
+def test_handler_that_only_enters_hears_of_no_end_and_those_around_it_do(block):
+    expected = block(HIDDEN, scale=3.0)
+    log = []
+    intercept(block, "lossless", Louder("inner", log))
+    intercept(block, "cache", Note("outer", log))
+    assert torch.equal(block(HIDDEN, scale=2.0), expected)
+    assert log == [("enter", "outer"), ("enter", "inner"), ("leave", "outer")]
+    log.clear()
+    with pytest.raises(ValueError, match="no scale"):
+        block(HIDDEN, scale=None)
+    assert log == [("enter", "outer"), ("enter", "inner"), ("fail", "outer")]
+
+
 def test_module_looks_the_same_behind_a_handler(block):
     shown, names = repr(block), list(block.state_dict())
     intercept(block, "cache", Note())

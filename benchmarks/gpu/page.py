@@ -38,7 +38,19 @@ def _output(row: Row) -> str:
     return {True: "equal", False: "differs", None: ""}[row.get("bitwise")]
 
 
+def _change(key: str) -> Callable[[Row], str]:
+    """Reads two whole numbers of a row, before and after."""
+    return lambda row: " → ".join(f"{each:,}" for each in row.get(key) or ())
+
+
 _COLUMNS: tuple[Column, ...] = (
+    ("picture tokens", number("picture_tokens", 0)),
+    ("text tokens", _change("text_tokens")),
+    ("masked attention calls", _change("masked_calls")),
+    ("with padding, ms", _milliseconds("padded_ms")),
+    ("without, ms", _milliseconds("cut_ms")),
+    ("times as fast", number("times_as_fast", 2)),
+    ("peak with padding, GiB", number("padded_peak_gib", 1)),
     ("computed step, ms", _milliseconds("computed_device_ms")),
     ("skipped step, ms", _milliseconds("skipped_device_ms")),
     ("its host part, ms", _milliseconds("skipped_host_ms")),

@@ -15,6 +15,7 @@ from sgl_diffusion_accel import set_attention_backend
 
 from . import caches, compiling
 from .models import MODELS, Built, Place, build, release
+from .padding import padding
 from .rows import Row, never_skipping, peer, skipping, unpatched
 from .store import PartLog
 from .timing import DeviceTimes, relative_difference, run
@@ -124,6 +125,7 @@ PARTS = {
     "wan": Part("Wan2.1 1.3B, 480p, 81 frames, CFG: every cache", 150, partial(step_times, "wan")),
     "attention": Part("attention kernels at real shapes", 60, attention_kernels),
     "attention_flux": Part("FLUX.1-dev under each attention backend", 30, partial(attention_in_model, "flux")),
+    "padding": Part("a few blocks of five models with padded prompts: apply_lossless", 60, padding),
     "compile": Part("FLUX.1-dev, compile_repeated_blocks", 60, regional_compile),
     "graphs": Part("FLUX.1-dev, compile_repeated_blocks with CUDA graphs", 60, regional_graphs),
     "graphs_whole": Part("FLUX.1-dev cut to 12 blocks, CUDA graphs of the whole", 60, whole_graphs),

@@ -119,8 +119,10 @@ def schedule_in(frame: FrameType, local: Mapping[str, Any], known: Any) -> Any:
     if is_given and not sets(code, "timesteps") and first_of(timesteps, known) is None:
         return None
     # `timesteps = t.expand(batch)` inside the loop over the steps has the name of the schedule, and is one step of it.
-    schedule = Schedule(known)
     loops = loops_around(code, frame.f_lasti) or ()
+    if not any("timesteps" in loop.stored for loop in loops):
+        return timesteps
+    schedule = Schedule(known)
     over_steps = (loop for loop in loops if schedule.has_any(local.get(name) for name in loop.fresh))
     step_loop = next(over_steps, None)  # the innermost of them
     return None if step_loop is not None and "timesteps" in step_loop.stored else timesteps

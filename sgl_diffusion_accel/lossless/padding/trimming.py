@@ -137,6 +137,7 @@ class MaskHandler(PatchHandler):
     """
 
     is_inmost = True
+    only_enters = True
 
     def __init__(self, patch: Patch, dropping: Dropping, blocks: InBlocks) -> None:
         self.patch = patch
@@ -155,8 +156,8 @@ class MaskHandler(PatchHandler):
         return None
 
     def leave(self, _: nn.Module, __: Any, output: Any) -> Any:
-        """Nothing: the output is the block's."""
+        """Never called: the output is the block's."""
         return output
 
     def fail(self, _: nn.Module, __: Any) -> None:
-        """Nothing: the transformer's own handler ends the call."""
+        """Never called: the transformer's own handler ends the call."""
