@@ -122,7 +122,7 @@ def test_the_command_goes_on_and_leaves_nothing_but_its_result(few, runs, tmp_pa
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".unfinished", f"pareto_{name}.png", f"{name}.json"]
     written = json.loads((tmp_path / f"{name}.json").read_text())
     assert written["guidance"] == 2.5
-    assert summary.short_title(written) == f"Qwen-Image, {STEPS} Euler steps, guidance 2.5; 1 captions"
+    assert summary.short_title(written) == f"Qwen-Image, {STEPS} Euler steps, guidance 2.5; 1 caption"
 
     few.turns, few.stop_at = 0, 0
     with pytest.raises(Stopped):

@@ -179,7 +179,7 @@ def test_the_summary_shows_the_best_that_is_at_least_as_cheap() -> None:
 def test_several_costs_share_a_line_and_results_without_fewer_steps_have_none() -> None:
     lines = summary.at_some_costs([result()], (2.4, 3.3)).splitlines()
     assert lines[2].startswith(
-        "| [Wan, 50 Euler steps; 1 captions](results/pareto_wan.png) | 40.0 / 30.0 | *34.0* / 34.0 |"
+        "| [Wan, 50 Euler steps; 1 caption](results/pareto_wan.png) | 40.0 / 30.0 | *34.0* / 34.0 |"
     )
     assert len(summary.at_some_costs([result()], (6.25,)).splitlines()) == 2
 
