@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sgl_diffusion_accel.caching.outputs.branch_distance import BranchDistance
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH, CallPolicy
 from sgl_diffusion_accel.caching.parts.multistep import Weights
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, combine, take_apart
@@ -56,6 +57,7 @@ class OutputRun(Kept):
         self._decision = Decision(True, "first step")
         self._weights: Weights | None = None
         self._error = PredictionError(ends_alike=True)
+        self._distance = BranchDistance()
 
     def nbytes(self) -> int:
         """Bytes of the outputs that are kept."""
@@ -92,6 +94,9 @@ class OutputRun(Kept):
         error = self._error.take()
         if error is not None:
             policy.observe(self._step, error)
+        distance = self._distance.take()
+        if distance is not None:
+            policy.see_distance(self._step, distance)
         is_new = latents != self._latents or (component != self._component and not policy.spans_models)
         self._decision = policy.decide(position, self._tally, _no_change)
         if is_new or not self._nodes:
@@ -145,6 +150,8 @@ class OutputRun(Kept):
         if self._expected is not None and self._policy.needs_error and kept.has(list(self._expected)):
             guess = combine([(weight, kept.outputs[node]) for node, weight in self._expected.items()])
             self._error.add(branch, guess, own, guidance)
+        if self._policy.needs_distance(self._step):
+            self._distance.add(branch, own, guidance)
         weights = self._weights or {}
         if self._decision.compute and len(weights) > 1 and kept.has(list(weights)):
             output = form(combine([(weight, kept.outputs[node]) for node, weight in weights.items()]))

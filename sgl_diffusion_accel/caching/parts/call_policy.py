@@ -42,6 +42,18 @@ class CallPolicy(Policy):
         """Weights of the prediction that a computed step is held against, None for no comparison."""
         return None
 
+    def needs_distance(self, step: int) -> bool:  # noqa: ARG002
+        """Whether the policy wants to know how far the branches of guidance are apart at a computed step."""
+        return False
+
+    def see_distance(self, step: int, distance: float) -> None:
+        """Learns how far they were apart.
+
+        Args:
+            step: The computed step.
+            distance: ‖c - u‖ / ‖c‖.
+        """
+
     def turn(self, position: Position, is_computed: bool) -> bool:  # noqa: ARG002
         """What the model is given is of another kind from a step on: control that begins, an input that appears.
 
