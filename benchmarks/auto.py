@@ -28,8 +28,7 @@ from .runs import CAPTION_SEED, NOISE_SEED, Setting, compare, run
 
 STEPS = (4, 8, 20, 30, 50)
 QUALITIES = ("high", "balanced", "fast")
-SCHEDULERS = {"wan": ("euler", "unipc")}
-"""Of the miniatures that take several."""
+SCHEDULERS = ("euler", "unipc")
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
+    parser.add_argument("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS))
     parser.add_argument("--qualities", nargs="+", choices=QUALITIES, default=list(QUALITIES))
     parser.add_argument("--captions", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "auto.json")
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     for model in given.models:
         texts = captions(model, given.captions, CAPTION_SEED)
-        for scheduler in SCHEDULERS.get(model, ("euler",)):
+        for scheduler in given.schedulers:
             for steps in given.steps:
                 rows += rows_of(Setting(model, steps, scheduler), given.qualities, texts)
                 _write(given.out, rows, given.captions)  # after each setting: it may be stopped

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="PART", help="measure only contenders whose family and name hold one"
     )
-    parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="others than euler are for wan alone")
+    parser.add_argument("--scheduler", default="euler", choices=SCHEDULERS, help="dpm is for wan alone")
     parser.add_argument("--full", action="store_true", help="every setting of this library's sweeps")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     parser.add_argument("--guidance", type=float, help="guidance scale, of wan, qwen and emoji (their own, 4)")

@@ -32,7 +32,7 @@ class Setting:
     Attributes:
         model: Name of the miniature.
         steps: Denoising steps of the unpatched run.
-        scheduler: "euler", or for Wan "unipc" or "dpm".
+        scheduler: "euler", "unipc", or for Wan "dpm".
         size: Height and width in pixels; None for those that the miniature was trained on.
         guidance: Guidance scale; None for the miniature's own.
 

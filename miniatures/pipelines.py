@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -31,8 +32,8 @@ def load_miniature(name: str, *, scheduler: str = "euler", dtype: torch.dtype = 
 
     Args:
         name: "wan", "qwen", "emoji" or "flux".
-        scheduler: "euler" (flow-matching Euler), or for "wan" alone "unipc" (UniPC of order 2) or "dpm"
-            (DPM-Solver++ of order 2).
+        scheduler: "euler" (flow-matching Euler); "unipc" (UniPC of order 2), for others than "wan" from the diffusers
+            on whose UniPC takes a pipeline's own noise levels; or for "wan" alone "dpm" (DPM-Solver++ of order 2).
         dtype: of the weights, which are stored as float16; modules that the class keeps in float32 stay so.
 
     Returns:
@@ -179,9 +180,15 @@ def _scheduler(name: str, scheduler: str) -> Any:
     spec = spec_of(name)
     if scheduler not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {scheduler!r}; expected one of {', '.join(SCHEDULERS)}")
+    euler = diffusers.FlowMatchEulerDiscreteScheduler(**read_card(name)["scheduler"])
     if scheduler == "euler":
-        return diffusers.FlowMatchEulerDiscreteScheduler(**read_card(name)["scheduler"])
-    if spec.pipeline != "WanPipeline":
-        raise ValueError(f"{spec.pipeline} passes its own sigmas and takes 'euler' alone, not {scheduler!r}")
-    kinds = {"unipc": diffusers.UniPCMultistepScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}
-    return kinds[scheduler](**spec.unipc)
+        return euler
+    kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}[scheduler]
+    if spec.pipeline == "WanPipeline":
+        return kind(**spec.unipc)
+    if "sigmas" not in inspect.signature(kind.set_timesteps).parameters:
+        raise ValueError(
+            f"{spec.pipeline} passes its own sigmas, which {kind.__name__} of diffusers {diffusers.__version__} does "
+            f"not take; type load_miniature({name!r}) for Euler's method"
+        )
+    return kind.from_config(euler.config, prediction_type="flow_prediction", use_flow_sigmas=True)

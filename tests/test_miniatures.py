@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import diffusers
@@ -177,8 +178,23 @@ def test_unknown_name_and_scheduler_are_refused():
         miniatures.load_miniature("sora")
     with pytest.raises(ValueError, match="euler, unipc, dpm"):
         miniatures.load_miniature("wan", scheduler="ddim")
-    with pytest.raises(ValueError, match="euler"):
-        miniatures.load_miniature("flux", scheduler="unipc")
+    with pytest.raises(ValueError, match=r"DPMSolver.* not take; type load_miniature\('flux'\)"):
+        miniatures.load_miniature("flux", scheduler="dpm")
+
+
+@pytest.mark.skipif(
+    "sigmas" not in inspect.signature(diffusers.UniPCMultistepScheduler.set_timesteps).parameters,
+    reason="this UniPC takes no noise levels of a pipeline's own",
+)
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_unipc_goes_through_the_noise_levels_of_the_pipeline(name):
+    given = miniatures.call_kwargs(name, miniatures.captions(name, 1, 0), steps=12)
+    found = {}
+    for scheduler in ("euler", "unipc"):
+        pipe = miniatures.load_miniature(name, scheduler=scheduler)
+        found[scheduler] = miniatures.to_frames(name, pipe(**given)), pipe.scheduler.sigmas
+    assert torch.allclose(found["euler"][1], found["unipc"][1], atol=2e-3)
+    assert np.abs(found["euler"][0] - found["unipc"][0]).mean() < 0.02
 
 
 @pytest.mark.parametrize(
