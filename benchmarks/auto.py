@@ -3,6 +3,8 @@
     python -m benchmarks.auto                                     # all miniatures, 4 to 50 steps, one caption
     python -m benchmarks.auto --models qwen --steps 4 8 20 --out out/auto.json
 
+    python -m benchmarks.auto --host                              # what it costs the host in runs that it leaves alone
+
 Each row is `apply_auto` on a run of so many steps, against the unpatched run: PSNR, share of the blocks' work, and the
 PSNR of as many plain steps as it computes, which it must not be below. Where every step is computed, the picture is
 the unpatched one.
@@ -15,8 +17,10 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from miniatures import NAMES, captions
 from sgl_diffusion_accel import apply_auto, environment
@@ -24,11 +28,13 @@ from sgl_diffusion_accel.comparing.measures.metrics import mean_psnr
 from sgl_diffusion_accel.reporting.tables import Strong, Table
 
 from .contenders import Contender
+from .overhead import difference_ms, make_idle_pipeline, paired, spread
 from .runs import CAPTION_SEED, NOISE_SEED, Setting, compare, run
 
 STEPS = (4, 8, 20, 30, 50)
 QUALITIES = ("high", "balanced", "fast")
 SCHEDULERS = ("euler", "unipc")
+PAIRS = 40
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,16 @@ def rows_of(setting: Setting, qualities: Sequence[str], texts: Sequence[str]) ->
         )
 
 
+HOST_STEPS, HOST_BLOCKS = 8, 30
+"""Of a run that is too short for a cache, through a model that is as deep as Wan 2.1's small one."""
+
+
+def host_time(pairs: int) -> dict[str, dict[str, float]]:
+    """Milliseconds that a step of a run takes longer in which every step is computed; blocks do next to nothing."""
+    pipe = make_idle_pipeline(HOST_BLOCKS)
+    return spread(paired((pipe, lambda _: nullcontext()), (pipe, apply_auto), pairs, steps=HOST_STEPS), difference_ms)
+
+
 def _mean(found: Sequence[float]) -> float | None:
     """The mean in dB; None where all are equal to the unpatched ones."""
     return None if all(math.isinf(each) for each in found) else mean_psnr(list(found))
@@ -124,23 +140,29 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS))
     parser.add_argument("--qualities", nargs="+", choices=QUALITIES, default=list(QUALITIES))
     parser.add_argument("--captions", type=int, default=1)
+    parser.add_argument("--host", action="store_true", help="measure the host's time alone")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "auto.json")
     given = parser.parse_args(arguments)
+    if given.host:
+        _write(given.out, host={"steps": HOST_STEPS, "blocks": HOST_BLOCKS, "pairs": PAIRS, "ms": host_time(PAIRS)})
+        return []
     rows: list[Row] = []
     for model in given.models:
         texts = captions(model, given.captions, CAPTION_SEED)
         for scheduler in given.schedulers:
             for steps in given.steps:
                 rows += rows_of(Setting(model, steps, scheduler), given.qualities, texts)
-                _write(given.out, rows, given.captions)  # after each setting: it may be stopped
+                # After each setting: it may be stopped.
+                _write(given.out, captions=given.captions, rows=[asdict(row) for row in rows])
     print(table(rows))
     return rows
 
 
-def _write(path: Path, rows: Sequence[Row], count: int) -> None:
+def _write(path: Path, **found: Any) -> None:
+    """Renews some entries of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"captions": count, "environment": environment.describe(), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | {"environment": environment.describe()} | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

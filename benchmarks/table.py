@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from . import costs, lossless, models, page, pareto, summary
+from . import auto_table, costs, lossless, models, page, pareto, summary
 from .gpu import docs
 from .markers import insert
 
@@ -40,6 +40,7 @@ def documents() -> Mapping[Path, str]:
         readme: insert(insert(readme.read_text(), summary.headline(results)), docs.in_short(), "gpu"),
         dbcache: insert(dbcache.read_text(), costs.host_line(host), "host cost"),
         docs.PAGE: docs.renewed(docs.PAGE.read_text()),
+        auto_table.PAGE: auto_table.renewed(auto_table.PAGE.read_text()),
         lossless.PAGE: lossless.renewed(lossless.PAGE.read_text()),
         models.PAGE: models.renewed(models.PAGE.read_text()),
     }
