@@ -36,7 +36,13 @@ def execute(notebook: Any) -> Any:
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     # Times of day would make each run another file.
-    client = NotebookClient(notebook, timeout=240, record_timing=False, resources={"metadata": {"path": PATH.parent}})
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        record_timing=False,
+        resources={"metadata": {"path": PATH.parent}},
+        extra_arguments=["--log-level=ERROR"],
+    )
     # tqdm warns, with its path, where ipywidgets is missing: its bars are then plain ones.
     done = client.execute(env=os.environ | {"PYTHONWARNINGS": "ignore:IProgress not found"})
     done.metadata.language_info = {"name": "python"}  # the kernel adds its exact version

@@ -25,6 +25,7 @@ def texts(notebook):
             yield output.get("text") or output.get("data", {}).get("text/plain", "")
 
 
+@pytest.mark.timeout(1200)  # a minute where nothing else runs
 def test_runs_and_shows_what_is_in_the_clone():
     committed = running.read()
     assert kinds(running.execute(running.read())) == kinds(committed)
