@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Job(NamedTuple):
     """
 
     pipe: Any
-    call: Mapping[str, Any]
+    call: dict[str, Any]
     decode: Callable[[Any], Any] | None = None
 
 

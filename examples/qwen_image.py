@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if given.compare:  # the same call unpatched, patched, and unpatched with as few steps as the patch computes
         variants = {"apply_auto": lambda pipe: apply_auto(pipe, quality=given.quality)}
-        report = compare(pipe, variants, [call], decode=decode)
+        report = compare(pipe, variants, [call | {"seed": given.seed}], decode=decode)
         print(report)
         report.save(given.output.with_suffix(".json"))
 

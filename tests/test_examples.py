@@ -166,7 +166,7 @@ def test_calls_the_large_model_by_arguments_that_it_has(name, options, pipeline,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_of_its_page_are_understood(name, monkeypatch):
-    module = example(name)
+    module = importlib.import_module(f"examples.{name}")
     commands = re.findall(r"^    (python -m .*?)(?:  +#.*)?$", module.__doc__, re.MULTILINE)
     assert len(commands) == 3
     seen = []
