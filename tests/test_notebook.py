@@ -48,8 +48,8 @@ def test_shows_pictures_steps_and_no_trouble():
     committed = running.read()
     shown = [kind for cell in kinds(committed) for kind in cell]
     assert not [kind for kind in shown if kind[0] == "error" or kind[1] == "stderr"]
-    assert sum("image/png" in kind[2] for kind in shown) >= 3
-    assert sum("text/html" in kind[2] for kind in shown) >= 3
+    assert sum("image/png" in kind[2] for kind in shown) >= 4
+    assert sum("text/html" in kind[2] for kind in shown) >= 2
     said = "\n".join(texts(committed))
     assert re.search(r"cond .*\d+ of 24 computed", said)
     assert "True" in said.split(), "the pipeline is as it was, bit by bit"
