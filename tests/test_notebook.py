@@ -54,3 +54,10 @@ def test_shows_pictures_steps_and_no_trouble():
     assert re.search(r"cond .*\d+ of 24 computed", said)
     assert "True" in said.split(), "the pipeline is as it was, bit by bit"
     assert not re.findall(r"(?:^|[\s'\"(])/(?:\w+/)+", said), "a path of the machine it ran on"
+
+
+def test_its_links_lead_somewhere():
+    prose = "\n".join(cell.source for cell in running.read().cells if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not link.startswith("https:")]
+    assert len(links) >= 8
+    assert [link for link in links if not (running.PATH.parent / link).exists()] == []
