@@ -1,6 +1,6 @@
 # Every target sets up what it needs: a virtual environment, the pinned packages, this package in editable form.
 #   make demo    make test    make test-all    make lint    make test-oldest    make test-pythons
-#   make bench    make bench-times    make clean
+#   make bench    make bench-times    make notebook    make clean
 # Another Python: make PYTHON=python3.12 test.  More arguments for pytest: make test ARGS="-k warmup -x"
 
 PYTHON ?= python3
@@ -21,14 +21,18 @@ READY_OLDEST := $(VENV_OLDEST)/.ready
 READY_BENCH := $(VENV_BENCH)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest test-pythons test-floors lint format mutants bench bench-emoji bench-others \
-	bench-times models table clean
+.PHONY: help demo notebook test test-all test-oldest test-pythons test-floors lint format mutants bench bench-emoji \
+	bench-others bench-times models table clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
 
 demo: $(READY)
 	@$(VENV)/bin/python -m examples.demo $(ARGS)
+
+# Runs examples/quickstart.ipynb in place, in a minute, and keeps what it shows.
+notebook: $(READY)
+	@$(ONE_THREAD) $(VENV)/bin/python -m examples.notebook
 
 test: $(READY)
 	@$(ONE_THREAD) $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)

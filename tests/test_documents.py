@@ -16,9 +16,8 @@ from benchmarks import table
 from zoo import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("miniatures/*.md")]
-)
+FOLDERS = (".", "docs", "examples", "benchmarks", "miniatures")
+PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md"))
 USERS_PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 STEPS = 12
 LONGEST = {"README.md": 110, "RESULTS.md": 185}

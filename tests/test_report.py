@@ -48,6 +48,16 @@ def test_compute_share_of_nothing_is_all():
     assert Stats().start(4).compute_share == 1.0
 
 
+@pytest.mark.parametrize("shown", [report.text, report.html])
+def test_a_run_that_skipped_nothing_says_why_if_nothing_else_does(shown):
+    why = "nothing was skipped, in 3 of 3 calls because of: warm-up"
+    stats = one_run("111")
+    assert why in shown("cache", "", stats)
+    stats.runs[-1].remark("transformer", "the model changed")
+    assert "nothing was skipped" not in shown("cache", "", stats)
+    assert "nothing was skipped" not in shown("cache", "", one_run("110"))
+
+
 def test_last_64_runs_are_kept():
     stats = Stats()
     for steps in range(100):

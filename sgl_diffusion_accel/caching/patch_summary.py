@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-from sgl_diffusion_accel.caching.parts.stats import BranchStats, Stats
+from sgl_diffusion_accel.caching.parts.stats import BranchStats, RunStats, Stats
 from sgl_diffusion_accel.loop.session import several, unplaced_lines
 from sgl_diffusion_accel.reporting.figure_style import COMPUTED, SKIPPED
 
@@ -19,7 +20,7 @@ def text(title: str, notice: str, stats: Stats) -> str:
         run = stats.runs[-1]
         lines.append(f"  run {stats.started}: {run.steps} steps, {run.compute_share:.0%} of the blocks computed")
         lines += [f"  {name:>8} {_marks(branch)} {_count(branch)}" for name, branch in run.branches.items()]
-        lines += [f"  {component}: {remark}" for component, remark in run.remarks]
+        lines += [f"  {remark}" for remark in _remarks(run)]
     lines += [f"  {remark}" for remark in unplaced_lines(stats)]
     return "\n".join(lines)
 
@@ -43,12 +44,22 @@ def html(title: str, notice: str, stats: Stats) -> str:
         return f"<div>{'<br>'.join([head, 'no run yet', *map(escape, unplaced_lines(stats))])}</div>"
     run = stats.runs[-1]
     rows = "".join(_row(name, branch) for name, branch in run.branches.items())
-    told = [f"{component}: {remark}" for component, remark in run.remarks] + unplaced_lines(stats)
-    remarks = "".join(f"<br>{escape(remark)}" for remark in told)
+    remarks = "".join(f"<br>{escape(remark)}" for remark in _remarks(run) + unplaced_lines(stats))
     return (
         f"<div>{head}<br>{run.steps} steps, {run.compute_share:.0%} of the blocks computed"
         f"<table style='border-collapse:collapse'>{rows}</table>{remarks}</div>"
     )
+
+
+def _remarks(run: RunStats) -> list[str]:
+    """What the user should know about a run; of one that skipped nothing, why not, if nothing else says it."""
+    if run.remarks:
+        return [f"{component}: {remark}" for component, remark in run.remarks]
+    records = [record for branch in run.branches.values() for record in branch.records]
+    if not records or not all(record.computed for record in records):
+        return []
+    reason, count = Counter(record.reason for record in records).most_common(1)[0]
+    return [f"nothing was skipped, in {count} of {several(len(records), 'call')} because of: {reason}"]
 
 
 def _marks(branch: BranchStats) -> str:
