@@ -191,7 +191,8 @@ _PUBLIC_CLASS = property(original_class, _assign_class)
 
 # Not by the classes themselves: a class that is made compares equal to its original.
 _classes: dict[tuple[int, frozenset[str]], Any] = {}
-_lock = threading.Lock()
+# Reentrant: a run that ends takes its handlers away, and it ends where Python happens to let an object go.
+_lock = threading.RLock()
 
 
 def _intercepted_class(base: type, methods: frozenset[str]) -> Any:

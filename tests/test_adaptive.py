@@ -631,9 +631,9 @@ AS_COND = "both branches in one batch are called cond, and taken for one branch"
         "cogvideox",
         "ltx",
         "mochi",
-        batched("sd3", AS_COND),
-        batched("sana", AS_COND),
-        batched("zimage", AS_COND),
+        "sd3",
+        "sana",
+        "zimage",
     ],
 )
 def test_error_is_that_of_what_the_scheduler_is_given(name: str) -> None:

@@ -45,9 +45,11 @@ class ComputedCall:
 
     def finish(self, output: Any) -> Any:
         """Keeps what was computed, and returns it, corrected by what was skipped before."""
-        return self._kept.computed(self._branch, output, self._guidance)
+        return self._kept.computed(self._branch, output, self._guidance, self.run.scheduler)
 
-    cut_off = finish  # what was skipped before is corrected here or never
+    def cut_off(self, output: Any) -> Any:
+        """The same, and nothing is asked any more: what was skipped before is corrected here or never."""
+        return self._kept.computed(self._branch, output, self._guidance)
 
     def abandon(self) -> None:
         """Nothing: what is kept is the run's, and gone with it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sgl_diffusion_accel.caching.outputs.guided_step import GuidedStep, may_hold_parts
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH, CallPolicy
 from sgl_diffusion_accel.caching.parts.multistep import Weights
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, combine, take_apart
@@ -56,11 +57,13 @@ class OutputRun(Kept):
         self._decision = Decision(True, "first step")
         self._weights: Weights | None = None
         self._error = PredictionError(ends_alike=True)
+        self._guided: GuidedStep | None = None
 
     def nbytes(self) -> int:
         """Bytes of the outputs that are kept."""
         kept = [tensor for branch in self._branches.values() for each in branch.outputs.values() for tensor in each]
-        return self._error.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        waiting = self._guided.nbytes() if self._guided is not None else 0
+        return self._error.nbytes() + waiting + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def decide(self, where: Where, component: str) -> Decision:
         """Decides a transformer call; all branches of a step share one decision.
@@ -88,12 +91,15 @@ class OutputRun(Kept):
 
     def _begin(self, position: Position, component: str, latents: Latents | None) -> None:
         policy, step = self._policy, position.step
+        self.close()
         # Only now: all branches of the step before have come, and the device is asked for one number.
         error = self._error.take()
         if error is not None:
             policy.observe(self._step, error)
         is_new = latents != self._latents or (component != self._component and not policy.spans_models)
         self._decision = policy.decide(position, self._tally, _no_change)
+        if is_new:
+            self._guided = None
         if is_new or not self._nodes:
             if self._nodes:
                 policy.restart(position)
@@ -121,17 +127,24 @@ class OutputRun(Kept):
         """Lets a branch go after its last step."""
         self._branches.pop(branch, None)
 
-    def computed(self, branch: str, output: Any, guidance: float | None) -> Any:
+    def close(self) -> None:
+        """Waits for no step of the scheduler any more."""
+        if self._guided is not None:
+            self._guided.close()
+
+    def computed(self, branch: str, output: Any, guidance: float | None, scheduler: Any = None) -> Any:
         """Keeps what a computed call has returned, and corrects it by what was skipped before.
 
         Args:
             branch: The branch.
             output: What the transformer returned.
             guidance: The scale with which the pipeline will combine the branches, where it is known.
+            scheduler: What will step the latents, where it is known.
 
         Returns:
             What the caller gets: `output` itself if nothing was skipped before.
         """
+        self.close()  # of the step's first call, which has turned out not to be the only one
         tensors, form = take_apart(output)
         # Where nothing is skipped before or after, the output goes through untouched: no copy, and bitwise equal.
         if not self._policy.needs_later(self._step) and self._weights == {self._step: 1.0}:
@@ -142,15 +155,25 @@ class OutputRun(Kept):
         own = tuple(tensor.detach().clone() for tensor in tensors)  # the caller may write into what it gets
         kept.outputs[self._step] = own
         kept.form = form
+        given, weights = own, self._weights or {}
+        if self._decision.compute and len(weights) > 1 and kept.has(list(weights)):
+            given = combine([(weight, kept.outputs[node]) for node, weight in weights.items()])
+            output = form(given)
         if self._expected is not None and self._policy.needs_error and kept.has(list(self._expected)):
             guess = combine([(weight, kept.outputs[node]) for node, weight in self._expected.items()])
             self._error.add(branch, guess, own, guidance)
-        weights = self._weights or {}
-        if self._decision.compute and len(weights) > 1 and kept.has(list(weights)):
-            output = form(combine([(weight, kept.outputs[node]) for node, weight in weights.items()]))
+            if scheduler is not None and self._may_hold_branches(own):
+                self._guided = GuidedStep(self._error, guess, own, given)
+                self._guided.wait(scheduler)
         keeps = self._policy.needs_later(self._step)
         kept.outputs = {node: each for node, each in kept.outputs.items() if keeps and node in self._nodes}
         return output
+
+    def _may_hold_branches(self, own: Tensors) -> bool:
+        """Whether a call may hold all that guidance combines: no other one comes, and its batch is no whole one."""
+        is_alone = len(self._branches) == 1 and self._policy.needs_later(self._step)
+        is_whole = self._guided is not None and self._guided.is_whole
+        return is_alone and not is_whole and may_hold_parts(own)
 
 
 def _no_change() -> float:

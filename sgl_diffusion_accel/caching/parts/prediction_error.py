@@ -11,6 +11,9 @@ from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
 from sgl_diffusion_accel.caching.parts.signals import Reduce
 
 _GUIDED = ("cond", "uncond")
+_IN_ONE_BATCH = {"cond_uncond": False, "uncond+cond": False, "cond+uncond": True}
+"""Names of calls that hold both branches, and whether the conditional half comes first. The first name is diffusers'
+own, which says nothing of the order; its pipelines put the unconditional half first."""
 
 _Pair = tuple[Tensor, Tensor]  # what was predicted wrongly, and what was computed
 
@@ -50,10 +53,30 @@ class PredictionError:
         elif branch in _GUIDED:
             # u + g(c - u) = g·c + (1 - g)·u: so either branch may come first.
             self._meet(guidance if branch == "cond" else 1 - guidance, pairs)
-        else:  # both in one batch, the unconditional half first
+        elif branch in _IN_ONE_BATCH:
+            # c + (1 - g)(u - c) is the same as u + g(c - u), from the other end.
+            towards = 1 - guidance if _IN_ONE_BATCH[branch] else guidance
             halves = [[each.chunk(2) for each in pair] for pair in pairs]
             is_even = all(len(error) == 2 and error[0].shape == error[1].shape for error, _ in halves)
-            self._sum([(_mix(a, guidance), _mix(b, guidance)) for a, b in halves] if is_even else pairs)
+            self._sum([(_mix(a, towards), _mix(b, towards)) for a, b in halves] if is_even else pairs)
+        else:
+            self._sum(pairs)
+
+    def combine(self, sums: Tensor, is_right: Tensor) -> None:
+        """Replaces the error of the step so far by that of what its one call was combined to.
+
+        Args:
+            sums: Squares of the error and of the size, `[2]`.
+            is_right: Whether it was; a tensor of one bool. Else all remains.
+        """
+        self._end_waiting()
+        alone = torch.stack([each.to(sums.device) for each in self._sums]).sum(0)
+        self._sums = [torch.where(is_right, sums, alone)]
+
+    def _end_waiting(self) -> None:
+        if self._waiting is not None:  # the other branch does not come
+            (_, alone), self._waiting = self._waiting, None
+            self._sum(alone)
 
     def _meet(self, factor: float, pairs: list[_Pair]) -> None:
         if self._waiting is None:
@@ -78,9 +101,7 @@ class PredictionError:
         Args:
             reduce: Adds up over devices, where each sees only a part.
         """
-        if self._waiting is not None:  # the other branch did not come
-            (_, alone), self._waiting = self._waiting, None
-            self._sum(alone)
+        self._end_waiting()
         if not self._sums:
             return None
         sums = torch.stack([each.to(self._sums[0].device) for each in self._sums]).sum(0).detach()

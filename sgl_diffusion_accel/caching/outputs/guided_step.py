@@ -1,0 +1,95 @@
+"""Sees what the scheduler is given after a computed call: in one batch of both branches, how guidance combines them.
+
+Where cond and uncond are two calls, their names tell. One batch that holds both says nothing of it, and to the cache it
+is one call of one branch. What it is made into shows at the scheduler's next step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sgl_diffusion_accel.caching.parts.guided_parts import combined_sums, number_of_samples, parts_of
+from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
+from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
+from sgl_diffusion_accel.shadow import stand_before
+
+
+def may_hold_parts(output: Tensors) -> bool:
+    """Whether the batch of an output is large enough for two parts."""
+    return number_of_samples(output) >= 2
+
+
+class GuidedStep:
+    """Stands in front of a scheduler's step from a computed call until the step is taken, and no longer.
+
+    Args:
+        error: Has taken the error of the call as that of one branch. It is replaced where the call turns out to hold
+            several parts.
+        predicted: What was predicted.
+        computed: What was computed.
+        given: What the caller got: `computed`, or what it was corrected to.
+
+    Attributes:
+        is_whole: Whether the scheduler was given as many samples as the batch has.
+    """
+
+    only_enters = True
+    is_watching = True
+
+    def __init__(self, error: PredictionError, predicted: Tensors, computed: Tensors, given: Tensors) -> None:
+        self.is_whole = False
+        self._error = error
+        # A correction is the caller's, who may write over it.
+        own = given if given is computed else tuple(tensor.detach().clone() for tensor in given)
+        self._tensors: tuple[Tensors, Tensors, Tensors] | None = (predicted, computed, own)
+        self._undo: Callable[[], None] | None = None
+
+    def nbytes(self) -> int:
+        """Bytes of what is held beside the computed outputs, which the run keeps."""
+        predicted, computed, given = self._tensors or ((), (), ())
+        held = predicted if given is computed else (*predicted, *given)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def wait(self, scheduler: Any) -> None:
+        """Waits for the scheduler's next step."""
+        undo = stand_before(scheduler, "step", f"guided step {id(self):x}", self)
+        # Weak: a run lasts no longer than its timesteps, which the scheduler holds.
+        known = weakref.ref(scheduler)
+
+        def take_away() -> None:
+            owner = known()
+            if owner is not None:
+                undo(owner)
+
+        self._undo = take_away
+
+    def enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Sees the step."""
+        tensors = self._tensors
+        self.close()
+        target = args[0] if args else kwargs.get("model_output")
+        if tensors is None or not isinstance(target, Tensor) or not target.ndim:
+            return
+        predicted, computed, given = tensors
+        self.is_whole = len(target) == number_of_samples(computed)
+        parts = [parts_of(each, target) for each in (given, predicted, computed)]
+        made, guessed, found = parts
+        if made is not None and guessed is not None and found is not None:
+            self._error.combine(*combined_sums(target, made, guessed - found, found))
+
+    def leave(self, _: Any, token: None, output: Any) -> Any:  # noqa: ARG002
+        """Hands on what the step gave."""
+        return output
+
+    def fail(self, _: Any, token: None) -> None:
+        """Nothing: the error goes on to the caller."""
+
+    def close(self) -> None:
+        """Goes away, whether the step has come or not. Harmless when repeated."""
+        undo, self._undo, self._tensors = self._undo, None, None
+        if undo is not None:
+            undo()
