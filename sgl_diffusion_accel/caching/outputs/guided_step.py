@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.parts.guided_parts import combined_sums, number_of_samples, parts_of
@@ -46,12 +47,22 @@ class GuidedStep:
         # A correction is the caller's, who may write over it.
         own = given if given is computed else tuple(tensor.detach().clone() for tensor in given)
         self._tensors: tuple[Tensors, Tensors, Tensors] | None = (predicted, computed, own)
+        self._beside: list[Tensors] = []
         self._undo: Callable[[], None] | None = None
+
+    def beside(self, output: Tensors) -> None:
+        """Takes what another call of the step has returned, which guidance may combine as well.
+
+        It is always computed, and so never wrong.
+        """
+        if self._tensors is not None:
+            self._beside.append(tuple(tensor.detach().clone() for tensor in output))
 
     def nbytes(self) -> int:
         """Bytes of what is held beside the computed outputs, which the run keeps."""
         predicted, computed, given = self._tensors or ((), (), ())
-        held = predicted if given is computed else (*predicted, *given)
+        own = () if given is computed else given
+        held = [tensor for each in (predicted, own, *self._beside) for tensor in each]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def wait(self, scheduler: Any) -> None:
@@ -69,17 +80,20 @@ class GuidedStep:
 
     def enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Sees the step."""
-        tensors = self._tensors
+        tensors, beside = self._tensors, self._beside
         self.close()
         target = args[0] if args else kwargs.get("model_output")
         if tensors is None or not isinstance(target, Tensor) or not target.ndim:
             return
         predicted, computed, given = tensors
         self.is_whole = len(target) == number_of_samples(computed)
-        parts = [parts_of(each, target) for each in (given, predicted, computed)]
-        made, guessed, found = parts
-        if made is not None and guessed is not None and found is not None:
-            self._error.combine(*combined_sums(target, made, guessed - found, found))
+        made, guessed, found = (parts_of(each, target) for each in (given, predicted, computed))
+        if made is None or guessed is None or found is None:
+            return
+        sure = [part for each in beside if (part := parts_of(each, target, fewest=1)) is not None]
+        right = [torch.zeros_like(part) for part in sure]
+        together = [torch.cat(each) for each in ([made, *sure], [guessed - found, *right], [found, *sure])]
+        self._error.combine(*combined_sums(target, *together))
 
     def leave(self, _: Any, token: None, output: Any) -> Any:  # noqa: ARG002
         """Hands on what the step gave."""
@@ -90,6 +104,6 @@ class GuidedStep:
 
     def close(self) -> None:
         """Goes away, whether the step has come or not. Harmless when repeated."""
-        undo, self._undo, self._tensors = self._undo, None, None
+        undo, self._undo, self._tensors, self._beside = self._undo, None, None, []
         if undo is not None:
             undo()

@@ -55,7 +55,34 @@ class ComputedCall:
         """Nothing: what is kept is the run's, and gone with it."""
 
 
-class OutputCacheHandler(CacheHandler[ComputedCall]):
+class CallBeside:
+    """A transformer call that is always computed, such as that of skip-layer guidance.
+
+    Args:
+        where: Where it is.
+        kept: What is kept of its run.
+    """
+
+    __slots__ = ("_kept", "run")
+
+    def __init__(self, where: Where, kept: OutputRun) -> None:
+        self.run = where.run
+        self._kept = kept
+
+    def finish(self, output: Any) -> Any:
+        """Shows what it returned to what waits for the scheduler's step."""
+        self._kept.beside(output)
+        return output
+
+    def cut_off(self, output: Any) -> Any:
+        """Nothing is asked any more."""
+        return output
+
+    def abandon(self) -> None:
+        """Nothing: it holds nothing."""
+
+
+class OutputCacheHandler(CacheHandler[ComputedCall | CallBeside]):
     """Caches the calls of one transformer as wholes.
 
     Args:
@@ -83,6 +110,9 @@ class OutputCacheHandler(CacheHandler[ComputedCall]):
         if where.is_last:
             kept.end(where.branch)
         return Instead(output)
+
+    def _beside(self, where: Where) -> CallBeside | None:
+        return CallBeside(where, where.run.kept) if isinstance(where.run.kept, OutputRun) else None
 
     def _kept(self, run: Run) -> OutputRun:
         if not isinstance(run.kept, OutputRun):

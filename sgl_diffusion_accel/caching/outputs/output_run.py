@@ -127,6 +127,11 @@ class OutputRun(Kept):
         """Lets a branch go after its last step."""
         self._branches.pop(branch, None)
 
+    def beside(self, output: Any) -> None:
+        """Learns what a call of the present step returned that is never predicted."""
+        if self._guided is not None:
+            self._guided.beside(take_apart(output)[0])
+
     def close(self) -> None:
         """Waits for no step of the scheduler any more."""
         if self._guided is not None:

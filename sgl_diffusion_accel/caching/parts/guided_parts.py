@@ -34,15 +34,16 @@ def number_of_samples(tensors: Tensors) -> int:
     return len(tensors) if len({tensor.shape for tensor in tensors}) == 1 else 0
 
 
-def parts_of(tensors: Tensors, target: Tensor) -> Tensor | None:
+def parts_of(tensors: Tensors, target: Tensor, fewest: int = 2) -> Tensor | None:
     """The parts of an output's batch that a target may be combined from, one after the other in the batch.
 
     Args:
         tensors: The output.
         target: What the scheduler is given, `[B, …]`.
+        fewest: Parts that it must have.
 
     Returns:
-        `[k, B, N]` in float32, of k parts, at least 2; None where the target is not of such a form. Of outputs with
+        `[k, B, N]` in float32, of k parts; None where the target is not of such a form. Of outputs with
         twice as many channels, which tell a variance as well, they are the first half.
     """
     samples = samples_of(tensors)
@@ -50,7 +51,7 @@ def parts_of(tensors: Tensors, target: Tensor) -> Tensor | None:
         return None
     parts, rest = divmod(len(samples), len(target))
     width, wide = target.numel() // len(target), samples.shape[1]
-    if rest or not 2 <= parts <= _MOST_PARTS or not width or wide not in (width, 2 * width):
+    if rest or not fewest <= parts <= _MOST_PARTS or not width or wide not in (width, 2 * width):
         return None
     return samples[:, :width].float().reshape(parts, len(target), width)
 
