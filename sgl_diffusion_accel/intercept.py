@@ -146,7 +146,11 @@ def intercept(module: object, kind: str, handler: Handler, method: str = CALL) -
         slot = Slot()
         object.__setattr__(module, SLOT, slot)
     slot.put(kind, handler, method)
-    _settle(module, slot)
+    try:
+        _settle(module, slot)
+    except TypeError:  # an instance whose class cannot be changed
+        release(module, kind, method)
+        raise
 
 
 def release(module: object, kind: str, method: str = CALL) -> None:

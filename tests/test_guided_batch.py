@@ -22,7 +22,7 @@ from sgl_diffusion_accel.caching.outputs.guided_step import GuidedStep
 from sgl_diffusion_accel.intercept import intercept, release
 from sgl_diffusion_accel.slots import SLOT
 from sgl_diffusion_accel.targets import find_targets
-from test_adaptive import LOOSE, STEPS, Watching, computed, off
+from test_adaptive import LOOSE, STEPS, Looking, Watching, computed, off
 from zoo.base import assemble, build, flow_euler, normal
 
 GUIDANCE = 4.0
@@ -105,6 +105,7 @@ def hidream() -> Any:
     names = [f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3", "_4")]
     model = build("HiDreamImageTransformer2DModel", 0, **config)
     pipe = assemble("HiDreamImagePipeline", **dict.fromkeys(names), vae=None, transformer=model, scheduler=flow_euler())
+    pipe.default_sample_size = 8
     prompts = {
         f"{sign}{name}": normal(*shape, seed=0, key=sign + name)
         for sign in ("", "negative_")
@@ -168,7 +169,7 @@ def test_error_is_that_of_what_the_scheduler_is_given(name: str) -> None:
 
 
 def test_pictures_of_one_prompt() -> None:
-    pipe, call = of_zoo("sd3")
+    pipe, call = of_zoo("sana")
     call["latents"] = torch.cat([call["latents"], normal(*call["latents"].shape, seed=3)])
     errors, given = measured(pipe, {**call, "num_images_per_prompt": 2})
     assert given[0].shape[0] == 2
@@ -241,6 +242,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @torch.no_grad()
 def test_scheduler_is_left_alone_but_from_a_computed_call_to_its_step(waits: list[Any]) -> None:
     pipe, call = of_zoo("sd3", steps=12)
+    pipe(**call)
     before = dict(vars(pipe.scheduler))
     kind, seen = type(pipe.scheduler), []
 
@@ -294,31 +296,31 @@ def test_step_that_the_scheduler_holds_itself_stays() -> None:
 def test_run_that_fails_between_call_and_step_leaves_the_scheduler_as_it_was(at: str) -> None:
     family = present("sd3")
     pipe = few_blocks(family)
+    family.run(pipe, steps=STEPS)
     before = Snapshot(pipe)
     patch = apply_adaptive_cache(pipe, LOOSE)
     expected = family.run(pipe, steps=STEPS)
     calls: list[int] = []
 
-    def fail(*_: Any) -> None:
+    def fail() -> None:
         calls.append(1)
         if len(calls) == 6:
             raise Interrupted
 
-    # Outside of the patch: the call is over for it, and the scheduler's step does not come.
-    class Failing:
+    # Outside of the patch: for it the call is over, and the scheduler's step does not come.
+    class Failing(Looking):
         is_watching = True
-        enter = fail
+
+        def enter(self, *_: Any) -> None:
+            if at == "step":
+                fail()
 
         def leave(self, module: Any, token: Any, output: Any) -> Any:
             if at == "transformer":
                 fail()
             return output
 
-        def fail(self, module: Any, token: Any) -> None:
-            pass
-
     if at == "transformer":
-        Failing.enter = lambda *_: None  # type: ignore[assignment, method-assign]
         intercept(pipe.transformer, "failing", Failing())
     else:
         intercept(pipe.scheduler, "failing", Failing(), "step")
@@ -340,11 +342,8 @@ def test_patch_that_is_removed_between_call_and_step_takes_its_watch_along() -> 
     patch = apply_adaptive_cache(pipe, LOOSE)
     calls: list[bool] = []
 
-    class Removing:
+    class Removing(Looking):
         is_watching = True
-
-        def enter(self, *_: Any) -> None:
-            pass
 
         def leave(self, module: Any, token: Any, output: Any) -> Any:
             if len(calls) == 4:
@@ -353,11 +352,8 @@ def test_patch_that_is_removed_between_call_and_step_takes_its_watch_along() -> 
             calls.append(SLOT in vars(pipe.scheduler))
             return output
 
-        def fail(self, module: Any, token: Any) -> None:
-            pass
-
     intercept(pipe.transformer, "removing", Removing())
-    family.run(pipe, steps=5)
+    family.run(pipe, steps=12)
     assert not any(calls[4:])
 
 
@@ -391,18 +387,12 @@ def test_pipeline_that_writes_into_what_it_gets(name: str) -> None:
     steps = computed(patch)
     step = pipe.scheduler.step
 
-    class Handing:
+    class Handing(Looking):
         is_watching = True
-
-        def enter(self, *_: Any) -> None:
-            pass
 
         def leave(self, module: Any, token: Any, output: Any) -> Any:
             self.last = output[0]
             return ([each.clone() for each in self.last] if name == "zimage" else self.last.clone(),)
-
-        def fail(self, module: Any, token: Any) -> None:
-            pass
 
     handing = Handing()
 

@@ -70,12 +70,12 @@ def test_samples_that_are_rescaled_each_by_itself() -> None:
 
 
 def test_rescaling_of_each_token_is_near() -> None:
-    parts, errors = alike(0).reshape(2, 2, 60, 5), 0.1 * values(7, 2, 2, 60, 5)
+    parts, errors = alike(0).reshape(2, 2, 15, 20), 0.1 * values(7, 2, 2, 15, 20)
     guided = guide(parts)
     scales = parts[1].norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
     error, fits = error_and_fit(scales * guided, parts.flatten(2), errors.flatten(2))
     assert fits
-    assert error == pytest.approx(relative(scales * guide(errors), scales * guided), rel=0.15)
+    assert error == pytest.approx(relative(scales * guide(errors), scales * guided), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -6,6 +6,7 @@ is one call of one branch. What it is made into shows at the scheduler's next st
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from sgl_diffusion_accel.caching.parts.guided_parts import combined_sums, number
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
 from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
 from sgl_diffusion_accel.shadow import stand_before
+
+logger = logging.getLogger(__name__)
 
 
 def may_hold_parts(output: Tensors) -> bool:
@@ -66,8 +69,13 @@ class GuidedStep:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def wait(self, scheduler: Any) -> None:
-        """Waits for the scheduler's next step."""
-        undo = stand_before(scheduler, "step", f"guided step {id(self):x}", self)
+        """Waits for the scheduler's next step. One that lets nobody stand before it is not waited for."""
+        try:
+            undo = stand_before(scheduler, "step", f"guided step {id(self):x}", self)
+        except (AttributeError, TypeError) as error:  # it is code of others: without attributes, or not of Python
+            logger.debug("%s cannot be watched: %s", type(scheduler).__name__, error)
+            self.close()
+            return
         # Weak: a run lasts no longer than its timesteps, which the scheduler holds.
         known = weakref.ref(scheduler)
 
