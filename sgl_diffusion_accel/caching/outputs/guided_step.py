@@ -95,13 +95,14 @@ class GuidedStep:
             return
         predicted, computed, given = tensors
         self.is_whole = len(target) == number_of_samples(computed)
-        made, guessed, found = (parts_of(each, target) for each in (given, predicted, computed))
+        guessed, found = parts_of(predicted, target), parts_of(computed, target)
+        made = found if given is computed else parts_of(given, target)
         if made is None or guessed is None or found is None:
             return
-        sure = [part for each in beside if (part := parts_of(each, target, fewest=1)) is not None]
-        right = [torch.zeros_like(part) for part in sure]
-        together = [torch.cat(each) for each in ([made, *sure], [guessed - found, *right], [found, *sure])]
-        self._error.combine(*combined_sums(target, *together))
+        sure = [part for each in beside for part in parts_of(each, target, fewest=1) or ()]
+        wrong = [guess - part for guess, part in zip(guessed, found, strict=True)] + [torch.zeros_like(p) for p in sure]
+        corrected = None if made is found else [*found, *sure]
+        self._error.combine(*combined_sums(target, [*made, *sure], wrong, corrected))
 
     def leave(self, _: Any, token: None, output: Any) -> Any:  # noqa: ARG002
         """Hands on what the step gave."""

@@ -6,6 +6,8 @@ lie there, and what g is, only the pipeline knows. But it shows: of the parts an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def number_of_samples(tensors: Tensors) -> int:
     return len(tensors) if len({tensor.shape for tensor in tensors}) == 1 else 0
 
 
-def parts_of(tensors: Tensors, target: Tensor, fewest: int = 2) -> Tensor | None:
+def parts_of(tensors: Tensors, target: Tensor, fewest: int = 2) -> Tensors | None:
     """The parts of an output's batch that a target may be combined from, one after the other in the batch.
 
     Args:
@@ -43,8 +45,8 @@ def parts_of(tensors: Tensors, target: Tensor, fewest: int = 2) -> Tensor | None
         fewest: Parts that it must have.
 
     Returns:
-        `[k, B, N]` in float32, of k parts; None where the target is not of such a form. Of outputs with
-        twice as many channels, which tell a variance as well, they are the first half.
+        The parts, `[B, N]` each in float32; None where the target is not of such a form. Of outputs with twice as many
+        channels, which tell a variance as well, they are the first half.
     """
     samples = samples_of(tensors)
     if samples is None or not len(target) or samples.device != target.device:
@@ -53,10 +55,12 @@ def parts_of(tensors: Tensors, target: Tensor, fewest: int = 2) -> Tensor | None
     width, wide = target.numel() // len(target), samples.shape[1]
     if rest or not fewest <= parts <= _MOST_PARTS or not width or wide not in (width, 2 * width):
         return None
-    return samples[:, :width].float().reshape(parts, len(target), width)
+    return samples[:, :width].float().chunk(parts)
 
 
-def combined_sums(target: Tensor, given: Tensor, errors: Tensor, computed: Tensor) -> tuple[Tensor, Tensor]:
+def combined_sums(
+    target: Tensor, given: Sequence[Tensor], errors: Sequence[Tensor], computed: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Squares of the error and of the size of what the parts of a batch are combined to.
 
     For each sample the weights a are those with which Σ a·given comes closest to the target, whatever they are: of
@@ -65,32 +69,34 @@ def combined_sums(target: Tensor, given: Tensor, errors: Tensor, computed: Tenso
 
     Args:
         target: What the scheduler was given, `[B, …]`.
-        given: The parts that the pipeline got, `[k, B, N]`.
-        errors: What was predicted wrongly of them, `[k, B, N]`.
-        computed: What was computed, `[k, B, N]`; other than what was given where that was corrected.
+        given: The parts that the pipeline got, at least one, `[B, N]` each.
+        errors: What was predicted wrongly of them, the same.
+        computed: What was computed, the same; None for what was given.
 
     Returns:
         ‖Σ a·error‖² and ‖Σ a·computed‖², `[2]`; and whether the target was made of the parts, a tensor of one bool.
     """
-    left = target.detach().flatten(1).float()
-    size = left.square().sum()
-    sums = torch.zeros_like(torch.stack([left, left]))
-    done: list[tuple[Tensor, Tensor]] = []
+    target = target.detach().flatten(1).float()
+    left, done = target, list[tuple[list[Tensor], Tensor]]()
+    parts = [list(each) for each in zip(given, errors, *([] if computed is None else [computed]), strict=True)]
+    sums = [torch.zeros_like(target) for _ in parts[0][1:]]
     # Gram and Schmidt: no system of equations that is singular where the parts are alike. They mostly are nearly so;
-    # their differences are exact, and what tells them apart.
-    for part in range(len(given)):
-        together = torch.stack([given[part], errors[part], computed[part]])
-        if part:
-            together -= torch.stack([given[0], errors[0], computed[0]])
-        for direction, squares in done:
-            together -= _along(together[0], direction[0], squares) * direction
-        squares = together[0].square().sum(1, keepdim=True).clamp_min(_NOTHING)
-        weight = _along(left, together[0], squares)
-        left = left - weight * together[0]
-        sums += weight * together[1:]
-        done.append((together, squares))
-    return sums.square().sum((1, 2)), left.square().sum() <= _UNEXPLAINED * size
+    # their differences are exact, and what tells them apart. Errors take part as their parts do.
+    for index, part in enumerate(parts):
+        mine = part if index == 0 else [each - first for each, first in zip(part, parts[0], strict=True)]
+        for others, squares in done:
+            share = _dot(mine[0], others[0]) / squares
+            mine = [torch.addcmul(each, share, other, value=-1) for each, other in zip(mine, others, strict=True)]
+        squares = _dot(mine[0], mine[0]).clamp_min(_NOTHING)
+        weight = _dot(left, mine[0]) / squares
+        done.append((mine, squares))
+        left = torch.addcmul(left, weight, mine[0], value=-1)
+        sums = [torch.addcmul(total, weight, each) for total, each in zip(sums, mine[1:], strict=True)]
+    wrong, *found = sums
+    sizes = torch.stack([each.square().sum() for each in (wrong, *(found or [target - left]), left, target)])
+    return sizes[:2], sizes[2] <= _UNEXPLAINED * sizes[3]
 
 
-def _along(vectors: Tensor, direction: Tensor, squares: Tensor) -> Tensor:
-    return (vectors * direction).sum(1, keepdim=True) / squares
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Sample by sample, `[B, 1]`."""
+    return (one * other).sum(1, keepdim=True)
