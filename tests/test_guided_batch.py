@@ -18,7 +18,7 @@ from invariants import Interrupted, Snapshot, assert_same
 from invariants.families import few_blocks, present
 from sgl_diffusion_accel import ConfigError, ConfigTypeError, apply_adaptive_cache, branch, denoising_steps
 from sgl_diffusion_accel.caching.cache_patch import put_around
-from sgl_diffusion_accel.caching.outputs.guided_step import GuidedStep
+from sgl_diffusion_accel.caching.guided_step import GuidedStep
 from sgl_diffusion_accel.intercept import intercept, release
 from sgl_diffusion_accel.slots import SLOT
 from sgl_diffusion_accel.targets import find_targets

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.parts.guided_parts import combined_sums, number_of_samples, parts_of, samples_of
+from sgl_diffusion_accel.caching.parts.guided_parts import (
+    combined_squares,
+    number_of_samples,
+    parts_of,
+    samples_of,
+    weights_of,
+)
 
 SCALE = 4.0
 
@@ -21,9 +27,10 @@ def alike(seed: int, parts: int = 2, batch: int = 2, by: float = 0.3) -> Tensor:
 
 
 def error_and_fit(target: Tensor, given: Tensor, errors: Tensor, computed: Tensor | None = None) -> tuple[float, bool]:
-    rest = () if computed is None else (computed.float(),)
-    sums, fits = combined_sums(target, given.float(), errors.float(), *rest)
-    wrong, size = sums.tolist()
+    weights, fits = weights_of(target, list(given.float()))
+    assert {weight.shape for weight in weights} == {(len(target), 1)}
+    found = given if computed is None else computed
+    wrong, size = (float(combined_squares(weights, list(each.float()))) for each in (errors, found))
     return (wrong / size) ** 0.5, bool(fits)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.outputs.guided_step import GuidedStep, may_hold_parts
+from sgl_diffusion_accel.caching.guided_step import GuidedStep
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH, CallPolicy
+from sgl_diffusion_accel.caching.parts.guided_parts import may_hold_parts
 from sgl_diffusion_accel.caching.parts.multistep import Weights
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, combine, take_apart
 from sgl_diffusion_accel.caching.parts.policies import Decision, Position, Tally
@@ -168,7 +169,9 @@ class OutputRun(Kept):
             guess = combine([(weight, kept.outputs[node]) for node, weight in self._expected.items()])
             self._error.add(branch, guess, own, guidance)
             if scheduler is not None and self._may_hold_branches(own):
-                self._guided = GuidedStep(self._error, guess, own, given)
+                # A correction is the caller's, who may write over it.
+                kept_given = own if given is own else tuple(tensor.clone() for tensor in given)
+                self._guided = GuidedStep(self._error, kept_given, guess, own)
                 self._guided.wait(scheduler)
         keeps = self._policy.needs_later(self._step)
         kept.outputs = {node: each for node, each in kept.outputs.items() if keeps and node in self._nodes}

@@ -29,6 +29,11 @@ def samples_of(tensors: Tensors) -> Tensor | None:
     return torch.stack(tensors).flatten(1) if is_list else None
 
 
+def may_hold_parts(output: Tensors) -> bool:
+    """Whether the batch of an output is large enough for two parts."""
+    return number_of_samples(output) >= 2
+
+
 def number_of_samples(tensors: Tensors) -> int:
     """How many rows `samples_of` has, without making them; 0 for None."""
     if len(tensors) == 1:
@@ -58,43 +63,55 @@ def parts_of(tensors: Tensors, target: Tensor, fewest: int = 2) -> Tensors | Non
     return samples[:, :width].float().chunk(parts)
 
 
-def combined_sums(
-    target: Tensor, given: Sequence[Tensor], errors: Sequence[Tensor], computed: Sequence[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Squares of the error and of the size of what the parts of a batch are combined to.
+def weights_of(target: Tensor, parts: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The weights with which the parts of a batch come closest to what the scheduler was given, sample by sample.
 
-    For each sample the weights a are those with which Σ a·given comes closest to the target, whatever they are: of
-    guidance with the unconditional part first or last, of its rescaling by norms, of its negative. Nothing is read from
-    the device.
+    Whatever they are: those of guidance with the unconditional part first or last, of its rescaling by norms, of its
+    negative. Nothing is read from the device.
 
     Args:
         target: What the scheduler was given, `[B, …]`.
-        given: The parts that the pipeline got, at least one, `[B, N]` each.
-        errors: What was predicted wrongly of them, the same.
-        computed: What was computed, the same; None for what was given.
+        parts: The parts that the pipeline got, at least one, `[B, N]` each.
 
     Returns:
-        ‖Σ a·error‖² and ‖Σ a·computed‖², `[2]`; and whether the target was made of the parts, a tensor of one bool.
+        The weights, one `[B, 1]` a part; and whether the target was made of the parts, a tensor of one bool.
     """
-    target = target.detach().flatten(1).float()
-    left, done = target, list[tuple[list[Tensor], Tensor]]()
-    parts = [list(each) for each in zip(given, errors, *([] if computed is None else [computed]), strict=True)]
-    sums = [torch.zeros_like(target) for _ in parts[0][1:]]
+    target = left = target.detach().flatten(1).float()
+    directions: list[tuple[Tensor, Tensor]] = []
+    shares: list[list[Tensor]] = []
+    weights: list[Tensor] = []
     # Gram and Schmidt: no system of equations that is singular where the parts are alike. They mostly are nearly so;
-    # their differences are exact, and what tells them apart. Errors take part as their parts do.
+    # their differences are exact, and what tells them apart.
     for index, part in enumerate(parts):
-        mine = part if index == 0 else [each - first for each, first in zip(part, parts[0], strict=True)]
-        for others, squares in done:
-            share = _dot(mine[0], others[0]) / squares
-            mine = [torch.addcmul(each, share, other, value=-1) for each, other in zip(mine, others, strict=True)]
-        squares = _dot(mine[0], mine[0]).clamp_min(_NOTHING)
-        weight = _dot(left, mine[0]) / squares
-        done.append((mine, squares))
-        left = torch.addcmul(left, weight, mine[0], value=-1)
-        sums = [torch.addcmul(total, weight, each) for total, each in zip(sums, mine[1:], strict=True)]
-    wrong, *found = sums
-    sizes = torch.stack([each.square().sum() for each in (wrong, *(found or [target - left]), left, target)])
-    return sizes[:2], sizes[2] <= _UNEXPLAINED * sizes[3]
+        mine = part if index == 0 else part - parts[0]
+        shares.append([])
+        for direction, squares in directions:
+            shares[-1].append(_dot(mine, direction) / squares)
+            mine = torch.addcmul(mine, shares[-1][-1], direction, value=-1)
+        squares = _dot(mine, mine).clamp_min(_NOTHING)
+        weights.append(_dot(left, mine) / squares)
+        left = torch.addcmul(left, weights[-1], mine, value=-1)
+        directions.append((mine, squares))
+    fits = left.square().sum() <= _UNEXPLAINED * target.square().sum()
+    # From the directions back to the differences, and to the parts themselves.
+    for later in reversed(range(len(parts))):
+        for earlier, share in enumerate(shares[later]):
+            weights[earlier] = weights[earlier] - share * weights[later]
+    weights[0] = weights[0] - sum(weights[1:])
+    return weights, fits
+
+
+def combined_squares(weights: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """‖Σ a·part‖² over all samples, a number on the device.
+
+    Args:
+        weights: `[B, 1]` each.
+        parts: As many, `[B, N]` each; where they are fewer, the others are zero.
+    """
+    total = weights[0] * parts[0]
+    for weight, part in zip(weights[1:], parts[1:], strict=False):
+        total = torch.addcmul(total, weight, part.to(total.dtype))
+    return total.square().sum()
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

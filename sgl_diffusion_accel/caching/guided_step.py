@@ -1,6 +1,6 @@
 """Sees what the scheduler is given after a computed call: in one batch of both branches, how guidance combines them.
 
-Where cond and uncond are two calls, their names tell. One batch that holds both says nothing of it, and to the cache it
+Where cond and uncond are two calls, their names tell. One batch that holds both says nothing of it, and to a cache it
 is one call of one branch. What it is made into shows at the scheduler's next step.
 """
 
@@ -14,17 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.parts.guided_parts import combined_sums, number_of_samples, parts_of
+from sgl_diffusion_accel.caching.parts.guided_parts import combined_squares, number_of_samples, parts_of, weights_of
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
 from sgl_diffusion_accel.caching.parts.prediction_error import PredictionError
 from sgl_diffusion_accel.shadow import stand_before
 
 logger = logging.getLogger(__name__)
-
-
-def may_hold_parts(output: Tensors) -> bool:
-    """Whether the batch of an output is large enough for two parts."""
-    return number_of_samples(output) >= 2
 
 
 class GuidedStep:
@@ -33,9 +28,10 @@ class GuidedStep:
     Args:
         error: Has taken the error of the call as that of one branch. It is replaced where the call turns out to hold
             several parts.
+        given: What the pipeline got, the tensors of the transformer's output.
         predicted: What was predicted.
-        computed: What was computed.
-        given: What the caller got: `computed`, or what it was corrected to.
+        computed: What was computed, the same tensors.
+        are_outputs: Whether these are of the form of the output; else they are residuals, each of the output's batch.
 
     Attributes:
         is_whole: Whether the scheduler was given as many samples as the batch has.
@@ -44,12 +40,18 @@ class GuidedStep:
     only_enters = True
     is_watching = True
 
-    def __init__(self, error: PredictionError, predicted: Tensors, computed: Tensors, given: Tensors) -> None:
+    def __init__(
+        self,
+        error: PredictionError,
+        given: Tensors,
+        predicted: Tensors,
+        computed: Tensors,
+        are_outputs: bool = True,
+    ) -> None:
         self.is_whole = False
+        self._are_outputs = are_outputs
         self._error = error
-        # A correction is the caller's, who may write over it.
-        own = given if given is computed else tuple(tensor.detach().clone() for tensor in given)
-        self._tensors: tuple[Tensors, Tensors, Tensors] | None = (predicted, computed, own)
+        self._tensors: tuple[Tensors, Tensors, Tensors] | None = (given, predicted, computed)
         self._beside: list[Tensors] = []
         self._undo: Callable[[], None] | None = None
 
@@ -62,8 +64,8 @@ class GuidedStep:
             self._beside.append(tuple(tensor.detach().clone() for tensor in output))
 
     def nbytes(self) -> int:
-        """Bytes of what is held beside the computed outputs, which the run keeps."""
-        predicted, computed, given = self._tensors or ((), (), ())
+        """Bytes of what is held beside the computed tensors, which others keep."""
+        given, predicted, computed = self._tensors or ((), (), ())
         own = () if given is computed else given
         held = [tensor for each in (predicted, own, *self._beside) for tensor in each]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
@@ -93,16 +95,29 @@ class GuidedStep:
         target = args[0] if args else kwargs.get("model_output")
         if tensors is None or not isinstance(target, Tensor) or not target.ndim:
             return
-        predicted, computed, given = tensors
-        self.is_whole = len(target) == number_of_samples(computed)
-        guessed, found = parts_of(predicted, target), parts_of(computed, target)
-        made = found if given is computed else parts_of(given, target)
-        if made is None or guessed is None or found is None:
+        given, predicted, computed = tensors
+        self.is_whole = len(target) == number_of_samples(given)
+        parts = parts_of(given, target)
+        if parts is None:
             return
         sure = [part for each in beside for part in parts_of(each, target, fewest=1) or ()]
-        wrong = [guess - part for guess, part in zip(guessed, found, strict=True)] + [torch.zeros_like(p) for p in sure]
-        corrected = None if made is found else [*found, *sure]
-        self._error.combine(*combined_sums(target, [*made, *sure], wrong, corrected))
+        weights, fits = weights_of(target, [*parts, *sure])
+        sums = []
+        for guessed, found in zip(
+            *(self._parts(each, target, len(parts)) for each in (predicted, computed)), strict=True
+        ):
+            if {len(part) for part in found} != {len(target)}:  # rows of a picture as samples of their own
+                return
+            wrong = [guess - part for guess, part in zip(guessed, found, strict=True)]
+            sums.append(torch.stack([combined_squares(weights, wrong), combined_squares(weights, [*found, *sure])]))
+        if sums:
+            self._error.combine(torch.stack([each.to(target.device) for each in sums]).sum(0), fits)
+
+    def _parts(self, tensors: Tensors, target: Tensor, count: int) -> list[Tensors]:
+        if not self._are_outputs:
+            return [tensor.flatten(1).chunk(count) for tensor in tensors]
+        found = parts_of(tensors, target)
+        return [] if found is None else [found]
 
     def leave(self, _: Any, token: None, output: Any) -> Any:  # noqa: ARG002
         """Hands on what the step gave."""
