@@ -108,9 +108,10 @@ def combined_squares(weights: Sequence[Tensor], parts: Sequence[Tensor]) -> Tens
         weights: `[B, 1]` each.
         parts: As many, `[B, N]` each; where they are fewer, the others are zero.
     """
-    total = weights[0] * parts[0]
+    # Residuals of a model that is spread over devices may lie elsewhere than what comes out of it.
+    total = weights[0].to(parts[0].device) * parts[0]
     for weight, part in zip(weights[1:], parts[1:], strict=False):
-        total = torch.addcmul(total, weight, part.to(total.dtype))
+        total = torch.addcmul(total, weight.to(part.device), part.to(total.dtype))
     return total.square().sum()
 
 
