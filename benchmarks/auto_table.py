@@ -36,19 +36,17 @@ def measured(result: Mapping[str, Any]) -> str:
         [
             Table(head, cells, words=(0, 1)).to_markdown(),
             "",
-            f"Times less computed, and dB against the unpatched run; in brackets the dB of as many plain steps. The mean "
-            f"of {result['captions']} held-out captions, float32, {environment['cpu']}. Below plain steps: "
-            f"{len(worse)} of {len(compared)}. Runs of {' and '.join(map(str, same))} steps are computed in full, bit by "
-            f"bit as without; a step of {host['steps']} took "
-            f"{quartiles_cell(host['ms']['cpu'], 2)} ms more of CPU time.",
+            "Times less computed, and dB against the unpatched run; in brackets the dB of as many plain steps, in bold "
+            f"where they are better ({len(worse)} of {len(compared)}). The mean of {result['captions']} held-out "
+            f"captions, float32, {environment['cpu']}. Runs of {' and '.join(map(str, same))} steps are computed in "
+            f"full, bit by bit as without; a step of {host['steps']} took {quartiles_cell(host['ms']['cpu'], 2)} ms "
+            "more of CPU time.",
         ]
     )
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    for (model, scheduler, steps), found in groupby(
-        rows, lambda row: (row["model"], row["scheduler"], row["steps"])
-    ):
+    for (model, scheduler, steps), found in groupby(rows, lambda row: (row["model"], row["scheduler"], row["steps"])):
         cells = {row["quality"]: row for row in found}
         if any(row["psnr"] is not None for row in cells.values()):
             yield [f"{model}, {SCHEDULERS[scheduler]}", str(steps), *(_cell(cells[each]) for each in QUALITIES)]

@@ -42,7 +42,8 @@ from sgl_diffusion_accel.errors import (
     UnsupportedModelError,
     VariantError,
 )
-from sgl_diffusion_accel.loop.explicit import branch, denoising_steps
+from sgl_diffusion_accel.loop.explicit import denoising_steps
+from sgl_diffusion_accel.loop.named_branch import branch
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.lossless.apply_lossless import apply_lossless
 from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig

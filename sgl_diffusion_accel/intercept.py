@@ -146,7 +146,11 @@ def intercept(module: object, kind: str, handler: Handler, method: str = CALL) -
         slot = Slot()
         object.__setattr__(module, SLOT, slot)
     slot.put(kind, handler, method)
-    _settle(module, slot)
+    try:
+        _settle(module, slot)
+    except TypeError:  # an instance whose class cannot be changed
+        release(module, kind, method)
+        raise
 
 
 def release(module: object, kind: str, method: str = CALL) -> None:
@@ -191,7 +195,8 @@ _PUBLIC_CLASS = property(original_class, _assign_class)
 
 # Not by the classes themselves: a class that is made compares equal to its original.
 _classes: dict[tuple[int, frozenset[str]], Any] = {}
-_lock = threading.Lock()
+# Reentrant: a run that ends takes its handlers away, and it ends where Python happens to let an object go.
+_lock = threading.RLock()
 
 
 def _intercepted_class(base: type, methods: frozenset[str]) -> Any:

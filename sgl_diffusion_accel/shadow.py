@@ -1,10 +1,14 @@
-"""Stands in front of a function that an instance holds as an attribute of its own, which its class cannot intercept."""
+"""Stands in front of a method of any instance: by its class, or of a function that the instance holds itself.
+
+An attribute of the instance's own is in front of its class, which so cannot intercept it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from sgl_diffusion_accel.intercept import intercept, release
 from sgl_diffusion_accel.slots import Handler, Instead
 
 
@@ -35,3 +39,23 @@ def restore(owner: Any, attribute: str, put: object, held: object) -> None:
     """Puts back what an instance held, unless something else has been put there since."""
     if vars(owner).get(attribute) is put:
         vars(owner)[attribute] = held
+
+
+def stand_before(owner: Any, method: str, kind: str, handler: Handler) -> Callable[[Any], None]:
+    """Puts a handler in front of a method of an instance, whoever holds it.
+
+    Args:
+        owner: The instance.
+        method: The name of the method.
+        kind: Name of the handler; of a kind there is one at a time.
+        handler: Stands in front of it.
+
+    Returns:
+        What takes it away again, called with the instance, which it need not keep alive.
+    """
+    held = vars(owner).get(method)
+    if held is not None:  # somebody else has put it on this instance
+        vars(owner)[method] = put = shadow(owner, held, handler)
+        return lambda owner: restore(owner, method, put, held)
+    intercept(owner, kind, handler, method)
+    return lambda owner: release(owner, kind, method)

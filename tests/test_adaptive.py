@@ -614,28 +614,7 @@ class Watching(CallPolicy):
         return True
 
 
-def batched(name: str, reason: str | None = None) -> Any:
-    marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-    return pytest.param(name, marks=marks)
-
-
-AS_COND = "both branches in one batch are called cond, and taken for one branch"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "wan",
-        "qwen",
-        "flux",
-        "cogvideox",
-        "ltx",
-        "mochi",
-        batched("sd3", AS_COND),
-        batched("sana", AS_COND),
-        batched("zimage", AS_COND),
-    ],
-)
+@pytest.mark.parametrize("name", ["wan", "qwen", "flux", "cogvideox", "ltx", "mochi", "sd3", "sana", "zimage"])
 def test_error_is_that_of_what_the_scheduler_is_given(name: str) -> None:
     """The line through the guided outputs against the guided output, though only the branches are seen."""
     family = present(name)

@@ -11,7 +11,7 @@ import torch
 from invariants import transformer_outputs
 from invariants.families import present
 from sgl_diffusion_accel.caching.cache_patch import put_around
-from sgl_diffusion_accel.caching.outputs.branch_distance import BranchDistance
+from sgl_diffusion_accel.caching.outputs.branch_distance import BranchDistance, distance_of
 from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.caching.parts.policies import Decision, Position, Tally
 from sgl_diffusion_accel.targets import find_targets
@@ -28,21 +28,48 @@ def apart(cond: torch.Tensor, uncond: torch.Tensor) -> float:
     return float((cond.double() - uncond.double()).norm() / cond.double().norm())
 
 
+def taken(distance: BranchDistance) -> float | None:
+    squares = distance.squares()
+    return None if squares is None else distance_of(squares.tolist())
+
+
 @pytest.mark.parametrize("first", ["cond", "uncond"])
 def test_branches_may_come_in_any_order(first: str) -> None:
     outputs = {"cond": drawn(2, 8), "uncond": drawn(2, 8, seed=1)}
     distance = BranchDistance()
     for name in (first, *(outputs.keys() - {first})):
         distance.add(name, (outputs[name],), 4.0)
-    assert distance.take() == pytest.approx(apart(outputs["cond"], outputs["uncond"]))
-    assert distance.take() is None, "each step anew"
+    assert taken(distance) == pytest.approx(apart(outputs["cond"], outputs["uncond"]))
+    assert taken(distance) is None, "each step anew"
 
 
 def test_one_batch_holds_the_unconditional_half_first() -> None:
     uncond, cond = drawn(2, 8), 3 * drawn(2, 8, seed=1)
     distance = BranchDistance()
     distance.add("cond_uncond", (torch.cat([uncond, cond]),), 4.0)
-    assert distance.take() == pytest.approx(apart(cond, uncond))
+    assert taken(distance) == pytest.approx(apart(cond, uncond))
+
+
+@pytest.mark.parametrize(("name", "order"), [("uncond+cond", 1), ("cond+uncond", -1)])
+def test_one_batch_may_be_named(name: str, order: int) -> None:
+    uncond, cond = drawn(2, 8), 3 * drawn(2, 8, seed=1)
+    distance = BranchDistance()
+    distance.add(name, (torch.cat([uncond, cond][::order]),), 4.0)
+    assert taken(distance) == pytest.approx(apart(cond, uncond))
+    distance.add("cond#2", (torch.cat([uncond, cond]),), 4.0)
+    assert taken(distance) is None, "no pair, though its batch is even"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_parts_that_were_found_count_if_they_are_right(order: int) -> None:
+    uncond, cond = drawn(2, 8), 3 * drawn(2, 8, seed=1)
+    weights = [torch.full((2, 1), weight) for weight in (-3.0, 4.0)]
+    for is_right, wanted in ((True, pytest.approx(apart(cond, uncond))), (False, None)):
+        distance = BranchDistance()
+        distance.meet([uncond, cond][::order], weights[::order], torch.tensor(is_right))
+        assert taken(distance) == wanted
+    distance.meet([uncond, cond, cond], [*weights, weights[0]], torch.tensor(True))
+    assert taken(distance) is None, "of three parts it is not known which is which"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -51,7 +78,7 @@ def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
     distance = BranchDistance()
     distance.add("cond", (cond,), 4.0)
     distance.add("uncond", (uncond,), 4.0)
-    assert distance.take() == pytest.approx(apart(cond, uncond), rel=1e-4)
+    assert taken(distance) == pytest.approx(apart(cond, uncond), rel=1e-4)
 
 
 def test_there_is_none_without_guidance_alone_or_between_unlike_shapes() -> None:
@@ -59,17 +86,17 @@ def test_there_is_none_without_guidance_alone_or_between_unlike_shapes() -> None
     for guidance in (None, 1.0):
         distance.add("cond", (drawn(2, 8),), guidance)
         distance.add("uncond", (drawn(2, 8),), guidance)
-    assert distance.take() is None
+    assert taken(distance) is None
     distance.add("cond", (drawn(2, 8),), 4.0)
-    assert distance.take() is None
+    assert taken(distance) is None
     distance.add("cond", (drawn(2, 8),), 4.0)
     distance.add("uncond", (drawn(3, 8),), 4.0)
-    assert distance.take() is None
+    assert taken(distance) is None
     distance.add("cond_uncond", (drawn(1, 8),), 4.0)
-    assert distance.take() is None
+    assert taken(distance) is None
     distance.add("cond", (torch.zeros(2, 8),), 4.0)
     distance.add("uncond", (torch.zeros(2, 8),), 4.0)
-    assert distance.take() is None
+    assert taken(distance) is None
 
 
 class Seeing(GapControl):
@@ -82,7 +109,7 @@ class Seeing(GapControl):
         super().see_distance(step, distance)
 
 
-@pytest.mark.parametrize("name", ["wan", "qwen", "ltx"])
+@pytest.mark.parametrize("name", ["wan", "qwen", "ltx", "sd3", "zimage"])
 def test_gap_control_is_told_the_distance_in_a_pipeline(name: str) -> None:
     family = present(name)
     pipe = family.make()
@@ -91,7 +118,8 @@ def test_gap_control_is_told_the_distance_in_a_pipeline(name: str) -> None:
     put_around(find_targets(pipe), "seeing", lambda _: policy)
     outputs = [each.double() for each in transformer_outputs(family, pipe, steps=12, guidance=4.0)]
     if len(outputs) == 12:  # both in one batch
-        pairs = [each.chunk(2)[::-1] for each in outputs]
+        order = 1 if name == "zimage" else -1
+        pairs = [each.chunk(2)[::order] for each in outputs]
     else:  # cond comes first
         pairs = list(zip(outputs[::2], outputs[1::2], strict=True))
     # Of the run at least 0.85 must be left: of twelve even steps, that is two.

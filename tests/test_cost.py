@@ -72,7 +72,9 @@ def test_one_wait_for_each_measured_change(family: Family, cache: str) -> None:
 
 
 @cross(
-    "family, cache", family_params("wan", "flux", "cogvideox"), ["gap control", "adaptive", "plan", "plan, all steps"]
+    "family, cache",
+    family_params("wan", "flux", "cogvideox", "sd3", "zimage"),
+    ["gap control", "adaptive", "plan", "plan, all steps"],
 )
 def test_error_is_asked_for_at_most_once_a_computed_step(family: Family, cache: str) -> None:
     """Of all branches together. What stands as a step's change is an estimate, which is made on the host."""

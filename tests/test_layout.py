@@ -25,6 +25,7 @@ FLOORS = [
         "caching/cache_handler",
         "caching/cache_config",
         "caching/run_log",
+        "caching/guided_step",
         "caching/foreign",
         "caching/full_calls",
         "caching/patch_summary",

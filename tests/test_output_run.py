@@ -281,6 +281,109 @@ def test_memory_of_a_mixed_error_is_counted() -> None:
     assert kept.nbytes() == (5 + 1) * output(0).numel() * 4
 
 
+class Scheduler:
+    """Its step is given what guidance makes of a batch."""
+
+    def step(self, model_output: Tensor) -> Tensor:
+        return model_output
+
+
+def halves(step: int) -> Tensor:
+    return torch.cat([output(step, "uncond"), output(step)])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_error_of_one_batch_is_that_of_what_the_scheduler_is_given(named: bool) -> None:
+    policy, scheduler = Laid("xxxxx"), Scheduler()
+    kept = OutputRun(policy)
+    for step in range(5):
+        kept.decide(at(step), "transformer")
+        (made,) = kept.computed("cond", (halves(step),), None, scheduler)
+        guided = torch.lerp(*made.chunk(2), 4.0)
+        scheduler.step(model_output=guided) if named else scheduler.step(guided)
+        assert vars(scheduler) == {}
+    guided = [torch.lerp(*halves(step).chunk(2), 4.0) for step in range(4)]
+    assert policy.errors[2] == pytest.approx(line_error(guided[:3]), rel=1e-4)
+    assert policy.errors[3] == pytest.approx(line_error(guided[1:]), rel=1e-4)
+
+
+class Correcting(Laid):
+    """Puts half of the line into each computed step after a skipped one."""
+
+    def weights(self, step: int, nodes: Sequence[int]) -> Weights:
+        if step in nodes and step >= 3:
+            return {step: 1.5, nodes[1]: -0.5}
+        return super().weights(step, nodes)
+
+
+def test_error_of_one_batch_that_was_corrected_is_that_of_what_was_computed() -> None:
+    policy, scheduler = Correcting("xx.xx"), Scheduler()
+    kept = OutputRun(policy)
+    for step in range(5):
+        if kept.decide(at(step), "transformer").compute:
+            (made,) = kept.computed("cond", (halves(step),), None, scheduler)
+            guided = torch.lerp(*made.chunk(2), 4.0)
+            made.fill_(float("nan"))
+            scheduler.step(guided)
+    seen = [torch.lerp(*halves(step).chunk(2), 4.0) for step in range(4)]
+    line = seen[1] + 2 * (seen[1] - seen[0])
+    assert policy.errors[3] == pytest.approx(float((line - seen[3]).norm() / seen[3].norm()), rel=1e-4)
+
+
+def test_step_that_does_not_come_leaves_the_error_of_one_branch() -> None:
+    policy, scheduler = Laid("xxxx"), Scheduler()
+    kept = OutputRun(policy)
+    for step in range(4):
+        kept.decide(at(step), "transformer")
+        kept.computed("cond", (halves(step),), None, scheduler)
+    assert policy.errors[2] == pytest.approx(line_error([halves(step) for step in range(3)]), rel=1e-4)
+    assert vars(scheduler) == {}, "no decision comes after the last step"
+
+
+@pytest.mark.parametrize("given", [None, 3.0, torch.tensor(1.0), torch.zeros(3, 4), torch.zeros(0, 4)])
+def test_step_of_another_form_leaves_the_error_of_one_branch(given: Any) -> None:
+    policy, scheduler = Laid("xxxx"), Scheduler()
+    kept = OutputRun(policy)
+    for step in range(4):
+        kept.decide(at(step), "transformer")
+        kept.computed("cond", (halves(step),), None, scheduler)
+        scheduler.step(given)
+    assert policy.errors[2] == pytest.approx(line_error([halves(step) for step in range(3)]), rel=1e-4)
+
+
+def test_scheduler_that_cannot_be_watched_leaves_the_error_of_one_branch() -> None:
+    class Slotted:
+        __slots__ = ("__weakref__",)
+
+        def step(self, model_output: Tensor) -> Tensor:
+            return model_output
+
+    policy, scheduler = Laid("xxxx"), Slotted()
+    kept = OutputRun(policy)
+    for step in range(4):
+        kept.decide(at(step), "transformer")
+        (made,) = kept.computed("cond", (halves(step),), None, scheduler)
+        scheduler.step(torch.lerp(*made.chunk(2), 4.0))
+    assert policy.errors[2] == pytest.approx(line_error([halves(step) for step in range(3)]), rel=1e-4)
+
+
+def test_memory_of_what_waits_for_the_scheduler_is_counted() -> None:
+    kept, scheduler, size = OutputRun(Laid("xxxxx")), Scheduler(), halves(0).numel() * 4
+    for step in range(3):
+        kept.decide(at(step), "transformer")
+        kept.computed("cond", (halves(step),), None, scheduler)
+    assert kept.nbytes() == 4 * size
+    kept.beside((output(2),))
+    assert kept.nbytes() == 4.5 * size
+    scheduler.step(output(2))
+    assert kept.nbytes() == 3 * size
+    kept.decide(at(3), "transformer")
+    kept.computed("cond", (halves(3),), None, scheduler)
+    kept.close()
+    assert kept.nbytes() == 4 * size
+    assert vars(scheduler) == {}
+
+
 def test_list_of_tensors_comes_back_as_one() -> None:
     kept = OutputRun(Laid("xx."))
     for step in range(2):

@@ -115,3 +115,36 @@ def test_error_that_is_no_number_stays_none() -> None:
     error = PredictionError()
     error.add("cond", (torch.full((3,), math.nan),), (torch.ones(3),), None)
     assert math.isnan(error.take() or 0.0)
+
+
+@pytest.mark.parametrize(
+    ("branch", "uncond_first"), [("cond_uncond", True), ("uncond+cond", True), ("cond+uncond", False)]
+)
+def test_halves_of_a_batch_are_combined_in_the_order_of_its_name(branch: str, uncond_first: bool) -> None:
+    uncond, cond = pair(0, 2, 5, 3), pair(1, 2, 5, 3)
+    order = (uncond, cond) if uncond_first else (cond, uncond)
+    error = PredictionError()
+    predicted, computed = (torch.cat(both) for both in zip(*order, strict=True))
+    error.add(branch, (predicted,), (computed,), GUIDANCE)
+    guided = [u + GUIDANCE * (c - u) for u, c in zip(uncond, cond, strict=True)]
+    assert error.take() == pytest.approx(relative(*guided), rel=1e-4)
+
+
+@pytest.mark.parametrize("branch", ["cond#2", "tile", "uncond_stg", "cond of refiner"])
+def test_batch_of_any_other_name_is_taken_as_a_whole(branch: str) -> None:
+    predicted, computed = pair(0, 4, 5, 3)
+    error = PredictionError()
+    error.add(branch, (predicted,), (computed,), GUIDANCE)
+    assert error.take() == pytest.approx(relative(predicted, computed), rel=1e-4)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+@pytest.mark.parametrize("branch", ["cond", "tile"])
+def test_error_of_a_combination_takes_the_place_of_that_of_one_branch(branch: str, is_right: bool) -> None:
+    predicted, computed = pair(0, 4, 5, 3)
+    error = PredictionError()
+    error.add(branch, (predicted, predicted), (computed, computed), GUIDANCE)
+    error.combine(torch.tensor([0.09, 1.0]), torch.tensor(is_right))
+    assert error.nbytes() == 0
+    assert error.take() == pytest.approx(0.3 if is_right else relative(predicted, computed), rel=1e-4)
+    assert error.take() is None

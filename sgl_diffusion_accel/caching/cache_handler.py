@@ -66,6 +66,10 @@ class CacheHandler(PatchHandler, Generic[_Call]):
     def _begin(self, module: nn.Module, where: Where) -> _Call | Instead:
         """Begins a call that has a place, or answers for it."""
 
+    def _beside(self, where: Where) -> _Call | None:  # noqa: ARG002
+        """Begins a call that is neither predicted nor kept; None where it is of no interest."""
+        return None
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | Instead | None:
         """Begins a transformer call: where is it, and is it computed?"""
         if self.current is not None:  # the transformer's wrapper (`targets.Target`) has entered this call already
@@ -81,8 +85,9 @@ class CacheHandler(PatchHandler, Generic[_Call]):
         if argument is not None:
             self._log.decided(where, Decision(True, "arguments forbid skipping"))
             self._log.tell(where.run, full_call_remark(argument))
-            return None
-        begun = self._begin(module, where)
+            begun: _Call | Instead | None = self._beside(where)
+        else:
+            begun = self._begin(module, where)
         if not isinstance(begun, Instead):
             self._threads.current = begun
         return begun

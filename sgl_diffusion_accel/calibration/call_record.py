@@ -13,8 +13,7 @@ from torch import Tensor
 from sgl_diffusion_accel.calibration.design import Matrix
 from sgl_diffusion_accel.calibration.growth import Disturbance
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
-from sgl_diffusion_accel.intercept import intercept, release
-from sgl_diffusion_accel.shadow import restore, shadow
+from sgl_diffusion_accel.shadow import stand_before
 from sgl_diffusion_accel.slots import Instead, original_class
 
 SKETCH = 1 << 18
@@ -168,14 +167,7 @@ def recording(pipe: Any) -> Iterator[Watch]:
 
 def _watch(scheduler: Any, watch: Watch) -> Callable[[], None]:
     """Puts the watch in front of a scheduler's `step`, and returns what takes it away."""
-    held = vars(scheduler).get("step")
-    if held is not None:  # somebody else has put a step on this instance
-        watch.call = held
-        vars(scheduler)["step"] = put = shadow(scheduler, held, watch)
-        return partial(restore, scheduler, "step", put, held)
     # Of a kind there is one handler at a time: two recordings at once must not replace each other.
-    kind = f"recording {id(watch):x}"
     kind_of: Any = original_class(scheduler)
-    watch.call = partial(kind_of.step, scheduler)
-    intercept(scheduler, kind, watch, "step")
-    return partial(release, scheduler, kind, "step")
+    watch.call = vars(scheduler).get("step") or partial(kind_of.step, scheduler)
+    return partial(stand_before(scheduler, "step", f"recording {id(watch):x}", watch), scheduler)

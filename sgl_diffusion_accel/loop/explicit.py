@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
-from sgl_diffusion_accel.frames import Locals, Place, asking, entering, frames_from
+from sgl_diffusion_accel.frames import Locals, Place, asking, frames_from
 from sgl_diffusion_accel.loop.code_loops import loops_around
 from sgl_diffusion_accel.loop.step_proof import Schedule
 from sgl_diffusion_accel.validate import finite, is_number, names_checked
@@ -249,69 +249,3 @@ def _schedule(given: Any) -> Tensor:
     if schedule.device.type == "cpu" and not bool(schedule.isfinite().all()):
         raise ConfigError("timesteps holds a number that is not finite.")
     return schedule
-
-
-class NamedBranch:
-    """A branch that is entered with `with`. Made by `branch`."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        # A stack: the same object may be entered again before it is left.
-        self._places: list[Place] = []
-
-    @property
-    def place(self) -> Place:
-        """The frame that has entered it."""
-        return self._places[-1]
-
-    def __enter__(self) -> NamedBranch:
-        self._places.append(entering())
-        _branches.set((*_branches.get(), self))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Not by a token: a generator may be closed in another context than it was begun in.
-        self._places.pop()
-        entered = list(_branches.get())
-        if self in entered:
-            del entered[len(entered) - 1 - entered[::-1].index(self)]
-            _branches.set(tuple(entered))
-
-
-_branches: ContextVar[tuple[NamedBranch, ...]] = ContextVar("branch", default=())
-
-
-def branch(name: str) -> NamedBranch:
-    """Tells which branch of a denoising step the transformer calls inside a `with` belong to.
-
-    What a cache keeps of one branch never reaches another. In a loop by `denoising_steps` a call without a name is
-    `"cond"`, and further ones in the same step are told apart by what they are given and by their order; with a name
-    nothing is left to that. The names `"cond"` and `"uncond"` are those that guidance combines. It also names the calls
-    of a pipeline's own method, where it is entered in that method, and counts less there than a `cache_context` that is
-    entered inside of it.
-
-    Args:
-        name: Any name; the same one at every step.
-
-    Returns:
-        A context manager.
-
-    Raises:
-        ConfigError: The name is empty.
-        ConfigTypeError: It is no string.
-
-    Example:
-        >>> with branch("uncond"):
-        ...     noise = pipe.transformer(latents, t, no_text).sample
-    """
-    given: object = name
-    if not isinstance(given, str):
-        raise ConfigTypeError(f"the name of a branch is a {type(given).__name__}; allowed: a string, such as 'cond'.")
-    if not given.strip():
-        raise ConfigError("the name of a branch is empty; allowed: any other, such as 'cond' or 'uncond'.")
-    return NamedBranch(given.strip())
-
-
-def branches_entered() -> Iterator[NamedBranch]:
-    """The branches that this context is in, innermost first."""
-    return reversed(_branches.get())

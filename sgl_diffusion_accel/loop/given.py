@@ -68,6 +68,11 @@ class Latents(NamedTuple):
     device: torch.device
     number: int
 
+    @property
+    def samples(self) -> int:
+        """Of the batch; 0 for a tensor without dimensions."""
+        return self.number if self.number > 1 else self.shape[0] if self.shape else 0
+
 
 def latents_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Latents | None:
     """The form of the first tensor of a call, or list of them: the latents. None where there is none."""

@@ -21,8 +21,9 @@ from sgl_diffusion_accel.cache_contexts import cache_context_of
 from sgl_diffusion_accel.frames import Locals, frames_from, key_of
 from sgl_diffusion_accel.loop.code_loops import loops_around
 from sgl_diffusion_accel.loop.context_loop import loop_of_context
-from sgl_diffusion_accel.loop.explicit import StepIterator, branches_entered, loops_entered
+from sgl_diffusion_accel.loop.explicit import StepIterator, loops_entered
 from sgl_diffusion_accel.loop.given import switches_on
+from sgl_diffusion_accel.loop.named_branch import branches_entered
 from sgl_diffusion_accel.loop.pipeline_frames import (
     branch_by_name,
     callback_codes,

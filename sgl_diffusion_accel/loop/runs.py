@@ -26,6 +26,9 @@ class Kept(ABC):
     def nbytes(self) -> int:
         """Bytes of the tensors that are kept."""
 
+    def close(self) -> None:  # noqa: B027  # most have put nothing anywhere
+        """Takes away what it has put on other objects: the run is over."""
+
 
 @dataclass
 class _Passed:
@@ -216,6 +219,8 @@ class Run:
 
     def end(self) -> None:
         """Lets go of all that was kept."""
+        if self.kept is not None:
+            self.kept.close()
         self.kept = self.stats = self._sigmas = None
         self._ends.clear()
 

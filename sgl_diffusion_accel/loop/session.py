@@ -15,6 +15,7 @@ from torch import nn
 from sgl_diffusion_accel.caching.parts.stats import RunStats, Stats
 from sgl_diffusion_accel.loop.given import Latents, latents_given, tensors_given
 from sgl_diffusion_accel.loop.locate import locate
+from sgl_diffusion_accel.loop.named_branch import refuse_uneven
 from sgl_diffusion_accel.loop.places import HOW_TO_PLACE, LoopCall, Unplaced
 from sgl_diffusion_accel.loop.runs import Run, Runs
 from sgl_diffusion_accel.targets import branch_label, unwrap
@@ -100,8 +101,10 @@ class Session:
     def _place(
         self, component: str, module: nn.Module, call: LoopCall, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Where:
-        run, is_new = self.runs.find(call)
         latents = latents_given(args, kwargs)
+        if latents is not None:
+            refuse_uneven(call.branch, latents.samples)
+        run, is_new = self.runs.find(call)
         if is_new:
             run.stats = self.stats.start(run.total)
             run.number = self.stats.started

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from sgl_diffusion_accel.caching.blocks.entry import Entry
 from sgl_diffusion_accel.caching.blocks.layout import Layout, find_block_lists
 from sgl_diffusion_accel.caching.blocks.wiring import Form, Wiring, passing
+from sgl_diffusion_accel.caching.guided_step import GuidedStep
 from sgl_diffusion_accel.caching.parts.decider import Decider
+from sgl_diffusion_accel.caching.parts.guided_parts import may_hold_parts
 from sgl_diffusion_accel.caching.parts.history import History
+from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
 from sgl_diffusion_accel.caching.parts.policies import Policy, Tally
 from sgl_diffusion_accel.caching.parts.predictors import Predictor
 from sgl_diffusion_accel.caching.parts.signals import Signal
@@ -133,16 +136,41 @@ class BlockRun(Kept):
         shared: The deciders that all branches share (`Policy.is_shared`), by component; those that run at the same
             steps count as one.
         schedules: The changes of a signal that are known for all steps, by component.
+        guided: Has waited last for what the scheduler is given; None before the first time.
     """
 
     branches: dict[tuple[str, str], Branch] = field(default_factory=dict)
     shared: dict[str, Decider] = field(default_factory=dict)
     schedules: dict[str, HostCopy] = field(default_factory=dict)
+    guided: GuidedStep | None = None
 
     def nbytes(self) -> int:
         """Bytes of the tensors that are kept."""
         waiting = sum(decider.nbytes() for decider in self.shared.values())
+        waiting += self.guided.nbytes() if self.guided is not None else 0
         return waiting + sum(branch.nbytes() for branch in self.branches.values())
+
+    def close(self) -> None:
+        """Waits for no step of the scheduler any more."""
+        if self.guided is not None:
+            self.guided.close()
+
+    def await_step(self, decider: Decider, scheduler: Any, output: Tensors, guesses: Tensors, found: Tensors) -> None:
+        """Has the scheduler's next step tell how the parts of a batch are combined, where it may hold several.
+
+        Args:
+            decider: Has taken the error of the call.
+            scheduler: What will step the latents; None where it is not known.
+            output: What the transformer returned.
+            guesses: Residuals that were predicted.
+            found: Those that were computed.
+        """
+        is_alone = len({branch for _, branch in self.branches}) == 1
+        is_whole = self.guided is not None and self.guided.is_whole
+        if guesses and scheduler is not None and is_alone and not is_whole and may_hold_parts(output):
+            own = tuple(tensor.detach().clone() for tensor in output)  # the caller may write over it
+            self.guided = GuidedStep(decider.error, own, guesses, found, are_outputs=False)
+            self.guided.wait(scheduler)
 
     @classmethod
     def of(cls, run: Run) -> BlockRun:

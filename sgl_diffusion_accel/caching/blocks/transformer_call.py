@@ -20,6 +20,7 @@ from sgl_diffusion_accel.caching.blocks.order import BlockOrder
 from sgl_diffusion_accel.caching.blocks.parallel import local_part, signal_reduction
 from sgl_diffusion_accel.caching.blocks.wiring import Call, elements, form_of
 from sgl_diffusion_accel.caching.parts.history import History, Residuals
+from sgl_diffusion_accel.caching.parts.output_tensors import take_apart
 from sgl_diffusion_accel.caching.parts.policies import Decision, Position
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.intercept import eager
@@ -50,6 +51,7 @@ class TransformerCall:
         self._module = module
         self._key = (model.name, where.branch)
         self._kept = BlockRun.of(where.run)
+        self._kept.close()  # the scheduler's step has come, or another branch instead
         self._branch = self._kept.branches.setdefault(self._key, Branch())
         self._decider = model.decider(where, self._kept, self._branch)
         policy, seen = self._decider.policy, self._branch.seen
@@ -128,17 +130,17 @@ class TransformerCall:
         if self._where.is_last:
             self._kept.branches.pop(self._key, None)
         if self._keeps:
-            self._keep()
+            self._keep(output)
         else:
             branch.forget(branch.signature)
         self._show(output)
         return output
 
-    def _keep(self) -> None:
+    def _keep(self, output: Any) -> None:
         branch, time = self._branch, self._time()
         if self._decider.policy.needs_error:
             # Before the new residuals are in the history: they would predict themselves.
-            self._compare(time)
+            self._compare(time, output)
         for list_index, residuals in self._residuals.items():
             history = branch.histories.setdefault(list_index, History(self._parts.predictor.depth))
             history.append(time, residuals)
@@ -204,6 +206,7 @@ class TransformerCall:
         # A batch shrinks where guidance ends, a ControlNet may begin: what was kept before is of no use then.
         if branch.histories and branch.signature != signature:
             branch.forget()
+            self._kept.guided = None
         branch.signature = signature
         if not branch.histories and policy.may_skip(self._position):
             decider.restart(self._position)
@@ -266,7 +269,7 @@ class TransformerCall:
         step = self._where.step
         return self.run.sigmas()[step] if self._parts.spacing == "sigma" else float(step)
 
-    def _compare(self, time: float) -> None:
+    def _compare(self, time: float, output: Any) -> None:
         """Tells the policy what would have been predicted, beside what was computed."""
         predicted, computed = [], []
         for list_index, residuals in self._residuals.items():
@@ -285,6 +288,7 @@ class TransformerCall:
         where, reduce = self._where, signal_reduction(self._module)
         guesses, residuals_ = tuple(predicted), tuple(computed)
         self._decider.compare(where.step, where.branch, guesses, residuals_, where.run.guidance, reduce)
+        self._kept.await_step(self._decider, where.run.scheduler, take_apart(output)[0], guesses, residuals_)
 
     def _predict(self, history: History, inputs: list[Any]) -> list[Any]:
         weights = self._model.weights(history.times, self._time())

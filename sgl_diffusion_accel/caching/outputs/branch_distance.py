@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
-
-_GUIDED = ("cond", "uncond")
+from sgl_diffusion_accel.caching.parts.prediction_error import GUIDED, IN_ONE_BATCH
 
 
 class BranchDistance:
@@ -33,10 +33,13 @@ class BranchDistance:
         """
         if guidance is None or guidance <= 1:
             return
-        if branch not in _GUIDED:  # both in one batch, the unconditional half first
+        if branch in IN_ONE_BATCH:
             halves = [each.chunk(2) for each in computed]
             if all(len(each) == 2 for each in halves):
-                self._measure([each[1] for each in halves], [each[0] for each in halves])
+                cond = 0 if IN_ONE_BATCH[branch] else 1
+                self._measure([each[cond] for each in halves], [each[1 - cond] for each in halves])
+        elif branch not in GUIDED:
+            return
         elif self._waiting is None or self._waiting[0] == branch:
             self._waiting = (branch, computed)
         else:
@@ -50,10 +53,32 @@ class BranchDistance:
             given = one.float()
             self._squares.append(torch.stack([(given - other.float()).square().sum(), given.square().sum()]))
 
-    def take(self) -> float | None:
-        """The distance at the step that is over; None where there was none."""
+    def meet(self, parts: Sequence[Tensor], weights: Sequence[Tensor], is_right: Tensor) -> None:
+        """Takes the parts of a batch that turned out to hold several; see `guided_parts`.
+
+        Args:
+            parts: `[B, N]` each, in any order.
+            weights: With which they were combined, `[B, 1]` each.
+            is_right: Whether they were; a tensor of one bool. Else all remains as it was.
+        """
+        if len(parts) != 2:
+            return
+        one, other = (part.float() for part in parts)
+        is_cond = weights[0].abs() >= weights[1].abs()  # g against 1 - g
+        size = torch.where(is_cond, one, other).square().sum()
+        found = torch.stack([(one - other).square().sum(), size])
+        before = torch.stack(self._squares).sum(0) if self._squares else torch.full_like(found, torch.nan)
+        self._squares = [torch.where(is_right, found, before.to(found.device))]
+
+    def squares(self) -> Tensor | None:
+        """‖c - u‖² and ‖c‖² at the step that is over, `[2]` on the device; None where there is no distance."""
         squares, self._squares, self._waiting = self._squares, [], None
-        if not squares:
-            return None
-        apart, size = torch.stack([each.to(squares[0].device) for each in squares]).sum(0).tolist()
-        return float((apart / size) ** 0.5) if size else None
+        return torch.stack([each.to(squares[0].device) for each in squares]).sum(0) if squares else None
+
+
+def distance_of(squares: Sequence[float]) -> float | None:
+    """The distance by its squares as they were read; None where they tell none."""
+    if len(squares) != 2 or not squares[1]:
+        return None
+    distance = float((squares[0] / squares[1]) ** 0.5)
+    return distance if math.isfinite(distance) else None

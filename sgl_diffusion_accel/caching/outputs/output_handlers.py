@@ -45,15 +45,44 @@ class ComputedCall:
 
     def finish(self, output: Any) -> Any:
         """Keeps what was computed, and returns it, corrected by what was skipped before."""
-        return self._kept.computed(self._branch, output, self._guidance)
+        return self._kept.computed(self._branch, output, self._guidance, self.run.scheduler)
 
-    cut_off = finish  # what was skipped before is corrected here or never
+    def cut_off(self, output: Any) -> Any:
+        """The same, and nothing is asked any more: what was skipped before is corrected here or never."""
+        return self._kept.computed(self._branch, output, self._guidance)
 
     def abandon(self) -> None:
         """Nothing: what is kept is the run's, and gone with it."""
 
 
-class OutputCacheHandler(CacheHandler[ComputedCall]):
+class CallBeside:
+    """A transformer call that is always computed, such as that of skip-layer guidance.
+
+    Args:
+        where: Where it is.
+        kept: What is kept of its run.
+    """
+
+    __slots__ = ("_kept", "run")
+
+    def __init__(self, where: Where, kept: OutputRun) -> None:
+        self.run = where.run
+        self._kept = kept
+
+    def finish(self, output: Any) -> Any:
+        """Shows what it returned to what waits for the scheduler's step."""
+        self._kept.beside(output)
+        return output
+
+    def cut_off(self, output: Any) -> Any:
+        """Nothing is asked any more."""
+        return output
+
+    def abandon(self) -> None:
+        """Nothing: it holds nothing."""
+
+
+class OutputCacheHandler(CacheHandler[ComputedCall | CallBeside]):
     """Caches the calls of one transformer as wholes.
 
     Args:
@@ -81,6 +110,9 @@ class OutputCacheHandler(CacheHandler[ComputedCall]):
         if where.is_last:
             kept.end(where.branch)
         return Instead(output)
+
+    def _beside(self, where: Where) -> CallBeside | None:
+        return CallBeside(where, where.run.kept) if isinstance(where.run.kept, OutputRun) else None
 
     def _kept(self, run: Run) -> OutputRun:
         if not isinstance(run.kept, OutputRun):

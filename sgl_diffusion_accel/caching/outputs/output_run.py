@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.outputs.branch_distance import BranchDistance
+from sgl_diffusion_accel.caching.guided_step import GuidedStep
+from sgl_diffusion_accel.caching.outputs.branch_distance import BranchDistance, distance_of
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH, CallPolicy
+from sgl_diffusion_accel.caching.parts.guided_parts import may_hold_parts
 from sgl_diffusion_accel.caching.parts.multistep import Weights
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors, combine, take_apart
 from sgl_diffusion_accel.caching.parts.policies import Decision, Position, Tally
@@ -58,11 +60,13 @@ class OutputRun(Kept):
         self._weights: Weights | None = None
         self._error = PredictionError(ends_alike=True)
         self._distance = BranchDistance()
+        self._guided: GuidedStep | None = None
 
     def nbytes(self) -> int:
         """Bytes of the outputs that are kept."""
         kept = [tensor for branch in self._branches.values() for each in branch.outputs.values() for tensor in each]
-        return self._error.nbytes() + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        waiting = self._guided.nbytes() if self._guided is not None else 0
+        return self._error.nbytes() + waiting + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def decide(self, where: Where, component: str) -> Decision:
         """Decides a transformer call; all branches of a step share one decision.
@@ -90,15 +94,18 @@ class OutputRun(Kept):
 
     def _begin(self, position: Position, component: str, latents: Latents | None) -> None:
         policy, step = self._policy, position.step
-        # Only now: all branches of the step before have come, and the device is asked for one number.
-        error = self._error.take()
+        self.close()
+        # Only now: all branches of the step before have come, and the device is asked once.
+        error, squares = self._error.take_with(self._distance.squares())
         if error is not None:
             policy.observe(self._step, error)
-        distance = self._distance.take()
+        distance = distance_of(squares)
         if distance is not None:
             policy.see_distance(self._step, distance)
         is_new = latents != self._latents or (component != self._component and not policy.spans_models)
         self._decision = policy.decide(position, self._tally, _no_change)
+        if is_new:
+            self._guided = None
         if is_new or not self._nodes:
             if self._nodes:
                 policy.restart(position)
@@ -126,17 +133,29 @@ class OutputRun(Kept):
         """Lets a branch go after its last step."""
         self._branches.pop(branch, None)
 
-    def computed(self, branch: str, output: Any, guidance: float | None) -> Any:
+    def beside(self, output: Any) -> None:
+        """Learns what a call of the present step returned that is never predicted."""
+        if self._guided is not None:
+            self._guided.beside(take_apart(output)[0])
+
+    def close(self) -> None:
+        """Waits for no step of the scheduler any more."""
+        if self._guided is not None:
+            self._guided.close()
+
+    def computed(self, branch: str, output: Any, guidance: float | None, scheduler: Any = None) -> Any:
         """Keeps what a computed call has returned, and corrects it by what was skipped before.
 
         Args:
             branch: The branch.
             output: What the transformer returned.
             guidance: The scale with which the pipeline will combine the branches, where it is known.
+            scheduler: What will step the latents, where it is known.
 
         Returns:
             What the caller gets: `output` itself if nothing was skipped before.
         """
+        self.close()  # of the step's first call, which has turned out not to be the only one
         tensors, form = take_apart(output)
         # Where nothing is skipped before or after, the output goes through untouched: no copy, and bitwise equal.
         if not self._policy.needs_later(self._step) and self._weights == {self._step: 1.0}:
@@ -147,17 +166,32 @@ class OutputRun(Kept):
         own = tuple(tensor.detach().clone() for tensor in tensors)  # the caller may write into what it gets
         kept.outputs[self._step] = own
         kept.form = form
+        given, weights = own, self._weights or {}
+        if self._decision.compute and len(weights) > 1 and kept.has(list(weights)):
+            given = combine([(weight, kept.outputs[node]) for node, weight in weights.items()])
+            output = form(given)
+        guess: Tensors = ()
         if self._expected is not None and self._policy.needs_error and kept.has(list(self._expected)):
             guess = combine([(weight, kept.outputs[node]) for node, weight in self._expected.items()])
             self._error.add(branch, guess, own, guidance)
-        if self._policy.needs_distance(self._step):
-            self._distance.add(branch, own, guidance)
-        weights = self._weights or {}
-        if self._decision.compute and len(weights) > 1 and kept.has(list(weights)):
-            output = form(combine([(weight, kept.outputs[node]) for node, weight in weights.items()]))
+        distance = self._distance if self._policy.needs_distance(self._step) else None
+        if distance is not None:
+            distance.add(branch, own, guidance)
+        if scheduler is not None and (guess or distance is not None) and self._may_hold_branches(own):
+            # A correction is the caller's, who may write over it.
+            kept_given = own if given is own else tuple(tensor.clone() for tensor in given)
+            tell = None if distance is None else distance.meet
+            self._guided = GuidedStep(self._error, kept_given, guess, own, tell=tell)
+            self._guided.wait(scheduler)
         keeps = self._policy.needs_later(self._step)
         kept.outputs = {node: each for node, each in kept.outputs.items() if keeps and node in self._nodes}
         return output
+
+    def _may_hold_branches(self, own: Tensors) -> bool:
+        """Whether a call may hold all that guidance combines: no other one comes, and its batch is no whole one."""
+        is_alone = len(self._branches) == 1 and self._policy.needs_later(self._step)
+        is_whole = self._guided is not None and self._guided.is_whole
+        return is_alone and not is_whole and may_hold_parts(own)
 
 
 def _no_change() -> float:

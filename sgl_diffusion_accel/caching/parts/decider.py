@@ -17,23 +17,26 @@ class Decider:
 
     Args:
         policy: The policy.
+
+    Attributes:
+        error: That of the step so far.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self._error = PredictionError()
+        self.error = PredictionError()
         self._reduce: Reduce | None = None
         self._step = -1  # at which the errors were made
 
     def nbytes(self) -> int:
         """Bytes of the errors that wait for another branch."""
-        return self._error.nbytes()
+        return self.error.nbytes()
 
     def decide(self, position: Position, tally: Tally, change: Change) -> Decision:
         """What the policy decides, once it has seen the errors of the step before."""
         # At the first branch of the next step the error is complete, with all branches of the step before.
         if self._step != position.step:
-            error = self._error.take(self._reduce)
+            error = self.error.take(self._reduce)
             if error is not None:
                 self.policy.observe(self._step, error)
         policy = self.policy
@@ -51,7 +54,7 @@ class Decider:
 
     def restart(self, position: Position) -> None:
         """Tells the policy of a branch of which nothing is known: what was seen before is of no use."""
-        self._error.forget()
+        self.error.forget()
         self.policy.restart(position)
 
     def compare(
@@ -74,8 +77,8 @@ class Decider:
             reduce: Adds up over devices, where each sees a part of the tokens; None where this one sees all.
         """
         self._step, self._reduce = step, reduce
-        self._error.add(branch, predicted, computed, guidance)
+        self.error.add(branch, predicted, computed, guidance)
 
     def forget(self) -> None:
         """Lets go of all tensors: a call failed."""
-        self._error.forget()
+        self.error.forget()

@@ -10,7 +10,10 @@ from torch import Tensor
 from sgl_diffusion_accel.caching.parts.output_tensors import Tensors
 from sgl_diffusion_accel.caching.parts.signals import Reduce
 
-_GUIDED = ("cond", "uncond")
+GUIDED = ("cond", "uncond")
+IN_ONE_BATCH = {"cond_uncond": False, "uncond+cond": False, "cond+uncond": True}
+"""Names of calls that hold both branches, and whether the conditional half comes first. The first name is diffusers'
+own, which says nothing of the order; its pipelines put the unconditional half first."""
 
 _Pair = tuple[Tensor, Tensor]  # what was predicted wrongly, and what was computed
 
@@ -47,13 +50,33 @@ class PredictionError:
         pairs = [(one - other, other) for one, other in zip(predicted, computed, strict=True)]
         if guidance is None or guidance <= 1:
             self._sum(pairs)
-        elif branch in _GUIDED:
+        elif branch in GUIDED:
             # u + g(c - u) = g·c + (1 - g)·u: so either branch may come first.
             self._meet(guidance if branch == "cond" else 1 - guidance, pairs)
-        else:  # both in one batch, the unconditional half first
+        elif branch in IN_ONE_BATCH:
+            # c + (1 - g)(u - c) is the same as u + g(c - u), from the other end.
+            towards = 1 - guidance if IN_ONE_BATCH[branch] else guidance
             halves = [[each.chunk(2) for each in pair] for pair in pairs]
             is_even = all(len(error) == 2 and error[0].shape == error[1].shape for error, _ in halves)
-            self._sum([(_mix(a, guidance), _mix(b, guidance)) for a, b in halves] if is_even else pairs)
+            self._sum([(_mix(a, towards), _mix(b, towards)) for a, b in halves] if is_even else pairs)
+        else:
+            self._sum(pairs)
+
+    def combine(self, sums: Tensor, is_right: Tensor) -> None:
+        """Replaces the error of the step so far by that of what its one call was combined to.
+
+        Args:
+            sums: Squares of the error and of the size, `[2]`.
+            is_right: Whether it was; a tensor of one bool. Else all remains.
+        """
+        self._end_waiting()
+        alone = torch.stack([each.to(sums.device) for each in self._sums]).sum(0)
+        self._sums = [torch.where(is_right, sums, alone)]
+
+    def _end_waiting(self) -> None:
+        if self._waiting is not None:  # the other branch does not come
+            (_, alone), self._waiting = self._waiting, None
+            self._sum(alone)
 
     def _meet(self, factor: float, pairs: list[_Pair]) -> None:
         if self._waiting is None:
@@ -78,17 +101,34 @@ class PredictionError:
         Args:
             reduce: Adds up over devices, where each sees only a part.
         """
-        if self._waiting is not None:  # the other branch did not come
-            (_, alone), self._waiting = self._waiting, None
-            self._sum(alone)
-        if not self._sums:
-            return None
-        sums = torch.stack([each.to(self._sums[0].device) for each in self._sums]).sum(0).detach()
-        self._sums.clear()
-        if reduce is not None:
-            reduce(sums)
-        error, size = sums.tolist()
-        return float("inf") if size == 0 else (error / size) ** 0.5
+        return self.take_with(None, reduce)[0]
+
+    def take_with(self, others: Tensor | None, reduce: Reduce | None = None) -> tuple[float | None, list[float]]:
+        """The same, and other numbers of the step, for which the device is then not waited for again.
+
+        Args:
+            others: `[n]`; None for none.
+            reduce: As for `take`.
+
+        Returns:
+            The error and the other numbers.
+        """
+        self._end_waiting()
+        found: list[Tensor] = []
+        measured = bool(self._sums)
+        if measured:
+            sums = torch.stack([each.to(self._sums[0].device) for each in self._sums]).sum(0).detach()
+            self._sums.clear()
+            if reduce is not None:
+                reduce(sums)
+            found.append(sums)
+        if others is not None:
+            found.append(others.detach().to(found[0].device if found else others.device))
+        numbers = torch.cat(found).tolist() if found else []
+        if not measured:
+            return None, numbers
+        error, size, *rest = numbers
+        return float("inf") if size == 0 else (error / size) ** 0.5, rest
 
     def forget(self) -> None:
         """Lets go of what was measured."""
