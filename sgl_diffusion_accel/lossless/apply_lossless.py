@@ -10,6 +10,7 @@ from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.lossless.arguments import Arguments
 from sgl_diffusion_accel.lossless.both_ways import Verification
 from sgl_diffusion_accel.lossless.call_handler import Part
+from sgl_diffusion_accel.lossless.constants.constant import Constants
 from sgl_diffusion_accel.lossless.constants.constant_table import (
     ONCE_A_RUN,
     may_have_equal_timesteps,
@@ -94,8 +95,13 @@ def _attach(patch: LosslessPatch, target: Target, settings: LosslessConfig) -> N
     parts: list[Part] = []
     if settings.constants and may_have_equal_timesteps(owner.__name__):
         parts.append(EqualTimesteps(target, verification))
-    if settings.constants and owner.__name__ in ONCE_A_RUN:
-        parts.append(OnceARun(target, ONCE_A_RUN[owner.__name__]))
+    constants = constants_for(owner) if settings.constants else None
+    if constants is not None:
+        why_not = constants.why_not(target.module)
+        if why_not:
+            patch.not_constant[target.name] = why_not
+        else:
+            parts.append(OnceARun(target, constants, verification))
     found = row_for(owner) if settings.padding else "padding=False"
     if isinstance(found, Row):
         parts.append(Padding(target, found, verification))
@@ -110,6 +116,13 @@ def _attach(patch: LosslessPatch, target: Target, settings: LosslessConfig) -> N
 def owner_of_forward(module: nn.Module) -> type:
     """The class whose `forward` a model has: one that is derived from it and leaves that as it is computes the same."""
     return next(cls for cls in model_class(module).__mro__ if "forward" in vars(cls))
+
+
+def constants_for(owner: type) -> Constants | None:
+    """What is told of the constants of a class; None where nothing is, or of another version of it."""
+    constants = ONCE_A_RUN.get(owner.__name__)
+    names = Arguments(vars(owner)["forward"]).names
+    return constants if constants is not None and not constants.parameters.difference(names) else None
 
 
 def row_for(owner: type) -> Row | str:

@@ -94,6 +94,21 @@ class Verification:
         self._same.add(shapes)
         self.count += 1
 
+    def kept(self, module: nn.Module, part: str, kept: Tensor, made: Tensor) -> None:
+        """Verifies that what a part of a model gave in an earlier call is what it gives now.
+
+        Args:
+            module: The transformer, or its wrapper.
+            part: The part, for the error.
+            kept: What it gave.
+            made: What it gives.
+
+        Raises:
+            LosslessError: They differ by more than rounding.
+        """
+        how = f"of {part} than in an earlier call of the run"
+        self.worst = max(self.worst, self._check(module, how, (made,), (kept,), _TRIMMED, _TRIMMED_IN_HALVES))
+
     def _check(
         self,
         module: nn.Module,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion_accel.lossless.padding.reading import Known
+from sgl_diffusion_accel.lossless.padding.reading import Known, writes_to
 
 
 def layers_of(part: nn.Module) -> list[nn.Module]:
@@ -18,6 +18,15 @@ def layers_of(part: nn.Module) -> list[nn.Module]:
     while (inner := layers[-1]._modules.get("base_layer")) is not None:
         layers.append(inner)
     return layers
+
+
+_MOVERS = ("_hf_hook", "_diffusers_hook")
+"""Attributes of modules whose weights accelerate or diffusers brings to the device when they are called."""
+
+
+def are_moved(modules: Iterable[nn.Module]) -> bool:
+    """Whether weights of one of some modules are moved when it is called."""
+    return any(name in vars(each) for each in modules for name in _MOVERS)
 
 
 class PartState:
@@ -50,6 +59,43 @@ class PartState:
                 for (known, address), each in zip(self._weights, weights, strict=True)
             )
         )
+
+
+class LayerState:
+    """The same of a single layer, in a microsecond: models have hundreds.
+
+    Autocast is known by the part that its input comes from. With hooks it is never as it was.
+
+    Args:
+        layer: The layer, inside of adapters.
+        top: The same with its adapters.
+    """
+
+    __slots__ = ("_merged", "_weights")
+
+    def __init__(self, layer: nn.Module, top: nn.Module | None) -> None:
+        weights = (*layer._parameters.values(), *layer._buffers.values())
+        self._weights = [
+            (weakref.ref(each), writes_to(each), _address_of(each)) for each in weights if each is not None
+        ]
+        self._merged = _merged_in(layer, top)
+
+    def is_still(self, layer: nn.Module, top: nn.Module | None) -> bool:
+        """Whether all is as it was."""
+        if layer._forward_hooks or layer._forward_pre_hooks or self._merged != _merged_in(layer, top):
+            return False
+        weights = [each for each in (*layer._parameters.values(), *layer._buffers.values()) if each is not None]
+        return len(weights) == len(self._weights) and all(
+            found() is each and version == writes_to(each) and address == _address_of(each)
+            for (found, version, address), each in zip(self._weights, weights, strict=True)
+        )
+
+
+def _merged_in(layer: nn.Module, top: nn.Module | None) -> tuple[Any, ...] | None:
+    """The adapters that are merged into a layer, by what is around it; None where it stands alone."""
+    if top is layer or top is None:
+        return None
+    return tuple(tuple(getattr(each, "merged_adapters", ())) for each in layers_of(top)[:-1])
 
 
 def _weights_and_settings(
