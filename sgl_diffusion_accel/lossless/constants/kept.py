@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.loop.runs import Kept
 from sgl_diffusion_accel.lossless.constants.part_state import LayerState, PartState
-from sgl_diffusion_accel.lossless.padding.reading import Known, writes_to
+from sgl_diffusion_accel.lossless.padding.reading import Known, base_of, writes_to
 
 Given = tuple[Tensor | None, ...]
 """The arguments of a call on which a part depends."""
@@ -75,7 +75,8 @@ class Branch:
         texts: Part to its output as the blocks are given it.
         layers: Handler of a layer to what that made of the text.
         tokens: Part to the tokens of its output.
-        planned: Part to the bytes that are kept of what layers make of it, once all have been called.
+        planned: Part to the bytes of what layers make of it.
+        is_reused: Whether anything was of use in a later call.
         is_left_alone: Whether nothing is kept.
         verified: What was made both ways.
     """
@@ -85,6 +86,7 @@ class Branch:
     layers: dict[Any, LayerOutput] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     planned: dict[str, int] = field(default_factory=dict)
+    is_reused: bool = False
     is_left_alone: bool = False
     verified: set[object] = field(default_factory=set)
 
@@ -98,6 +100,10 @@ class Branch:
         """Lets go of what layers made of a part's output."""
         self.texts.pop(part, None)
         self.layers = {layer: output for layer, output in self.layers.items() if layer.part != part}
+
+    def planned_bytes(self) -> int:
+        """Bytes of all outputs, once all layers have been called."""
+        return sum(self.planned.values()) + sum(each.output.nbytes for each in self.parts.values())
 
     def nbytes(self) -> int:
         """Bytes of all outputs."""
@@ -139,7 +145,8 @@ class Call:
         made = self.branch.parts.get(part)
         if not isinstance(text, Tensor) or made is None:
             return False
-        if made.output is not (text if text._base is None else text._base) or not made.written.is_still(made.output):
+        # A linear layer's output may be a view itself.
+        if base_of(made.output) is not base_of(text) or not made.written.is_still(made.output):
             return False
         known = self.branch.texts.get(part)
         if known is None or not known.is_still(text):

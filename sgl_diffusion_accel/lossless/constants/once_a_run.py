@@ -136,8 +136,10 @@ class OnceARun:
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return None
         values = self._arguments.find(self._names, args, kwargs)
+        if self.layers is not None and not self.layers.may_pay(values):
+            return None
         given = self._given(module, values)
-        if not given or (self.layers is not None and not self.layers.may_pay(values)):
+        if not given:
             return None
         where = self._session.enter(self._name, module, args, kwargs)
         if where is None:
@@ -227,10 +229,14 @@ class ConstantHandler(PatchHandler):
             return None
         kept = call.branch.parts.get(self._name)
         if kept is not None and kept.is_of(call.given[self._name]) and self._part.is_still(kept.state):
+            call.branch.is_reused = True
             if self._once.verify is not None and self._name not in call.branch.verified:
                 return call, kept.output
             self._part.spared += 1
             return Instead(kept.output)
+        if kept is not None and self._once.layers is not None and not call.branch.is_reused:
+            self._once.layers.give_up(call)
+            return None
         return call, None
 
     def leave(self, _: nn.Module, token: Any, output: Any) -> Any:

@@ -134,7 +134,7 @@ class TextLayers:
         texts = {name: _tokens(call.values.get(text)) for name, text in self._texts.items()}
         branch.tokens[part] = output.numel() // (output.shape[0] * output.shape[-1])
         share = self._worth.share(texts | branch.tokens, call.values)
-        total = sum(sum(each.planned.values()) for each in call.outputs.by_branch.values())
+        total = sum(each.planned_bytes() for each in call.outputs.by_branch.values())
         if share < LEAST_SHARE:
             remark = _too_little(share)
         elif total > self._worth.most_bytes:
@@ -145,8 +145,15 @@ class TextLayers:
         else:
             self._share, self._most_bytes = share, max(self._most_bytes, total)
             return
+        self._leave_alone(call, remark)
+
+    def give_up(self, call: Call) -> None:
+        """Keeps nothing of a branch whose second call is of another text, or with other weights: so may be the next."""
+        self._leave_alone(call, "the text or weights of the second call of their branch were others than of the first")
+
+    def _leave_alone(self, call: Call, remark: str) -> None:
         self.remarks[remark] += 1
-        branch.leave_alone()
+        call.branch.leave_alone()
         self.present.call = None
 
     def check(self, call: Call, layer: _Layer, kept: Tensor, made: Tensor) -> None:
@@ -162,7 +169,7 @@ class TextLayers:
 
     def lines(self) -> list[str]:
         """What was kept, and why nothing was."""
-        lines = [f"{count} calls compute their text's keys and values: {why}" for why, count in self.remarks.items()]
+        lines = [f"text keys and values not kept, {count} times: {why}" for why, count in self.remarks.items()]
         if self.computed:
             lines.insert(
                 0,

@@ -61,9 +61,8 @@ class Worth:
         return spared / max(spared + others, 1)
 
     def nbytes(self, part: str, output: Tensor) -> int:
-        """Bytes of what the layers make of a part's output, `[B, L, C]`, and of that itself."""
-        tokens = output.numel() // output.shape[-1]
-        return output.nbytes + self._widths.get(part, 0) * tokens * output.itemsize
+        """Bytes of what the layers make of a part's output, `[B, L, C]`."""
+        return self._widths.get(part, 0) * (output.numel() // output.shape[-1]) * output.itemsize
 
     def _tokens(self, latents: Tensor) -> int:
         if latents.ndim <= 3:
