@@ -123,5 +123,7 @@ def _cut(stream: Stream) -> str:
 def _mask(row: Row) -> str:
     if row.keeps_mask:
         return "stays: its processors need one"
+    if row.blocks is not None and row.blocks.asks_for_places:
+        return "its blocks are told which tokens count"
     where = "is left out" if row.takes_none else "is not made" if row.blocks is None else "is taken from its blocks"
     return f"{where}, at batch 1" if row.only_alone else where

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from invariants import CACHES, Snapshot, assert_same, failing_at, families
 from invariants.families import present as present_family
-from padded import CASES, relative, tensor_of
+from padded import CASES, as_pipe, relative, tensor_of
 from padded import present as present_case
 from sgl_diffusion_accel import apply_lossless, branch, denoising_steps
 from sgl_diffusion_accel.errors import LosslessError
@@ -75,10 +74,6 @@ def loop(
 
 TEXTS = ("encoder_hidden_states", "audio_encoder_hidden_states")
 CALLS = 2 * len(TIMESTEPS)
-
-
-def as_pipe(model: nn.Module) -> Any:
-    return SimpleNamespace(components={"transformer": model}, scheduler=None)
 
 
 @contextmanager
