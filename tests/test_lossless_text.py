@@ -22,6 +22,7 @@ from sgl_diffusion_accel.errors import LosslessError
 from sgl_diffusion_accel.lossless.constants import constant_table, worth
 from sgl_diffusion_accel.lossless.constants.constant_table import ONCE_A_RUN
 from sgl_diffusion_accel.lossless.constants.part_state import LayerState
+from sgl_diffusion_accel.slots import slot_of
 from zoo import Family
 from zoo.base import build, normal
 from zoo.wan import CONFIG
@@ -676,3 +677,19 @@ def test_constants_false_keeps_nothing() -> None:
     with apply_lossless(pipe, constants=False) as patch:
         family.run(pipe)
         assert patch.stats.spared == {}
+
+
+def test_nothing_stands_before_layers_until_it_is_of_use() -> None:
+    model, given = made(SANA)
+    patch = apply_lossless(model, padding=False)
+    big = {**given, "hidden_states": normal(1, 4, 128, 128, seed=0, key="latents")}
+    with torch.no_grad():
+        model(**given, timestep=torch.tensor([500.0]))
+    loop(model, big)
+    assert not any(map(slot_of, layers_of(model)))
+    loop(model, given)
+    assert all(map(slot_of, layers_of(model)))
+    with lossless(model, padding=False):
+        assert not any(map(slot_of, layers_of(model))), "of the patch that waits"
+    patch.remove()
+    assert not any(map(slot_of, layers_of(model)))

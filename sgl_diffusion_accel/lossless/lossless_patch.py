@@ -92,8 +92,7 @@ class LosslessPatch(Patch):
                 for block in part.masks.blocks:
                     self.intercept(block, MaskHandler(self, part.dropping, part.blocks))
             if isinstance(part, OnceARun):
-                for module, handler in part.handlers(self):
-                    self.intercept(module, handler)
+                part.attach(self)
 
     def spare_idle_calls(self, target: Target) -> None:
         """Stands before a second expert and its caches, to leave out calls that guidance multiplies by 0."""

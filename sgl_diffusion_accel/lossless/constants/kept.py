@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.loop.runs import Kept
 from sgl_diffusion_accel.lossless.constants.part_state import LayerState, PartState
-from sgl_diffusion_accel.lossless.padding.reading import Known, base_of, writes_to
+from sgl_diffusion_accel.lossless.padding.reading import Known, base_of
 
 Given = tuple[Tensor | None, ...]
 """The arguments of a call on which a part depends."""
@@ -58,12 +58,12 @@ class LayerOutput:
 
     def __init__(self, layer: nn.Module, top: nn.Module | None, output: Tensor) -> None:
         self._state = LayerState(layer, top)
-        self._version = writes_to(output)
+        self._version = output._version
         self.output = output
 
     def is_still(self, layer: nn.Module, top: nn.Module | None) -> bool:
         """Whether the layer would give it again."""
-        return writes_to(self.output) == self._version and self._state.is_still(layer, top)
+        return self.output._version == self._version and self._state.is_still(layer, top)
 
 
 @dataclass
@@ -130,18 +130,19 @@ class Call:
         branch: What is kept of its branch.
         values: Its arguments, by parameter.
         given: Part to the arguments on which it depends.
+
+    Attributes:
+        texts: Part to what its layers are given, of which `is_constant` was found already.
     """
 
-    __slots__ = ("_texts", "branch", "given", "outputs", "values")
+    __slots__ = ("branch", "given", "outputs", "texts", "values")
 
     def __init__(self, outputs: Outputs, branch: Branch, values: dict[str, Any], given: dict[str, Given]) -> None:
         self.outputs, self.branch, self.values, self.given = outputs, branch, values, given
-        self._texts: dict[str, Tensor] = {}
+        self.texts: dict[str, Tensor] = {}
 
     def is_constant(self, part: str, text: Any) -> bool:
         """Whether what a layer is given is the output of a part, which what is kept of layers was made of."""
-        if self._texts.get(part) is text:  # all layers are given the same one, in most models
-            return True
         made = self.branch.parts.get(part)
         if not isinstance(text, Tensor) or made is None:
             return False
@@ -152,7 +153,7 @@ class Call:
         if known is None or not known.is_still(text):
             self.branch.forget_layers(part)
             self.branch.texts[part] = Known(text)
-        self._texts[part] = text
+        self.texts[part] = text
         return True
 
 

@@ -7,7 +7,6 @@ fortieth of all it computes. Others make keys and values of the prompt in each b
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from sgl_diffusion_accel.lossless.call_handler import KIND, is_context_parallel
 from sgl_diffusion_accel.lossless.constants.constant import Constant, Constants
 from sgl_diffusion_accel.lossless.constants.kept import Branch, Call, Given, Outputs, PartOutput, Present, known_of
 from sgl_diffusion_accel.lossless.constants.part_state import PartState, are_moved, layers_of
-from sgl_diffusion_accel.lossless.constants.text_layers import KeptLayer, TextLayers
+from sgl_diffusion_accel.lossless.constants.text_layers import TextLayers
 from sgl_diffusion_accel.lossless.padding.block_masks import BlockMasks
 from sgl_diffusion_accel.lossless.padding.reading import Known
 from sgl_diffusion_accel.patch import Patch, PatchHandler
@@ -118,15 +117,15 @@ class OnceARun:
         """How often something was not computed."""
         return sum(each.spared for each in self.parts) + (self.layers.spared if self.layers is not None else 0)
 
-    def handlers(self, patch: Patch) -> Iterator[tuple[nn.Module, ConstantHandler | KeptLayer]]:
-        """What is to stand in front of which module; nothing where the transformer is compiled as a whole."""
+    def attach(self, patch: Patch) -> None:
+        """Puts something in front of the parts; not where the transformer is compiled as a whole."""
         if self._whole.is_compiled:  # it must not be cut into pieces
             return
         for each in self.parts:
             if each.innermost is not None:
-                yield each.innermost, ConstantHandler(patch, self, each)
+                patch.intercept(each.innermost, ConstantHandler(patch, self, each))
         if self.layers is not None:
-            yield from self.layers.handlers(patch)
+            self.layers.belong_to(patch)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run | None:
         """Begins a call: whose constants does it have?"""
@@ -148,6 +147,8 @@ class OnceARun:
             where.run.kept = Outputs()
         branch = where.run.kept.by_branch.setdefault(where.branch, Branch())
         if not branch.is_left_alone:
+            if self.layers is not None:
+                self.layers.attach()
             self.present.call = Call(where.run.kept, branch, values, given)
         return where.run
 

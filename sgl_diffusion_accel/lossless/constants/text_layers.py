@@ -7,6 +7,7 @@ before, by the timestep for example, it is another one, and is computed.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,9 @@ class TextLayers:
         ]
         self._most_bytes = 0
         self._share = 0.0
+        self._patch: weakref.ref[Patch] | None = None
+        self._is_attached = False
+        self._lock = threading.Lock()
 
     @property
     def _blocks(self) -> list[nn.Module]:
@@ -89,14 +93,21 @@ class TextLayers:
         )
         return _MOVED if are_moved(first) else ""
 
-    def handlers(self, patch: Patch) -> Iterator[tuple[nn.Module, KeptLayer]]:
-        """The layers, each with what is to stand in front of it."""
-        if self.hindrance:
-            return
-        for each in self._layers:
-            layer = each.innermost()
-            if layer is not None:
-                yield layer, KeptLayer(patch, self, each)
+    def belong_to(self, patch: Patch) -> None:
+        """Tells the patch, of which something is to stand in front of the layers once that is of use."""
+        self._patch = weakref.ref(patch)
+
+    def attach(self) -> None:
+        """Puts something in front of the layers, before the first call that is worth it: until then it costs none."""
+        with self._lock:
+            patch = self._patch() if self._patch is not None else None
+            if self._is_attached or patch is None or not patch.is_in_place:
+                return
+            self._is_attached = True
+            for each in self._layers:
+                layer = each.innermost()
+                if layer is not None:
+                    patch.intercept(layer, KeptLayer(patch, self, each))
 
     def release(self) -> None:
         """Takes what stands in front of the layers away, for good."""
@@ -197,25 +208,27 @@ class KeptLayer(PatchHandler):
         self.patch = patch
         self._texts, self._layer = texts, layer
         self.part = layer.part
-        self._present = texts.present
+        self._present, self._owner = texts.present, layer.owner
         self._name = layer.name.rpartition(".")[2]
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], _: dict[str, Any]) -> Any:
         """Answers with what is kept."""
         call = self._present.call
-        if call is None or not args or not call.is_constant(self.part, args[0]):
+        if call is None or not args:
+            return None
+        text = args[0]  # all layers are given the same one, in most models
+        if call.texts.get(self.part) is not text and not call.is_constant(self.part, text):
             return None
         kept = call.branch.layers.get(self)
-        if kept is not None and kept.is_still(layer, self._top):
+        if kept is not None and kept.is_still(layer, self._top()):
             if self._texts.verify is not None and self._layer not in call.branch.verified:
                 return call, kept.output
             self._texts.spared += 1
             return Instead(kept.output)
         return call, None
 
-    @property
     def _top(self) -> nn.Module | None:
-        owner = self._layer.owner()
+        owner = self._owner()
         return owner._modules.get(self._name) if owner is not None else None
 
     def leave(self, layer: nn.Module, token: tuple[Call, Tensor | None] | None, output: Any) -> Any:
@@ -227,7 +240,7 @@ class KeptLayer(PatchHandler):
             self._texts.check(call, self._layer, kept, output)
         self._texts.computed += 1
         if not are_moved([layer]) and not layer._forward_hooks and not layer._forward_pre_hooks:
-            call.branch.layers[self] = LayerOutput(layer, self._top, output)
+            call.branch.layers[self] = LayerOutput(layer, self._top(), output)
         return output
 
     def fail(self, _: nn.Module, __: Any) -> None:
