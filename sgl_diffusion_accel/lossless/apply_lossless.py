@@ -45,8 +45,10 @@ def apply_lossless(
     256, 1,000 or 2,048, and a mask sends attention to kernels that are several times slower than those without. Which
     inputs are padding is known for each class (`docs/lossless.md`); models whose padding is attended are left alone.
 
-    Two more are left out, as `constants`: Wan2.2-TI2V-5B's modulation for each token, where all have one timestep (text
-    to video), and calls without the prompt in Wan2.2's second stage, where `guidance_scale_2=1` multiplies them by 0.
+    More is left out as `constants`: what the prompt alone decides is computed once a run and branch (keys and values of
+    the text in LTX-2.0, Sana, Wan and others, where they are worth it; Ideogram 4's projection); Wan2.2-TI2V-5B's
+    modulation for each token, where all have one timestep (text to video); and calls without the prompt in Wan2.2's
+    second stage, where `guidance_scale_2=1` multiplies them by 0.
 
     It goes with every cache, attention backend and compiled model, applied before or after. Masks are read from the
     device once for each prompt, which is one sync. Nothing is held when a run is over.

@@ -134,7 +134,13 @@ def lossless(row: Row, model: nn.Module, given: dict[str, Any]) -> str:
 
 
 def _constants(row: Row) -> str:
-    said = ["a part that is constant in a run, once"] if row.name in ONCE_A_RUN else []
+    constants = ONCE_A_RUN.get(row.name)
+    once = (
+        "a part that is constant in a run"
+        if constants is None or not constants.blocks
+        else "its text's keys and values"
+    )
+    said = [f"{once}, once"] if constants is not None else []
     return "; ".join(said + ["one timestep for equal ones"] * may_have_equal_timesteps(row.name))
 
 
