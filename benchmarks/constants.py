@@ -4,7 +4,7 @@
 
 Blocks of LTX-2.0, Sana and Wan at true width and text length, with random weights and a small picture, on one thread of
 a CPU. Both sides run in turn, each as a loop of two calls of which the second is timed, and both cut padding alike.
-Since with few blocks what lies outside of them weighs more than it does, a call as deep as the released model is
+Since with one block what lies outside of them weighs more than it does, a call as deep as the released model is
 computed from the times of blocks. What share of a call that is at the released model's usual size, and what a run then
 holds, is the library's own estimate. Writes `benchmarks/results/constants.json`.
 """
@@ -224,7 +224,7 @@ _LTX2 = Padded(
 _SANA = Padded(
     title="Sana 1.6B",
     transformer="SanaTransformer2DModel",
-    lists=(Blocks("transformer_blocks", "num_layers", 20, 2),),
+    lists=(Blocks("transformer_blocks", "num_layers", 20, 1),),
     texts=((300, 60),),
     grid=(32, 32),
     size="1024²",
@@ -243,7 +243,7 @@ _SANA = Padded(
 _WAN = Padded(
     title="Wan 1.3B",
     transformer="WanTransformer3DModel",
-    lists=(Blocks("blocks", "num_layers", 30, 2),),
+    lists=(Blocks("blocks", "num_layers", 30, 1),),
     texts=((512, 512),),
     grid=(1, 60, 104),
     size="480×832, one frame",
