@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -708,3 +709,34 @@ def test_nothing_stands_before_layers_until_it_is_of_use() -> None:
         assert not any(map(slot_of, layers_of(model))), "of the patch that waits"
     patch.remove()
     assert not any(map(slot_of, layers_of(model)))
+
+
+def test_text_that_is_divided_among_devices_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = made(SANA)
+    expected = loop(model, given)
+    with lossless(model, padding=False) as patch:
+        monkeypatch.setattr(model, "_parallel_config", SimpleNamespace(context_parallel_config=True), raising=False)
+        assert all(map(torch.equal, loop(model, given), expected))
+        assert patch.stats.spared == {"transformer": 0}
+        assert "divided over several devices" in str(patch)
+
+
+def test_model_that_lacks_a_layer_is_left_alone() -> None:
+    model, _ = made(SANA)
+    del model.transformer_blocks[1].attn2  # type: ignore[union-attr, index]
+    with lossless(model) as patch:
+        assert "it has no attn2.to_k" in str(patch)
+    model.caption_norm = None  # type: ignore[assignment]
+    with lossless(model) as patch:
+        assert "it has no caption_norm" in str(patch)
+
+
+def test_reasons_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = made(SANA)
+    monkeypatch.setattr(worth, "MOST_BYTES", 0.0)
+    with lossless(model, padding=False) as patch:
+        for tokens in range(1, 13):
+            text = given["encoder_hidden_states"][:, :1].expand(1, tokens, -1) * 1
+            mask = torch.ones(1, tokens, dtype=torch.long)
+            loop(model, {**given, "encoder_hidden_states": text, "encoder_attention_mask": mask})
+        assert len(str(patch).splitlines()) < 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -53,9 +54,11 @@ class Constants:
         for name, why in self.unless:
             if _attribute(module, name):
                 return why
-        missing = [
-            part for each in self.parts for part in (each.part, *each.before) if _attribute(module, part) is None
-        ]
+        named = [(module, part) for each in self.parts for part in (each.part, *each.before)]
+        if self.blocks:
+            blocks: Any = _attribute(module, self.blocks) or ()
+            named += [(block, layer) for block in blocks for each in self.parts for layer in each.layers]
+        missing = [name for owner, name in named if _attribute(owner, name) is None]
         return f"it has no {missing[0]}" if missing else ""
 
 

@@ -17,7 +17,7 @@ from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.session import Session
 from sgl_diffusion_accel.lossless.arguments import Arguments
 from sgl_diffusion_accel.lossless.both_ways import Verification
-from sgl_diffusion_accel.lossless.call_handler import KIND, is_context_parallel
+from sgl_diffusion_accel.lossless.call_handler import KIND
 from sgl_diffusion_accel.lossless.constants.constant import Constant, Constants
 from sgl_diffusion_accel.lossless.constants.kept import Branch, Call, Given, Outputs, PartOutput, Present, known_of
 from sgl_diffusion_accel.lossless.constants.part_state import PartState, are_moved, layers_of
@@ -137,7 +137,7 @@ class OnceARun:
         values = self._arguments.find(self._names, args, kwargs)
         if self.layers is not None and not self.layers.may_pay(values):
             return None
-        given = self._given(module, values)
+        given = self._given(values)
         if not given:
             return None
         where = self._session.enter(self._name, module, args, kwargs)
@@ -152,10 +152,8 @@ class OnceARun:
             self.present.call = Call(where.run.kept, branch, values, given)
         return where.run
 
-    def _given(self, module: nn.Module, values: dict[str, Any]) -> dict[str, Given]:
+    def _given(self, values: dict[str, Any]) -> dict[str, Given]:
         """Part to the arguments on which it depends, of those whose output can be known again."""
-        if self.layers is not None and is_context_parallel(module):
-            return {}  # where the text is divided among devices, each has another part of it
         found = {each.constant.part: each.given(values) for each in self.parts if not _is_moved(each)}
         return {part: given for part, given in found.items() if given is not None}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion_accel.intercept import release
 from sgl_diffusion_accel.lossless.both_ways import Verification
-from sgl_diffusion_accel.lossless.call_handler import KIND
+from sgl_diffusion_accel.lossless.call_handler import KIND, is_context_parallel
 from sgl_diffusion_accel.lossless.constants.constant import Constant, Constants
 from sgl_diffusion_accel.lossless.constants.kept import Call, LayerOutput, Present
 from sgl_diffusion_accel.lossless.constants.part_state import are_moved, layers_of
@@ -27,7 +27,11 @@ from sgl_diffusion_accel.slots import Instead
 from sgl_diffusion_accel.targets import Target, is_in_compiled_wrapper
 
 _COMPILED = "its blocks are compiled, and a layer that is left out would cut their graphs into pieces"
+_DIVIDED = "its tokens are divided over several devices (context parallelism)"
 _MOVED = "offloading moves the weights of its layers in each call"
+_OTHERS = "for such reasons with other figures"
+_MOST_REMARKS = 8
+"""That are counted apart: a service sees pictures of all sizes for weeks."""
 
 
 class _Layer(NamedTuple):
@@ -88,9 +92,10 @@ class TextLayers:
         if any(_is_compiled(block) for block in blocks):
             self.release()
             return _COMPILED
-        first = (
-            [blocks[0], *(part for each in self._layers[:1] if (part := each.owner()) is not None)] if blocks else []
-        )
+        module = self._module()
+        if module is not None and is_context_parallel(module):
+            return _DIVIDED
+        first = [*blocks[:1], *(owner for each in self._layers[:1] if (owner := each.owner()) is not None)]
         return _MOVED if are_moved(first) else ""
 
     def belong_to(self, patch: Patch) -> None:
@@ -128,7 +133,7 @@ class TextLayers:
             share = self._worth.share(texts, given)
             remark = _too_little(share) if share < LEAST_SHARE else ""
         if remark:
-            self.remarks[remark] += 1
+            self._note(remark)
         return not remark
 
     def decide(self, call: Call, part: str, output: Tensor) -> None:
@@ -163,9 +168,12 @@ class TextLayers:
         self._leave_alone(call, "the text or weights of the second call of their branch were others than of the first")
 
     def _leave_alone(self, call: Call, remark: str) -> None:
-        self.remarks[remark] += 1
+        self._note(remark)
         call.branch.leave_alone()
         self.present.call = None
+
+    def _note(self, remark: str) -> None:
+        self.remarks[remark if remark in self.remarks or len(self.remarks) < _MOST_REMARKS else _OTHERS] += 1
 
     def check(self, call: Call, layer: _Layer, kept: Tensor, made: Tensor) -> None:
         """Verifies that a layer gives what is kept of it.
