@@ -76,7 +76,7 @@ def main() -> None:
     be_quiet()
     path, place = RESULTS / "constants.json", Place(torch.device("cpu"), torch.float32)
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    result |= {"environment": environment.describe(place.device), "pairs": given.pairs, "dtype": "float32"}
+    result |= {"environment": environment.describe(place.device), "dtype": "float32"}
     for name in given.only:
         row = measure(ROWS[name], place, given.pairs)
         rows = {**result["rows"], name: row}
@@ -102,6 +102,7 @@ def measure(row: Row, place: Place, pairs: int) -> dict[str, Any]:
         "title": row.model.title,
         "transformer": row.model.transformer,
         "padding": row.padding,
+        "pairs": pairs,
         "blocks": {each.path: [built.depths[each.path], each.released] for each in row.model.lists},
         "picture_tokens": built.pixels,
         "text_tokens": valid,

@@ -55,19 +55,19 @@ def constants_in_full(result: Mapping[str, Any]) -> str:
     host = result["environment"]
     about = (
         "The second call of a run at true width and text length, its text's keys and values computed again and kept; "
-        f"random weights, {result['dtype']}; {host['cpu']}, {host['threads']} thread, {host['date']}, "
-        f"{result['pairs']} pairs. CPU time; as deep as released: computed from the times of the blocks; held: of the "
-        "blocks that were measured."
+        f"random weights, {result['dtype']}; {host['cpu']}, {host['threads']} thread, {host['date']}. CPU time; as "
+        "deep as released: computed from the times of the blocks; held: of the blocks that were measured."
     )
     sides = list(next(iter(result["rows"].values()))["cpu_s"])
     head = ["", "tokens: text, picture", *(f"{side}, s" for side in sides), "times as fast", "as deep as released"]
-    head += ["not computed", "held", "rel. diff."]
+    head += ["pairs", "not computed", "held", "rel. diff."]
     drawn = [
         [
             f"{row['title']}{'' if row['padding'] else ', padded'}, {_depth(row)}",
             f"{row['text_tokens']:,}, {row['picture_tokens']:,}",
             *(quartiles_cell(row["cpu_s"][side], 3) for side in sides),
             *(quartiles_cell(row["times"][clock], 3) for clock in ("cpu", "released")),
+            str(row["pairs"]),
             str(row["spared"]),
             f"{row['held_mib']:,.0f} MiB",
             f"{row['relative_difference']:.0f}",
