@@ -106,6 +106,7 @@ bench-times: $(READY_BENCH)
 	@$(VENV_BENCH)/bin/python -m benchmarks.host_cost
 	@$(VENV_BENCH)/bin/python -m benchmarks.attention
 	@$(VENV_BENCH)/bin/python -m benchmarks.padding
+	@$(VENV_BENCH)/bin/python -m benchmarks.constants
 	@$(VENV_BENCH)/bin/python -m benchmarks.profiling
 	@$(VENV_BENCH)/bin/python -m benchmarks.table
 

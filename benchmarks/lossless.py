@@ -22,7 +22,59 @@ def renewed(text: str) -> str:
     """The page with its tables as the library and the committed file have them."""
     measured = json.loads((RESULTS / "padding.json").read_text())
     text = insert(insert(text, cut(), "cut"), left_alone(), "left alone")
-    return insert(insert(text, saved(measured), "saved"), host_time(measured), "host time")
+    text = insert(insert(text, saved(measured), "saved"), host_time(measured), "host time")
+    return insert(text, constants(json.loads((RESULTS / "constants.json").read_text())), "constants")
+
+
+def constants(result: Mapping[str, Any]) -> str:
+    """What `benchmarks.constants` measured, in short."""
+    head = ["", "text tokens", "picture tokens", "times as fast", "as deep as released", "rel. diff."]
+    head += ["at the usual size", "estimated share", "a run holds", "of the weights"]
+    drawn = []
+    for row in result["rows"].values():
+        usual = row["at_usual_size"]
+        drawn.append(
+            [
+                f"{row['title']}{'' if row['padding'] else ', padded'}, {_depth(row)}",
+                f"{row['text_tokens']:,}",
+                f"{row['picture_tokens']:,}",
+                f"{row['times']['cpu']['median']:.3f}",
+                f"{row['times']['released']['median']:.3f}",
+                f"{row['relative_difference']:.0f}",
+                f"{usual['size']}: {usual['picture_tokens']:,} tokens",
+                f"{usual['share']:.1%}",
+                f"{usual['held_mib']:,.0f} MiB",
+                f"{usual['held_mib'] / usual['weights_mib']:.1%}",
+            ]
+        )
+    return Table(head, drawn).to_markdown()
+
+
+def constants_in_full(result: Mapping[str, Any]) -> str:
+    """The same with what was timed, and the quartiles: a chapter of `RESULTS.md`."""
+    host = result["environment"]
+    about = (
+        "The second call of a run at true width and text length, its text's keys and values computed again and kept; "
+        f"random weights, {result['dtype']}; {host['cpu']}, {host['threads']} thread, {host['date']}. CPU time; as "
+        "deep as released: computed from the times of the blocks; held: of the blocks that were measured."
+    )
+    sides = list(next(iter(result["rows"].values()))["cpu_s"])
+    head = ["", "tokens: text, picture", *(f"{side}, s" for side in sides), "times as fast", "as deep as released"]
+    head += ["pairs", "not computed", "held", "rel. diff."]
+    drawn = [
+        [
+            f"{row['title']}{'' if row['padding'] else ', padded'}, {_depth(row)}",
+            f"{row['text_tokens']:,}, {row['picture_tokens']:,}",
+            *(quartiles_cell(row["cpu_s"][side], 3) for side in sides),
+            *(quartiles_cell(row["times"][clock], 3) for clock in ("cpu", "released")),
+            str(row["pairs"]),
+            str(row["spared"]),
+            f"{row['held_mib']:,.0f} MiB",
+            f"{row['relative_difference']:.0f}",
+        ]
+        for row in result["rows"].values()
+    ]
+    return "\n\n".join([about, Table(head, drawn).to_markdown()])
 
 
 def saved(result: Mapping[str, Any]) -> str:
@@ -123,5 +175,7 @@ def _cut(stream: Stream) -> str:
 def _mask(row: Row) -> str:
     if row.keeps_mask:
         return "stays: its processors need one"
+    if row.blocks is not None and row.blocks.asks_for_places:
+        return "its blocks are told which tokens count"
     where = "is left out" if row.takes_none else "is not made" if row.blocks is None else "is taken from its blocks"
     return f"{where}, at batch 1" if row.only_alone else where

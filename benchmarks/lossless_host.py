@@ -17,8 +17,10 @@ import diffusers
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel import apply_lossless
+from sgl_diffusion_accel import apply_lossless, branch, denoising_steps
+from sgl_diffusion_accel.lossless.constants.constant_table import ONCE_A_RUN
 
+from .constants import ROWS
 from .gpu.models import MODELS, Place, build
 from .gpu.padded import PADDED, build_padded
 from .turns import StepClock, Times, quartiles, take_turns
@@ -185,6 +187,45 @@ def _wan22() -> Case:
     return _steps(pipe, given | {"guidance_scale": 4.0, "guidance_scale_2": 3.0}, calls=2)
 
 
+def _kept(name: str) -> Case:
+    """Calls of a loop whose blocks do no more than make keys and values of a tiny text, which the patch keeps.
+
+    What the host spares by layers that it does not call is in the difference, and outweighs what the patch takes.
+    """
+    model = ROWS[name].model
+    built = build_padded(model, _PLACE, depth=lambda each: each.released)
+    transformer: Any = built.transformer
+    parts = ONCE_A_RUN[model.transformer].parts
+    blocks: Any = transformer.get_submodule(ONCE_A_RUN[model.transformer].blocks)
+    layers = {part.part: [block.get_submodule(layer) for block in blocks for layer in part.layers] for part in parts}
+    given = {
+        name: value[:, :2] if name in {part.of[0] for part in parts} else value
+        for name, value in built.given.items()
+        if name != "timestep" and not name.endswith("mask")
+    }
+
+    def forward(hidden_states: Tensor, **given: Any) -> tuple[Tensor]:
+        texts = dict(given)
+        for part in parts:
+            text = texts[part.of[0]] = transformer.get_submodule(part.part)(texts[part.of[0]])
+            for layer in layers[part.part]:
+                layer(text)
+        return (hidden_states,)
+
+    transformer.forward = forward
+
+    def run() -> Times:
+        clock = StepClock()
+        with torch.no_grad():
+            for timestep in denoising_steps(torch.linspace(999, 1, STEPS)):
+                with branch("cond"):
+                    transformer(**given, timestep=timestep[None])
+                clock(None, 0, None, {})
+        return clock.step_seconds()
+
+    return Case(transformer, 1, run)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "FLUX.1, a class without a row": partial(_without_mask, "flux", num_layers=19, num_single_layers=38),
     "Qwen-Image, no mask given": partial(_without_mask, "qwen", num_layers=60),
@@ -192,5 +233,7 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"{model.title}, cut": partial(_padded, name) for name, model in PADDED.items()},
     "Ideogram 4, a pipeline": _ideogram,
     "Wan2.2, second expert, a pipeline": _wan22,
+    "LTX-2.0, 192 layers of the text not called": partial(_kept, "ltx2"),
+    "Sana, 40 layers of the text not called": partial(_kept, "sana"),
 }
 """What is measured, by how it is called in tables."""

@@ -110,6 +110,7 @@ _QUESTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "host_cost": ("Host time of a skipped step", costs.host_cost),
     "attention": ("Attention: the cost of redirecting", costs.attention),
     "padding": ("Padding", lossless.padding),
+    "constants": ("Keys and values of the text", lossless.constants_in_full),
     "profiling": ("The cost of profiling", costs.profiling),
 }
 """By the name of the file that answers it: the heading of a chapter, and what writes it."""

@@ -165,6 +165,7 @@ def test_kernels_that_take_no_mask_serve_all_blocks(
 @pytest.fixture
 def fresh_compiler() -> Any:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # tests before this one may have broken graphs
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()

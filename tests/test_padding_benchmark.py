@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import lossless, lossless_host, padding
+from benchmarks import constants, lossless, lossless_host, padding
 from benchmarks.call_parts import AttentionCalls, block_seconds, tensor_peak
 from benchmarks.gpu import padding as on_gpu
 from benchmarks.gpu.models import Place
 from benchmarks.gpu.padded import PADDED, build_padded
 from benchmarks.turns import RESULTS, take_turns
 from sgl_diffusion_accel import apply_lossless
+from sgl_diffusion_accel.lossless.constants import worth
+from sgl_diffusion_accel.lossless.constants.constant_table import ONCE_A_RUN
 from sgl_diffusion_accel.lossless.padding.table import ROWS
 from sgl_diffusion_accel.slots import slot_of
 
@@ -108,7 +110,8 @@ def test_without_warm_up_every_round_counts() -> None:
 def test_host_time_of_each_case_is_that_of_the_same_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lossless_host, "CALLS", 3)
     monkeypatch.setattr(lossless_host, "STEPS", 8)
-    of = next((model.transformer for model in PADDED.values() if name.startswith(model.title.partition(",")[0])), None)
+    models = [*PADDED.values(), *(row.model for row in constants.ROWS.values())]
+    of = next((model.transformer for model in models if name.startswith(model.title.partition(",")[0])), None)
     if of is not None and not hasattr(diffusers, of):
         pytest.skip(f"diffusers {diffusers.__version__} has no {of}")
     case = lossless_host.CASES[name]()
@@ -132,6 +135,9 @@ def test_host_time_of_each_case_is_that_of_the_same_calls(name: str, monkeypatch
         assert stats.spared == {"transformer": 7, "unconditional_transformer": 7}, "not placed in the run"
     if "second expert" in name:
         assert stats.idle == {"transformer_2": 0}
+    if "of the text not called" in name:
+        layers = {"LTX-2.0": 192 + 2, "Sana": 40 + 2}[name.partition(",")[0]]
+        assert stats.spared == {"transformer": 7 * layers}
     found = lossless_host.measure(case, 1)
     assert found["plain_us"]["median"] > 0
 
@@ -154,3 +160,31 @@ def test_tables_hold_every_model() -> None:
             assert f"{before:,} → {after:,}" in line
             assert f"{row['times']['released']['median']:.2f}" in line
             assert row["relative_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("name", list(constants.ROWS))
+def test_both_sides_of_a_run_are_measured_in_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worth, "MOST_BYTES", 10.0)  # a tiny model's weights are few beside what it makes of a text
+    row = constants.ROWS[name]
+    if not hasattr(diffusers, row.model.transformer):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {row.model.transformer}")
+    (blocks,) = row.model.lists
+    defaults = inspect.signature(getattr(diffusers, row.model.transformer).__init__).parameters
+    assert row.model.config.get(blocks.key, defaults[blocks.key].default) == blocks.released
+    found = constants.measure(row, TINY, pairs=1)
+    told = ONCE_A_RUN[row.model.transformer].parts
+    assert found["spared"] == len(told) + blocks.measured * sum(len(part.layers) for part in told)
+    assert found["held_mib"] > 0
+    assert found["relative_difference"] == 0
+    assert 0.002 < found["at_usual_size"]["share"] < 0.1
+    assert found["at_usual_size"]["held_mib"] < worth.MOST_BYTES * found["at_usual_size"]["weights_mib"]
+
+
+def test_table_of_constants_holds_every_row() -> None:
+    result = json.loads((RESULTS / "constants.json").read_text())
+    assert list(result["rows"]) == list(constants.ROWS)
+    for table in (lossless.constants(result), lossless.constants_in_full(result)):
+        for row in result["rows"].values():
+            assert f"{row['times']['released']['median']:.3f}" in table
+            assert row["relative_difference"] == 0
+            assert row["times"]["cpu"]["median"] > 1

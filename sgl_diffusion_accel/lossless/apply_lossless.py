@@ -10,6 +10,7 @@ from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.lossless.arguments import Arguments
 from sgl_diffusion_accel.lossless.both_ways import Verification
 from sgl_diffusion_accel.lossless.call_handler import Part
+from sgl_diffusion_accel.lossless.constants.constant import Constants
 from sgl_diffusion_accel.lossless.constants.constant_table import (
     ONCE_A_RUN,
     may_have_equal_timesteps,
@@ -44,8 +45,10 @@ def apply_lossless(
     256, 1,000 or 2,048, and a mask sends attention to kernels that are several times slower than those without. Which
     inputs are padding is known for each class (`docs/lossless.md`); models whose padding is attended are left alone.
 
-    Two more are left out, as `constants`: Wan2.2-TI2V-5B's modulation for each token, where all have one timestep (text
-    to video), and calls without the prompt in Wan2.2's second stage, where `guidance_scale_2=1` multiplies them by 0.
+    More is left out as `constants`: what the prompt alone decides is computed once a run and branch (keys and values of
+    the text in LTX-2.0, Sana, Wan and others, where they are worth it; Ideogram 4's projection); Wan2.2-TI2V-5B's
+    modulation for each token, where all have one timestep (text to video); and calls without the prompt in Wan2.2's
+    second stage, where `guidance_scale_2=1` multiplies them by 0.
 
     It goes with every cache, attention backend and compiled model, applied before or after. Masks are read from the
     device once for each prompt, which is one sync. Nothing is held when a run is over.
@@ -94,8 +97,13 @@ def _attach(patch: LosslessPatch, target: Target, settings: LosslessConfig) -> N
     parts: list[Part] = []
     if settings.constants and may_have_equal_timesteps(owner.__name__):
         parts.append(EqualTimesteps(target, verification))
-    if settings.constants and owner.__name__ in ONCE_A_RUN:
-        parts.append(OnceARun(target, ONCE_A_RUN[owner.__name__]))
+    constants = constants_for(owner) if settings.constants else None
+    if constants is not None:
+        why_not = constants.why_not(target.module)
+        if why_not:
+            patch.not_constant[target.name] = why_not
+        else:
+            parts.append(OnceARun(target, constants, verification))
     found = row_for(owner) if settings.padding else "padding=False"
     if isinstance(found, Row):
         parts.append(Padding(target, found, verification))
@@ -110,6 +118,13 @@ def _attach(patch: LosslessPatch, target: Target, settings: LosslessConfig) -> N
 def owner_of_forward(module: nn.Module) -> type:
     """The class whose `forward` a model has: one that is derived from it and leaves that as it is computes the same."""
     return next(cls for cls in model_class(module).__mro__ if "forward" in vars(cls))
+
+
+def constants_for(owner: type) -> Constants | None:
+    """What is told of the constants of a class; None where nothing is, or of another version of it."""
+    constants = ONCE_A_RUN.get(owner.__name__)
+    names = Arguments(vars(owner)["forward"]).names
+    return constants if constants is not None and not constants.parameters.difference(names) else None
 
 
 def row_for(owner: type) -> Row | str:

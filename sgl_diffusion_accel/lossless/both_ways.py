@@ -65,7 +65,7 @@ class Verification:
             whole, other = (_tensors(_run(module, each), cut) for each in (call, other_pads))
         exact = {} if cut.row.rounds else _PADS
         self._check(module, "with its padding multiplied by ten", whole, other, exact, _PADS_IN_HALVES)
-        with torch.no_grad(), _nothing_in_front(module, but_inmost_of_blocks=True):
+        with torch.no_grad(), _nothing_in_front(module, but_in_blocks=True):
             short = _tensors(cut.restore(_run(module, trimmed)), cut)
         exact = {} if cut.row.rounds else _TRIMMED
         found = self._check(module, "without its padding", whole, short, exact, _TRIMMED_IN_HALVES)
@@ -93,6 +93,21 @@ class Verification:
         self.worst = max(self.worst, self._check(module, how, whole, other, _TRIMMED, _TRIMMED_IN_HALVES))
         self._same.add(shapes)
         self.count += 1
+
+    def kept(self, module: nn.Module, part: str, kept: Tensor, made: Tensor) -> None:
+        """Verifies that what a part of a model gave in an earlier call is what it gives now.
+
+        Args:
+            module: The transformer, or its wrapper.
+            part: The part, for the error.
+            kept: What it gave.
+            made: What it gives.
+
+        Raises:
+            LosslessError: They differ by more than rounding.
+        """
+        how = f"of {part} than in an earlier call of the run"
+        self.worst = max(self.worst, self._check(module, how, (made,), (kept,), _TRIMMED, _TRIMMED_IN_HALVES))
 
     def _check(
         self,
@@ -138,18 +153,18 @@ def _tensors(output: Any, cut: Cut) -> Tensors:
 
 
 @contextlib.contextmanager
-def _nothing_in_front(module: nn.Module, but_inmost_of_blocks: bool = False) -> Iterator[None]:
+def _nothing_in_front(module: nn.Module, but_in_blocks: bool = False) -> Iterator[None]:
     """Lets all handlers of a model and its parts stand aside in this thread: a cache is to hear nothing of such calls.
 
     Args:
         module: The model, or its wrapper.
-        but_inmost_of_blocks: Whether what takes the mask from blocks stays.
+        but_in_blocks: Whether what takes the mask from blocks, and does no more, stays.
     """
     parts = set(module.modules())
     doors = (module, unwrap(module))
 
     def stands_aside(each: nn.Module, handler: Handler) -> bool:
-        stays = but_inmost_of_blocks and each not in doors and getattr(handler, "is_inmost", False)
+        stays = but_in_blocks and each not in doors and getattr(handler, "only_enters", False)
         return each in parts and not stays
 
     # A cache outside of this call may have opened the short way past blocks already. It is open for this thread alone.

@@ -10,7 +10,7 @@ from sgl_diffusion_accel.lossless.both_ways import Verification
 from sgl_diffusion_accel.lossless.call_handler import KIND, CallHandler, Part
 from sgl_diffusion_accel.lossless.constants.equal_timesteps import EqualTimesteps
 from sgl_diffusion_accel.lossless.constants.idle_guidance import IdleGuidance
-from sgl_diffusion_accel.lossless.constants.once_a_run import ConstantHandler, OnceARun
+from sgl_diffusion_accel.lossless.constants.once_a_run import OnceARun
 from sgl_diffusion_accel.lossless.lossless_config import LosslessConfig
 from sgl_diffusion_accel.lossless.padding.cuts import Trimmed
 from sgl_diffusion_accel.lossless.padding.trimming import MaskHandler, Padding
@@ -45,12 +45,14 @@ class LosslessPatch(Patch):
     Attributes:
         config: The settings that it was applied with.
         left_alone: Component to why its padding is not cut.
+        not_constant: Component to why what may be constant in a run is not, or is not known to be.
     """
 
     def __init__(self, config: LosslessConfig) -> None:
         super().__init__(KIND)
         self.config = config
         self.left_alone: dict[str, str] = {}
+        self.not_constant: dict[str, str] = {}
         self._parts: dict[str, Sequence[Part]] = {}
         self._idle: dict[str, IdleGuidance] = {}
         self._verifications: dict[str, Verification] = {}
@@ -89,8 +91,8 @@ class LosslessPatch(Patch):
             if isinstance(part, Padding) and part.blocks is not None and not part.masks.is_compiled:
                 for block in part.masks.blocks:
                     self.intercept(block, MaskHandler(self, part.dropping, part.blocks))
-            if isinstance(part, OnceARun) and part.part is not None:
-                self.intercept(part.part, ConstantHandler(self, part))
+            if isinstance(part, OnceARun):
+                part.attach(self)
 
     def spare_idle_calls(self, target: Target) -> None:
         """Stands before a second expert and its caches, to leave out calls that guidance multiplies by 0."""
@@ -121,6 +123,8 @@ class LosslessPatch(Patch):
             lines += [f"    {self._idle[name].line()}"] if name in self._idle else []
             if name in self.left_alone:
                 lines.append(f"    its padding is left alone: {self.left_alone[name]}")
+            if name in self.not_constant:
+                lines.append(f"    keys and values of its text are computed: {self.not_constant[name]}")
             if name in self._verifications:
                 lines.append(f"    made both ways: {self._verifications[name]}")
         return "\n".join(lines)

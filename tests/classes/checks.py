@@ -127,14 +127,15 @@ def lossless(row: Row, model: nn.Module, given: dict[str, Any]) -> str:
     is_double = next(model.parameters()).dtype == torch.float64
     _assert_close(got, expected, "a call with its padding cut", 1e-12 if is_double else 1e-5)
     assert (row.name in CUT) is (why is None), shown
-    if why is None:
-        assert not _is_equal(got, expected), f"nothing was cut: {shown}"
-        return f"{YES}; {_constants(row)}" if _constants(row) else YES
-    return "; ".join(filter(None, [_constants(row), why]))
+    assert why is not None or not _is_equal(got, expected), f"nothing was cut: {shown}"
+    return "; ".join(filter(None, [YES if why is None else "", _constants(row, model), why]))
 
 
-def _constants(row: Row) -> str:
-    said = ["a part that is constant in a run, once"] if row.name in ONCE_A_RUN else []
+def _constants(row: Row, model: nn.Module) -> str:
+    constants = ONCE_A_RUN.get(row.name)
+    said = []
+    if constants is not None and not constants.why_not(model):
+        said = ["keys and values of the text once" if constants.blocks else "a part that is constant in a run, once"]
     return "; ".join(said + ["one timestep for equal ones"] * may_have_equal_timesteps(row.name))
 
 

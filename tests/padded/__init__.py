@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from . import cross, joint
-from .base import Case, relative, tensor_of
+from .base import Case, as_pipe, relative, tensor_of
 
 CASES: dict[str, Case] = {case.name: case for case in (*joint.CASES, *cross.CASES)}
 
@@ -22,4 +22,4 @@ def present(name: str) -> Case:
     return CASES[name]
 
 
-__all__ = ["CASES", "Case", "present", "relative", "tensor_of"]
+__all__ = ["CASES", "Case", "as_pipe", "present", "relative", "tensor_of"]

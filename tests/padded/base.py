@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -92,3 +93,8 @@ def tensor_of(output: Any) -> Tensor:
 
 def relative(one: Tensor, two: Tensor) -> float:
     return float((one - two).double().norm() / two.double().norm())
+
+
+def as_pipe(model: nn.Module) -> Any:
+    """A pipeline of this transformer alone, for a snapshot."""
+    return SimpleNamespace(components={"transformer": model}, scheduler=None)

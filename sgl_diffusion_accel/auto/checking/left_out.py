@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from sgl_diffusion_accel.lossless.apply_lossless import owner_of_forward, row_for
+from sgl_diffusion_accel.lossless.apply_lossless import constants_for, owner_of_forward, row_for
 from sgl_diffusion_accel.lossless.constants.constant_table import (
-    ONCE_A_RUN,
     may_have_equal_timesteps,
     may_have_idle_guidance,
 )
@@ -42,10 +41,13 @@ def left_out_of(pipe: object, target: Target) -> LeftOut:
     owner = owner_of_forward(target.module)
     found = row_for(owner)
     words = [_cut(found)] if isinstance(found, Row) else []
-    constant = ONCE_A_RUN.get(owner.__name__)
-    if constant is not None:
-        words.append(f"{constant.part} is computed once a run")
+    constants = constants_for(owner)
     rest = []
+    if constants is not None and not constants.why_not(target.module):
+        if constants.blocks:
+            rest.append("keys and values of the text are computed once a run, where they are worth it")
+        else:
+            words += [f"{each.part} is computed once a run" for each in constants.parts]
     if may_have_equal_timesteps(owner.__name__) and _may_give_each_token_its_timestep(pipe):
         rest.append("one timestep in the place of one for each token, where all are equal")
     if may_have_idle_guidance(target, owner.__name__):

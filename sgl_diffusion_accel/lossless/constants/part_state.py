@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,15 @@ def layers_of(part: nn.Module) -> list[nn.Module]:
     while (inner := layers[-1]._modules.get("base_layer")) is not None:
         layers.append(inner)
     return layers
+
+
+_MOVERS = ("_hf_hook", "_diffusers_hook")
+"""Attributes of modules whose weights accelerate or diffusers brings to the device when they are called."""
+
+
+def are_moved(modules: Iterable[nn.Module]) -> bool:
+    """Whether weights of one of some modules are moved when it is called."""
+    return any(name in vars(each) for each in modules for name in _MOVERS)
 
 
 class PartState:
@@ -50,6 +59,62 @@ class PartState:
                 for (known, address), each in zip(self._weights, weights, strict=True)
             )
         )
+
+
+class LayerState:
+    """The same of a single layer, in half a microsecond: models have hundreds.
+
+    Autocast is known by the part that its input comes from. With hooks it is never as it was.
+
+    Args:
+        layer: The layer, inside of adapters.
+        top: The same with its adapters.
+    """
+
+    __slots__ = ("_buffers", "_merged", "_parameters")
+
+    def __init__(self, layer: nn.Module, top: nn.Module | None) -> None:
+        self._parameters, self._buffers = _as_they_are(layer._parameters), _as_they_are(layer._buffers)
+        self._merged = None if top is layer else _merged_in(top)
+
+    def is_still(self, layer: nn.Module, top: nn.Module | None) -> bool:
+        """Whether all is as it was."""
+        if layer._forward_hooks or layer._forward_pre_hooks or not _are_still(self._parameters, layer._parameters):
+            return False
+        if (self._buffers or layer._buffers) and not _are_still(self._buffers, layer._buffers):
+            return False
+        return self._merged is None if top is layer else self._merged == _merged_in(top)
+
+
+_Weight = tuple[str, weakref.ref[Tensor], int | None, int]
+"""Name, weight, how often it was written to (None where that is not counted), address (0 where it has none)."""
+
+
+def _as_they_are(weights: Mapping[str, Tensor | None]) -> list[_Weight]:
+    return [
+        (name, weakref.ref(weight), None if weight.is_inference() else weight._version, _address_of(weight))
+        for name, weight in weights.items()
+        if weight is not None
+    ]
+
+
+def _are_still(before: list[_Weight], weights: Mapping[str, Tensor | None]) -> bool:
+    count = 0
+    for name, known, version, address in before:
+        weight = weights.get(name)
+        if weight is None or known() is not weight:
+            return False
+        if (version is not None and version != weight._version) or (address and address != weight.data_ptr()):
+            return False
+        count += 1
+    return count == len(weights) or count == sum(weight is not None for weight in weights.values())
+
+
+def _merged_in(top: nn.Module | None) -> tuple[Any, ...] | None:
+    """The adapters that are merged into a layer, by what is around it."""
+    if top is None:
+        return None
+    return tuple(tuple(getattr(each, "merged_adapters", ())) for each in layers_of(top)[:-1])
 
 
 def _weights_and_settings(

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.parts.output_tensors import take_apart
+from sgl_diffusion_accel.lossless.padding.known_places import KnownPlaces
 from sgl_diffusion_accel.lossless.padding.marks import Valid
+from sgl_diffusion_accel.lossless.padding.no_mask import HidesNothing
 from sgl_diffusion_accel.lossless.padding.table import Row, Stream
 
 
@@ -101,15 +103,34 @@ class Cut:
 
     @property
     def drops_in_blocks(self) -> bool:
-        """Whether the blocks are to be given no mask."""
-        return self.row.blocks is not None and not self.has_mask
+        """Whether the blocks are to be given no mask, or what stands for it."""
+        if self.row.blocks is None or not self.streams:
+            return False
+        return self.in_blocks is not None if self.row.blocks.asks_for_places else not self.has_mask
+
+    @cached_property
+    def in_blocks(self) -> object:
+        """What the blocks are given in the mask's place."""
+        blocks = self.row.blocks
+        if blocks is None or not blocks.own:
+            return None
+        if not blocks.asks_for_places:
+            return HidesNothing()
+        stay = self.streams[0].counts[:, self.streams[0].kept]
+        # Tokens that count are the first ones, unless somebody hides some among them.
+        is_prefix = bool((stay[:, 1:] <= stay[:, :-1]).all())
+        return KnownPlaces(stay.sum(1).tolist()) if is_prefix else None
 
     @property
     def changes(self) -> bool:
         """Whether the call is any other than it was."""
         if not self.streams:
             return False
-        return not self.has_mask or any(each.after < each.before or self._is_unmasked(each) for each in self.streams)
+        return (
+            self.drops_in_blocks
+            or not self.has_mask
+            or any(each.after < each.before or self._is_unmasked(each) for each in self.streams)
+        )
 
     def _is_unmasked(self, cut: StreamCut) -> bool:
         """Whether a stream needs no mask, whatever those beside it need."""

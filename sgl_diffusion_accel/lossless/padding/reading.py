@@ -32,15 +32,25 @@ class Known:
     __slots__ = ("_base", "_layout", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
-        base = tensor if tensor._base is None else tensor._base
+        base = base_of(tensor)
         self._base = weakref.ref(base)
-        self._version = base._version
+        self._version = writes_to(base)
         self._layout = _layout_of(tensor)
 
     def is_still(self, tensor: Tensor) -> bool:
         """Whether a tensor is that one, unchanged."""
-        base = tensor if tensor._base is None else tensor._base
-        return self._base() is base and self._version == base._version and self._layout == _layout_of(tensor)
+        base = base_of(tensor)
+        return self._base() is base and self._version == writes_to(base) and self._layout == _layout_of(tensor)
+
+
+def base_of(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of; itself, if of none."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def writes_to(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 for those of `torch.inference_mode`, which count no writes."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _layout_of(tensor: Tensor) -> tuple[Any, ...]:

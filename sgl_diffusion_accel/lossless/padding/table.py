@@ -59,12 +59,15 @@ class InBlocks:
         name: Its name among the keyword arguments.
         own: Class of the processors, in the model's module, that make a mask of whatever they are given: they get a
             stand-in for it (`no_mask.py`). Empty where None will do.
+        asks_for_places: Whether those ask the device which tokens count: they are told (`known_places.py`), also where
+            some are hidden.
     """
 
     lists: tuple[str, ...]
     position: int
     name: str = "attention_mask"
     own: str = ""
+    asks_for_places: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,13 @@ ROWS: dict[str, Row] = {
     "NucleusMoEImageTransformer2DModel": Row((_QWEN_TEXT,)),
     "JoyImageEditPlusTransformer3DModel": Row((_QWEN_TEXT,), only_alone=True),
     "Lumina2Transformer2DModel": Row((_TEXT,), takes_none=False),
-    "MochiTransformer3DModel": Row((_TEXT,), takes_none=False),
+    "MochiTransformer3DModel": Row(
+        (_TEXT,),
+        takes_none=False,
+        blocks=InBlocks(
+            ("transformer_blocks",), 3, "encoder_attention_mask", own="MochiAttnProcessor2_0", asks_for_places=True
+        ),
+    ),
     "BriaFibo2Transformer2DModel": Row(
         (Stream("encoder_attention_mask", ("encoder_hidden_states",), axis=2, is_raw=True),)
     ),

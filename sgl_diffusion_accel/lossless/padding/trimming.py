@@ -13,7 +13,6 @@ from sgl_diffusion_accel.lossless.both_ways import Verification
 from sgl_diffusion_accel.lossless.call_handler import Call, is_context_parallel
 from sgl_diffusion_accel.lossless.padding.block_masks import BlockMasks
 from sgl_diffusion_accel.lossless.padding.cuts import Cut, Trimmed
-from sgl_diffusion_accel.lossless.padding.no_mask import HidesNothing
 from sgl_diffusion_accel.lossless.padding.reading import Reader
 from sgl_diffusion_accel.lossless.padding.table import InBlocks, Row
 from sgl_diffusion_accel.patch import Patch, PatchHandler
@@ -28,9 +27,15 @@ _OTHERS = Trimmed()
 
 
 class Dropping(threading.local):
-    """Whether the blocks of the call that is under way in this thread are to be given no mask."""
+    """What the blocks of the call that is under way in this thread are to be given in the place of their mask.
+
+    Attributes:
+        is_on: Whether they are to be given another one.
+        instead: It; None for none.
+    """
 
     is_on: bool = False
+    instead: object = None
 
 
 class Padding:
@@ -71,7 +76,7 @@ class Padding:
         if not cut.changes:
             return None
         trimmed = self._arguments.change(cut.apply(given), args, kwargs)
-        self.dropping.is_on = drops
+        self.dropping.is_on, self.dropping.instead = drops, cut.in_blocks if drops else None
         if self.verify is not None:
             self._verify(self.verify, module, cut, (args, kwargs), trimmed, given)
         return With(*trimmed, cut)
@@ -128,7 +133,7 @@ class Padding:
 
 
 class MaskHandler(PatchHandler):
-    """Takes the mask of one block away, in calls in which it hides nothing.
+    """Takes the mask of one block away, in calls in which it hides nothing, or puts another thing in its place.
 
     Args:
         patch: The patch that it belongs to.
@@ -143,16 +148,15 @@ class MaskHandler(PatchHandler):
         self.patch = patch
         self._dropping = dropping
         self._position, self._name = blocks.position, blocks.name
-        self._none = HidesNothing() if blocks.own else None
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> With | None:
         """Begins a block."""
         if not self._dropping.is_on:
             return None
         if self._name in kwargs:
-            return With(args, {**kwargs, self._name: self._none})
+            return With(args, {**kwargs, self._name: self._dropping.instead})
         if self._position < len(args):
-            return With((*args[: self._position], self._none, *args[self._position + 1 :]), kwargs)
+            return With((*args[: self._position], self._dropping.instead, *args[self._position + 1 :]), kwargs)
         return None
 
     def leave(self, _: nn.Module, __: Any, output: Any) -> Any:
