@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from classes import ROWS as MODELS
@@ -130,6 +131,12 @@ def values(*shape: int, key: str = "") -> Tensor:
 def picture(*shape: int, key: str = "picture") -> Tensor:
     """Seeded numbers between 0 and 1, `[1, 3, 64, 64]` where no shape is given."""
     return values(*(shape or (1, 3, 64, 64)), key=key).sigmoid()
+
+
+def photo(mode: str = "RGB") -> Image.Image:
+    """A picture of 64 × 64."""
+    numbers = (picture()[0].permute(1, 2, 0) * 255).byte().numpy()
+    return Image.fromarray(numbers).convert(mode)
 
 
 def left_half(*shape: int) -> Tensor:

@@ -113,7 +113,7 @@ def _skipping(trace: Trace, patch: CachePatch, placed: list[Place], got: Tensor,
     never = [
         name for each in patch.stats.runs for name, branch in each.branches.items() if all(branch.computed)
     ]
-    off = relative(got, unpatched)
+    off = relative(got, unpatched); __import__("sys").stderr.write(f"   OFF {off:.3f}\n")
     assert 0 < off < 0.5, f"the output is off by {off:.2g}"
     return f"{YES}, but for {', '.join(sorted(set(never)))}" if never else YES
 
@@ -163,7 +163,7 @@ def blocks(case: Case, pipe: Any, trace: Trace, unpatched: Tensor) -> str:
         due = sum(mask[call.step] for call in mine) + sum(component == name for component, _ in also)
         ran = {count for (component, _, _), count in counts.items() if component == name}
         assert not mine or due in ran, f"{name}: blocks ran {sorted(ran)} times, and {due} of {len(mine)} calls were due"
-    off = relative(got, unpatched)
+    off = relative(got, unpatched); __import__("sys").stderr.write(f"   OFF {off:.3f}\n")
     assert 0 < off < 0.5, f"with blocks skipped the output is off by {off:.2g}"
     reasons = sorted({reason for _, reason in also})
     return f"{YES}; in full also: {', '.join(reasons)}" if reasons else YES
@@ -182,7 +182,7 @@ def lossless(case: Case, pipe: Any, unpatched: Tensor) -> str:
         got = case.run(pipe)
         acts = any(patch.stats.calls.values())
         why = "; ".join(dict.fromkeys(patch.left_alone.values()))
-    off = relative(got, unpatched)
+    off = relative(got, unpatched); __import__("sys").stderr.write(f"   OFF {off:.3f}\n")
     assert off <= 1e-5, f"lossless changes the output by {off:.2g}"
     assert torch.equal(case.run(pipe), unpatched), "lossless, removed, is not as before"
     return YES if acts else why or "nothing to cut in these calls"

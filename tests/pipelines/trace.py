@@ -76,16 +76,28 @@ class Trace:
     def branches(self) -> list[Any]:
         """For each call something that is the same for the calls of one branch, and for them alone."""
         most = max(self._within_steps().values())
-        found: list[Any] = []
-        for call in self.calls:
-            mine = [each for each in self.calls if each.loop == call.loop]
-            names = {name for each in mine for name in each.given}
-            lasting = {name for name in names if len({each.given.get(name) for each in mine}) <= most}
-            found.append((call.loop, *((name, call.given.get(name)) for name in sorted(lasting))))
+        lasting = {loop: self._lasting(loop, most) for loop in {call.loop for call in self.calls}}
+        found: list[Any] = [
+            (call.loop, *((name, call.given.get(name)) for name in lasting[call.loop])) for call in self.calls
+        ]
         nth: dict[Any, int] = defaultdict(int)
         for index, (call, same) in enumerate(zip(self.calls, found, strict=True)):
             nth[call.loop, call.step, same] += 1  # the same conditioning twice in a step is two branches
             found[index] = (same, nth[call.loop, call.step, same])
+        return found
+
+    def _lasting(self, loop: int, most: int) -> list[str]:
+        """The arguments that stay the same through a loop, for each branch: of any two steps, which may differ in how
+        many branches they have, the values of one are among those of the other."""
+        calls = [call for call in self.calls if call.loop == loop]
+        found = []
+        for name in sorted({name for call in calls for name in call.given}):
+            by_step: dict[int, set[Any]] = defaultdict(set)
+            for call in calls:
+                by_step[call.step].add(call.given.get(name))
+            widest = max(by_step.values(), key=len)
+            if len(widest) <= most and all(each <= widest for each in by_step.values()):
+                found.append(name)
         return found
 
     def _within_steps(self) -> Mapping[tuple[int, int], int]:

@@ -58,3 +58,81 @@ def hunyuan_vae(channels: int) -> Any:
         layers_per_block=1,
         norm_num_groups=2,
     )
+
+
+def cogvideox_vae(channels: int) -> Any:
+    """CogVideoX's: 8 times smaller, and 4 times shorter."""
+    return made(
+        "AutoencoderKLCogVideoX",
+        latent_channels=channels,
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+
+
+def cosmos_vae(channels: int) -> Any:
+    """Cosmos': 8 times smaller, and 8 times shorter."""
+    return made(
+        "AutoencoderKLCosmos",
+        latent_channels=channels,
+        encoder_block_out_channels=(4, 4, 4, 4),
+        decode_block_out_channels=(4, 4, 4, 4),
+        attention_resolutions=(1,),
+        resolution=16,
+        num_layers=1,
+        patch_size=2,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=8,
+        latents_mean=[0.0] * channels * 16,
+        latents_std=[1.0] * channels * 16,
+    )
+
+
+def magvit_vae(channels: int) -> Any:
+    """EasyAnimate's: 8 times smaller, and 4 times shorter."""
+    return made(
+        "AutoencoderKLMagvit",
+        latent_channels=channels,
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 3),
+        up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 3),
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+
+
+def hunyuan15_vae() -> Any:
+    """HunyuanVideo 1.5's: 16 times smaller, and 4 times shorter."""
+    return made(
+        "AutoencoderKLHunyuanVideo15",
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+    )
+
+
+def dc_vae(channels: int) -> Any:
+    """Sana's: 8 times smaller here."""
+    return made(
+        "AutoencoderDC",
+        latent_channels=channels,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 4,
+        decoder_block_types=("ResBlock",) * 4,
+        encoder_block_out_channels=(4, 4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4, 4),
+        encoder_qkv_multiscales=((),) * 4,
+        decoder_qkv_multiscales=((),) * 4,
+        encoder_layers_per_block=(1,) * 4,
+        decoder_layers_per_block=(1,) * 4,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=1.0,
+    )

@@ -9,7 +9,7 @@ from PIL import Image
 from zoo.base import flow_euler, tiny_vae
 from zoo.flux import CHANNELS, CONFIG, POOLED, TEXT
 
-from ..base import Case, left_half, made, model, picture, pipeline, values, words
+from ..base import Case, left_half, made, model, photo, picture, pipeline, values, words
 from ..vaes import flux2_vae
 
 FLUX, CHROMA, FLUX2 = "FluxTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel"
@@ -53,7 +53,7 @@ def flux2(name: str, call: dict[str, Any], label: str = "", negative: bool = Tru
 
 
 PICTURE, MASK = picture(), left_half()
-PHOTO = Image.new("RGB", (64, 64), (200, 90, 30))
+PHOTO = photo()
 MASKED = {"image": PICTURE, "mask_image": MASK}
 CFG = {"true_cfg_scale": 3.0, **_prompt(negative=True)}
 WINDOW = {"control_guidance_start": 0.3, "control_guidance_end": 0.7}

@@ -1,44 +1,74 @@
-"""HunyuanVideo, its image to video and framepack; HunyuanVideo 1.5; HunyuanImage; HunyuanDiT."""
+"""HunyuanVideo, its image to video and framepack; HunyuanVideo 1.5 and HunyuanImage with a guider."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
-from PIL import Image
 
 from zoo.base import flow_euler
-from zoo.hunyuan import CHANNELS, POOLED, TEXT
 
-from ..base import Case, made, model, pipeline, values, words
-from ..vaes import hunyuan_vae
+from ..base import Case, model, photo, pipeline, values
+from ..vaes import hunyuan15_vae, hunyuan_vae
 
-PHOTO = Image.new("RGB", (64, 64), (200, 90, 30))
+PHOTO = photo()
 VIDEO, FRAMEPACK = "HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"
-IMAGE, DIT = "HunyuanImageTransformer2DModel", "HunyuanDiT2DModel"
+IMAGE, VIDEO15 = "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel"
+ONES = torch.ones(1, 7, dtype=torch.long)
 
 
-def video(name: str, call: dict[str, Any], kind: str = VIDEO, label: str = "", negative: bool = True, **changes: Any) -> Case:
+def video(name: str, call: dict[str, Any], label: str = "", kind: str = VIDEO, cfg: bool = True, **changes: Any) -> Case:
+    """With true guidance, unless it is turned off."""
+
     def make() -> Any:
         transformer = model(kind, **changes)
-        width = transformer.config.text_embed_dim
-        pipe = pipeline(name, vae=hunyuan_vae(CHANNELS), transformer=transformer, scheduler=flow_euler())
-        prompt = (values(1, 7, width, key="p"), values(1, transformer.config.pooled_projection_dim, key="q"))
-        pipe.encode_prompt = lambda prompt_embeds=None, **_: (*prompt, torch.ones(1, 7, dtype=torch.long))
-        pipe.encode_image = lambda *_, **__: values(1, 3, transformer.config.get("image_proj_dim") or 8, key="image")
+        config = transformer.config
+        pipe = pipeline(name, vae=hunyuan_vae(4), transformer=transformer, scheduler=flow_euler())
+        shape = (1, 3, config.get("image_proj_dim") or 8)
+        pipe.encode_image = lambda *_, **__: values(*shape, key="image")
+        pipe.encode_prompt = lambda prompt=None, **_: (
+            values(1, 7, config.text_embed_dim, key=str(prompt)),
+            values(1, config.pooled_projection_dim, key=f"pooled {prompt}"),
+            ONES,
+        )
         return pipe
 
-    return Case(name, make, lambda: {"prompt": "a cat", "num_frames": 5, "image": PHOTO, **call}, label, (kind,))
+    given = {"prompt": "a cat", "num_frames": 5, "image": PHOTO, "guidance_scale": 6.0}
+    negative = {"negative_prompt": "a dog", "true_cfg_scale": 3.0} if cfg else {}
+    return Case(name, make, lambda: {**given, **negative, **call}, label, (kind,))
 
 
-def image(name: str, call: dict[str, Any], label: str = "", **changes: Any) -> Case:
+def guided(name: str, kind: str, call: dict[str, Any], vae: Any = None, **changes: Any) -> Case:
+    """With a guider, which makes the branches."""
+
     def make() -> Any:
-        guider = ClassifierFreeGuidance(guidance_scale=4.0)
-        return pipeline(name, transformer=model(IMAGE, **changes), scheduler=flow_euler(), guider=guider)
+        transformer = model(kind, **changes)
+        parts = {"transformer": transformer, "scheduler": flow_euler(), "guider": ClassifierFreeGuidance(4.0)}
+        pipe = pipeline(name, vae=vae() if vae else None, **parts)
+        pipe.encode_image = lambda *_, **__: values(1, 4, 10, key="image")
+        return pipe
 
-    return Case(name, make, lambda: call, label, (IMAGE,))
+    def given() -> dict[str, Any]:
+        prompt = {}
+        for prefix in ("", "negative_"):
+            prompt[f"{prefix}prompt_embeds"] = values(1, 7, 16, key=prefix)
+            prompt[f"{prefix}prompt_embeds_mask"] = ONES
+            if "Refiner" not in name:
+                prompt[f"{prefix}prompt_embeds_2"] = values(1, 7, 12, key=f"{prefix}2")
+                prompt[f"{prefix}prompt_embeds_mask_2"] = ONES
+        return {**prompt, **call}
+
+    return Case(name, make, given, "", (kind,))
 
 
-CASES = ()
+FRAMES = {"num_frames": 9, "latent_window_size": 2, "last_image": None}
+CASES = (
+    video("HunyuanVideoImageToVideoPipeline", {}, "image beside the latents", in_channels=9, image_condition_type="latent_concat"),
+    video("HunyuanVideoImageToVideoPipeline", {}, "image in the first frame", image_condition_type="token_replace"),
+    video("HunyuanSkyreelsImageToVideoPipeline", {}, in_channels=8),
+    video("HunyuanVideoFramepackPipeline", FRAMES, "from the end", FRAMEPACK),
+    video("HunyuanVideoFramepackPipeline", {**FRAMES, "sampling_type": "vanilla"}, "from the start", FRAMEPACK, cfg=False),
+    guided("HunyuanImagePipeline", IMAGE, {"height": 256, "width": 256}),
+    guided("HunyuanVideo15ImageToVideoPipeline", VIDEO15, {"image": PHOTO, "num_frames": 5, "height": None, "width": None}, hunyuan15_vae),
+)

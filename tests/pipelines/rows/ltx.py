@@ -6,16 +6,15 @@ from typing import Any
 
 import diffusers
 import torch
-from PIL import Image
 
 from zoo.base import flow_euler
 from zoo.ltx import CHANNELS, TEXT
 
-from ..base import Case, made, model, picture, pipeline, values, words
+from ..base import Case, made, model, photo, picture, pipeline, values, words
 from ..vaes import ltx_vae
 
 LTX, LTX2 = "LTXVideoTransformer3DModel", "LTX2VideoTransformer3DModel"
-PHOTO = Image.new("RGB", (64, 64), (200, 90, 30))
+PHOTO = photo()
 
 
 def ltx(name: str, call: dict[str, Any], label: str = "", scheduler: Any = flow_euler) -> Case:

@@ -7,15 +7,15 @@ from typing import Any
 
 import diffusers
 import torch
-from PIL import Image
 
 from classes.base import TEXT
 from zoo.base import flow_euler, tiny_vae
 
-from ..base import Case, left_half, made, model, picture, pipeline, values, words
+from ..vaes import wan_vae
+from ..base import Case, left_half, made, model, photo, picture, pipeline, values, words
 
 PICTURE, MASK = picture(), left_half()
-PHOTO = Image.new("RGB", (64, 64), (200, 90, 30))
+PHOTO = photo()
 
 
 def case(
@@ -55,7 +55,7 @@ def multistep() -> Any:
 
 
 def ddim() -> Any:
-    return diffusers.DDIMScheduler()
+    return diffusers.DDIMScheduler(prediction_type="v_prediction")
 
 
 def encodes(*outputs: Any, name: str = "encode_prompt") -> Callable[[Any], Any]:
@@ -98,6 +98,21 @@ def _fibo() -> Any:
     prompt, negative = pair(TEXT)
     layers = [[torch.full((1, 7, 12), sign * (i + 1)) for i in range(4)] for sign in (0.1, -0.1)]
     return encodes(prompt, negative, torch.zeros(1, 7, 3), ONES, ONES, *layers)
+
+
+def having(**attributes: Any) -> Callable[[Any], Any]:
+    """Has a pipeline count in smaller pictures."""
+
+    def prepare(pipe: Any) -> Any:
+        vars(pipe).update(attributes)
+        return pipe
+
+    return prepare
+
+
+def _joy(pipe: Any) -> Any:
+    pipe.vae_image_processor.get_default_height_width = lambda *_: (64, 64)
+    return pipe
 
 
 class _Processor:
@@ -167,23 +182,23 @@ CASES = (
     case(
         "HunyuanDiTPAGPipeline",
         "HunyuanDiT2DModel",
-        DIT,
+        {**DIT, "guidance_scale": 1.5, "pag_scale": 0.5},
         scheduler=ddpm,
         parts=lambda: {"pag_applied_layers": ["blocks.1"]},
     ),
-    case("LuminaPipeline", "LuminaNextDiT2DModel", NARROW),
+    case("LuminaPipeline", "LuminaNextDiT2DModel", NARROW, learn_sigma=True),
     case("PRXPipeline", "PRXTransformer2DModel", {**NARROW, "use_resolution_binning": False}, parts=vae),
-    case("BriaPipeline", "BriaTransformer2DModel", words(TEXT), parts=vae),
+    case("BriaPipeline", "BriaTransformer2DModel", words(TEXT), scheduler=ddim, parts=vae),
     case("BriaFiboPipeline", "BriaFiboTransformer2DModel", {"prompt": "a cat"}, prepare=_fibo()),
     case("BriaFibo2Pipeline", "BriaFibo2Transformer2DModel", words(12, mask=MASK_OF)),
     case(
         "BriaFiboEditPipeline",
         "BriaFiboTransformer2DModel",
-        {"prompt": "a cat", "image": PHOTO, "_auto_resize": False},
+        {"prompt": '{"edit_instruction": "bluer"}', "image": PHOTO, "_auto_resize": False},
         prepare=_fibo(),
-        parts=vae,
+        parts=lambda: {"vae": wan_vae(4)},
     ),
-    case("HiDreamImagePipeline", "HiDreamImageTransformer2DModel", HIDREAM),
+    case("HiDreamImagePipeline", "HiDreamImageTransformer2DModel", HIDREAM, prepare=having(default_sample_size=8)),
     case(
         "ErnieImagePipeline",
         "ErnieImageTransformer2DModel",
@@ -195,6 +210,7 @@ CASES = (
         {
             **{f"{each}prompt_embeds": values(1, 7, 3, 16, key=each) for each in ("", "negative_")},
             **{f"{each}prompt_embeds_mask": ONES.bool() for each in ("", "negative_")},
+            "guidance_scale": 1.5,
         },
         scheduler=lambda: flow_euler(True),
     ),
@@ -205,7 +221,7 @@ CASES = (
         scheduler=lambda: flow_euler(True),
         parts=lambda: {"processor": _Processor()},
     ),
-    case("JoyImageEditPipeline", "JoyImageEditTransformer3DModel", words(TEXT, mask=MASK_OF)),
+    case("JoyImageEditPipeline", "JoyImageEditTransformer3DModel", words(TEXT, mask=MASK_OF), prepare=_joy),
     case(
         "GlmImagePipeline",
         "GlmImageTransformer2DModel",

@@ -10,12 +10,12 @@ from PIL import Image
 from zoo.base import flow_euler
 from zoo.qwen import CHANNELS, TEXT
 
-from ..base import Case, left_half, made, model, picture, pipeline, words
+from ..base import Case, left_half, made, model, photo, picture, pipeline, words
 from ..vaes import wan_vae
 
 QWEN = "QwenImageTransformer2DModel"
 PICTURE, MASK = picture(), left_half()
-PHOTO = Image.new("RGB", (64, 64), (200, 90, 30))
+PHOTO = photo()
 
 
 def qwen(name: str, call: dict[str, Any], label: str = "", control: int = 0, edits: bool = False, **changes: Any) -> Case:
@@ -30,7 +30,7 @@ def qwen(name: str, call: dict[str, Any], label: str = "", control: int = 0, edi
         vae = wan_vae(CHANNELS // 4, "AutoencoderKLQwenImage")
         pipe = pipeline(name, vae=vae, transformer=transformer, scheduler=flow_euler(True), **parts)
         if name == "QwenImageLayeredPipeline":
-            pipe.text_encoder = transformer  # it is asked for its dtype alone
+            pipe.text_encoder = vae  # it is asked for its dtype alone
         return shrinking(pipe) if edits else pipe
 
     given = {**words(TEXT, mask="prompt_embeds_mask"), "true_cfg_scale": 4.0, "guidance_scale": None}
@@ -89,7 +89,7 @@ CASES = (
     qwen("QwenImageEditPlusPipeline", {"image": [PHOTO, PHOTO], **LARGE}, edits=True),
     qwen(
         "QwenImageLayeredPipeline",
-        {"image": PHOTO, "layers": 2, "prompt": "a cat", "resolution": 1024},
+        {"image": PHOTO, "layers": 2, "prompt": "a cat", "resolution": 1024, "output_type": "pt"},
         edits=True,
         use_additional_t_cond=True,
         use_layer3d_rope=True,

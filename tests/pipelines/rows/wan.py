@@ -9,11 +9,11 @@ from PIL import Image
 from zoo.base import flow_euler, unipc_flow
 from zoo.wan import CHANNELS, CONFIG, TEXT
 
-from ..base import Case, model, picture, pipeline, values, words
+from ..base import Case, model, photo, picture, pipeline, values, words
 from ..vaes import wan_vae
 
 WAN = "WanTransformer3DModel"
-PHOTO = Image.new("RGB", (64, 64), (200, 90, 30))
+PHOTO = photo()
 OF_IMAGE = 16
 CLIP = [PHOTO] * 5
 
