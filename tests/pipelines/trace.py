@@ -27,7 +27,7 @@ class Seen:
     Attributes:
         component: Which transformer.
         loop: In which loop of the run.
-        step: At which step of it.
+        step: At which step of it; the number of its steps for one that comes after the last of them.
         given: What it is given, in numbers, by name.
     """
 
@@ -44,34 +44,35 @@ class Trace:
     Attributes:
         calls: The transformer calls, in their order.
         loops: How many loops have begun.
-        steps: How many steps the present one has behind it.
+        lengths: How many steps each loop had.
     """
 
     calls: list[Seen] = field(default_factory=list)
     loops: int = -1
-    steps: int = 0
+    lengths: dict[int, int] = field(default_factory=dict)
     _is_open: bool = False
     _has_calls: bool = False
 
     def began(self) -> None:
         """The scheduler was given its timesteps."""
         if self._has_calls or self.loops < 0:
-            self.loops, self.steps = self.loops + 1, 0
+            self.loops += 1
+            self.lengths[self.loops] = 0
         self._is_open = self._has_calls = False
 
     def stepped(self) -> None:
         """The scheduler has taken some latents on."""
-        self.steps += self._is_open  # what several latents have in a row is one step
+        self.lengths[self.loops] += self._is_open  # what several latents have in a row is one step
         self._is_open = False
 
     def called(self, component: str, given: dict[str, Any]) -> None:
         """A transformer was called."""
         self._is_open = self._has_calls = True
-        self.calls.append(Seen(component, self.loops, self.steps, given))
+        self.calls.append(Seen(component, self.loops, self.lengths[self.loops], given))
 
-    def steps_of(self, loop: int) -> int:
-        """How many steps a loop had."""
-        return 1 + max(call.step for call in self.calls if call.loop == loop)
+    def is_in_loop(self, call: Seen) -> bool:
+        """Whether the scheduler has made use of a call."""
+        return call.step < self.lengths[call.loop]
 
     def branches(self) -> list[Any]:
         """For each call something that is the same for the calls of one branch, and for them alone."""
@@ -89,7 +90,7 @@ class Trace:
     def _lasting(self, loop: int, most: int) -> list[str]:
         """The arguments that stay the same through a loop, for each branch: of any two steps, which may differ in how
         many branches they have, the values of one are among those of the other."""
-        calls = [call for call in self.calls if call.loop == loop]
+        calls = [call for call in self.calls if call.loop == loop and self.is_in_loop(call)]
         found = []
         for name in sorted({name for call in calls for name in call.given}):
             by_step: dict[int, set[Any]] = defaultdict(set)
@@ -102,13 +103,13 @@ class Trace:
 
     def _within_steps(self) -> Mapping[tuple[int, int], int]:
         counts: dict[tuple[int, int], int] = defaultdict(int)
-        for call in self.calls:
+        for call in filter(self.is_in_loop, self.calls):
             counts[call.loop, call.step] += 1
         return counts
 
     def shape(self) -> str:
         """In words: how many calls in how many steps."""
-        steps = [self.steps_of(loop) for loop in sorted({call.loop for call in self.calls})]
+        steps = [self.lengths[loop] for loop in sorted({call.loop for call in self.calls})]
         each = sorted(set(self._within_steps().values()))
         loops = f"{len(steps)} loops of {' and '.join(map(str, sorted(set(steps))))}" if len(steps) > 1 else steps[0]
         return f"{loops} steps, {' or '.join(map(str, each))} call{'s' if each[-1] > 1 else ''} each"

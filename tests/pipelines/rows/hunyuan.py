@@ -70,5 +70,5 @@ CASES = (
     video("HunyuanVideoFramepackPipeline", FRAMES, "from the end", FRAMEPACK),
     video("HunyuanVideoFramepackPipeline", {**FRAMES, "sampling_type": "vanilla"}, "from the start", FRAMEPACK, cfg=False),
     guided("HunyuanImagePipeline", IMAGE, {"height": 256, "width": 256}),
-    guided("HunyuanVideo15ImageToVideoPipeline", VIDEO15, {"image": PHOTO, "num_frames": 5, "height": None, "width": None}, hunyuan15_vae),
+    guided("HunyuanVideo15ImageToVideoPipeline", VIDEO15, {"image": PHOTO, "num_frames": 5}, hunyuan15_vae),
 )

@@ -6,12 +6,13 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
 from zoo.base import flow_euler
 from zoo.ltx import CHANNELS, TEXT
 
 from ..base import Case, made, model, photo, picture, pipeline, values, words
-from ..vaes import ltx_vae
+from ..vaes import ltx2_audio_vae, ltx2_vae, ltx_vae
 
 LTX, LTX2 = "LTXVideoTransformer3DModel", "LTX2VideoTransformer3DModel"
 PHOTO = photo()
@@ -31,8 +32,53 @@ def ltx(name: str, call: dict[str, Any], label: str = "", scheduler: Any = flow_
 
 
 
+def ltx2(name: str, call: dict[str, Any], label: str = "") -> Case:
+    """With sound."""
+
+    def make() -> Any:
+        parts = {"transformer": model(LTX2, perturbed_attn=True), "scheduler": flow_euler(True)}
+        pipe = pipeline(name, vae=ltx2_vae(4), audio_vae=ltx2_audio_vae(), **parts)
+        pipe.connectors = lambda prompt, mask, **_: (_folded(prompt, 24), _folded(prompt, 16), mask)
+        return pipe
+
+    given = {**words(16, mask="prompt_attention_mask"), "num_frames": 9, "frame_rate": 24.0, "stg_scale": 0.0}
+    return Case(name, make, lambda: {**given, **call}, label, (LTX2,))
+
+
+def _folded(prompt: Tensor, width: int) -> Tensor:
+    """In place of the connectors: embeddings of the prompt, as wide as the transformer takes them."""
+    return prompt.repeat(1, 1, 2)[..., :width]
+
+
+LONG = {
+    "prompt": "a cat | a dog",
+    "negative_prompt": "a bird",
+    "num_frames": 33,
+    "temporal_tile_size": 24,
+    "temporal_overlap": 8,
+    "seed": 0,
+}
+
+
+def _long() -> Any:
+    pipe = pipeline("LTXI2VLongMultiPromptPipeline", vae=ltx_vae(4), transformer=model(LTX), scheduler=flow_euler())
+    pipe.encode_prompt = lambda prompt=None, **_: (*_encoded(str(prompt)), *_encoded("negative"))
+    return pipe
+
+
+def _encoded(prompt: str) -> tuple[Tensor, Tensor]:
+    return values(1, 7, 16, key=prompt), torch.ones(1, 7, dtype=torch.long)
+
+
+FOUR = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [1]}
 CASES = (
     ltx("LTXImageToVideoPipeline", {"image": PHOTO}, scheduler=lambda: flow_euler(True)),
     ltx("LTXConditionPipeline", {"image": PHOTO}),
     ltx("LTXConditionPipeline", {"video": [PHOTO] * 9, "denoise_strength": 0.6}, "a video, strength 0.6"),
+    ltx2("LTX2Pipeline", {"modality_scale": 1.0}),
+    ltx2("LTX2Pipeline", FOUR, "four kinds of guidance"),
+    ltx2("LTX2ImageToVideoPipeline", {"image": PHOTO, **FOUR}),
+    ltx2("LTX2ConditionPipeline", FOUR),
+    ltx2("LTX2InContextPipeline", FOUR),
+    Case("LTXI2VLongMultiPromptPipeline", _long, lambda: LONG, "two windows"),
 )

@@ -115,6 +115,14 @@ def _joy(pipe: Any) -> Any:
     return pipe
 
 
+@torch.no_grad()
+def _smoother(pipe: Any) -> Any:
+    """Neighbouring steps are to resemble each other: `zoo.base.randomise` does not know this time embedding."""
+    for name, parameter in pipe.transformer.time_embed.named_parameters():
+        parameter.mul_(0.25 if name.endswith("weight") else 4.0)
+    return pipe
+
+
 class _Processor:
     """Answers what pipelines ask their processor when they are made."""
 
@@ -190,7 +198,14 @@ CASES = (
     case("PRXPipeline", "PRXTransformer2DModel", {**NARROW, "use_resolution_binning": False}, parts=vae),
     case("BriaPipeline", "BriaTransformer2DModel", words(TEXT), scheduler=ddim, parts=vae),
     case("BriaFiboPipeline", "BriaFiboTransformer2DModel", {"prompt": "a cat"}, prepare=_fibo()),
-    case("BriaFibo2Pipeline", "BriaFibo2Transformer2DModel", words(12, mask=MASK_OF)),
+    case(
+        "BriaFibo2Pipeline",
+        "BriaFibo2Transformer2DModel",
+        {
+            **{f"{each}prompt_embeds": values(1, 2, 12, 12, key=each) for each in ("", "negative_")},
+            **{f"{each}prompt_embeds_mask": torch.ones(1, 12, dtype=torch.bool) for each in ("", "negative_")},
+        },
+    ),
     case(
         "BriaFiboEditPipeline",
         "BriaFiboTransformer2DModel",
@@ -213,6 +228,7 @@ CASES = (
             "guidance_scale": 1.5,
         },
         scheduler=lambda: flow_euler(True),
+        prepare=_smoother,
     ),
     case(
         "NucleusMoEImagePipeline",
