@@ -146,7 +146,7 @@ class _Walk:
         name = self._named_here(frame, local)
         return LoopCall(
             loop=timesteps,
-            total=len(timesteps),
+            total=len(timesteps) - _left_off(frame),
             step=step,
             branch=name or self._branch_read(pipeline, local),
             timesteps=timesteps,
@@ -282,6 +282,11 @@ def _is_given_step_of(loop: StepIterator, given: tuple[Any, ...]) -> bool:
     schedule = Schedule(loop.timesteps)
     tensors = [value for value in given if isinstance(value, Tensor)]
     return any(value is loop.timestep or schedule.index_of(value) == loop.step for value in tensors)
+
+
+def _left_off(frame: FrameType) -> int:
+    """How many timesteps at the end of the schedule a function's loop does not come to."""
+    return sum(loop.left_off for loop in loops_around(frame.f_code, frame.f_lasti) or ())
 
 
 def _share_memory(one: Tensor, other: Tensor | None) -> bool:

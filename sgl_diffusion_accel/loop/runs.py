@@ -110,7 +110,7 @@ class Run:
                 "what was applied goes by the timesteps of the run, and this loop tells its steps by cache_context "
                 "alone. Type: for t in denoising_steps(scheduler.timesteps, scheduler=scheduler):"
             )
-        return timesteps
+        return timesteps[: self.total]  # a loop may leave the last of them off
 
     @property
     def has_timesteps(self) -> bool:
@@ -122,7 +122,7 @@ class Run:
         timesteps = self._timesteps()
         if self.boundary is None or timesteps is None:
             return None
-        later = [step for step, timestep in enumerate(timesteps.tolist()) if timestep < self.boundary]
+        later = [step for step, timestep in enumerate(timesteps[: self.total].tolist()) if timestep < self.boundary]
         return later[0] if later else None
 
     def is_of(self, call: LoopCall) -> bool:

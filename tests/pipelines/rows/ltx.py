@@ -38,16 +38,11 @@ def ltx2(name: str, call: dict[str, Any], label: str = "") -> Case:
     def make() -> Any:
         parts = {"transformer": model(LTX2, perturbed_attn=True), "scheduler": flow_euler(True)}
         pipe = pipeline(name, vae=ltx2_vae(4), audio_vae=ltx2_audio_vae(), **parts)
-        pipe.connectors = lambda prompt, mask, **_: (_folded(prompt, 24), _folded(prompt, 16), mask)
+        pipe.connectors = lambda prompt, mask, **_: (prompt, -prompt, mask)
         return pipe
 
     given = {**words(16, mask="prompt_attention_mask"), "num_frames": 9, "frame_rate": 24.0, "stg_scale": 0.0}
     return Case(name, make, lambda: {**given, **call}, label, (LTX2,))
-
-
-def _folded(prompt: Tensor, width: int) -> Tensor:
-    """In place of the connectors: embeddings of the prompt, as wide as the transformer takes them."""
-    return prompt.repeat(1, 1, 2)[..., :width]
 
 
 LONG = {
@@ -70,15 +65,15 @@ def _encoded(prompt: str) -> tuple[Tensor, Tensor]:
     return values(1, 7, 16, key=prompt), torch.ones(1, 7, dtype=torch.long)
 
 
-FOUR = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [1]}
+THREE = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [1]}
 CASES = (
     ltx("LTXImageToVideoPipeline", {"image": PHOTO}, scheduler=lambda: flow_euler(True)),
     ltx("LTXConditionPipeline", {"image": PHOTO}),
     ltx("LTXConditionPipeline", {"video": [PHOTO] * 9, "denoise_strength": 0.6}, "a video, strength 0.6"),
-    ltx2("LTX2Pipeline", {"modality_scale": 1.0}),
-    ltx2("LTX2Pipeline", FOUR, "four kinds of guidance"),
-    ltx2("LTX2ImageToVideoPipeline", {"image": PHOTO, **FOUR}),
-    ltx2("LTX2ConditionPipeline", FOUR),
-    ltx2("LTX2InContextPipeline", FOUR),
+    ltx2("LTX2Pipeline", {"modality_scale": 1.0, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0}),
+    ltx2("LTX2Pipeline", THREE, "three kinds of guidance"),
+    ltx2("LTX2ImageToVideoPipeline", {"image": PHOTO, "image_crf": 0, **THREE}),
+    ltx2("LTX2ConditionPipeline", THREE),
+    ltx2("LTX2InContextPipeline", THREE),
     Case("LTXI2VLongMultiPromptPipeline", _long, lambda: LONG, "two windows"),
 )
