@@ -18,6 +18,8 @@ from classes import ROWS as MODELS
 from classes import found as found_models
 from zoo.base import normal, quiet_rng, randomise
 
+from .finding import kind_of
+
 STEPS = 8
 """What a pipeline is asked for."""
 
@@ -62,7 +64,7 @@ class Case:
 
 def has(name: str) -> bool:
     """Whether the installed diffusers has a class, a transformer that it does not export among them."""
-    return hasattr(diffusers, name) or name in found_models()
+    return kind_of(name) is not None or name in found_models()
 
 
 def usual(kind: type, steps: int) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 def pipeline(name: str, **parts: Any) -> Any:
     """A pipeline of diffusers; of the components that are not given it has none."""
-    kind = getattr(diffusers, name)
+    kind = kind_of(name)
     takes = inspect.signature(kind.__init__).parameters
     empty = {key: None for key, each in takes.items() if key != "self" and each.default is inspect.Parameter.empty}
     with quiet_rng(0):

@@ -7,12 +7,14 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 
 from classes.base import TEXT
 from zoo.base import flow_euler, tiny_vae
 
-from ..vaes import wan_vae
 from ..base import Case, left_half, made, model, photo, picture, pipeline, values, words
+from ..vaes import hunyuan15_vae, wan_vae
+from .qwen import shrinking
 
 PICTURE, MASK = picture(), left_half()
 PHOTO = photo()
@@ -121,6 +123,14 @@ def _smoother(pipe: Any) -> Any:
     for name, parameter in pipe.transformer.time_embed.named_parameters():
         parameter.mul_(0.25 if name.endswith("weight") else 4.0)
     return pipe
+
+
+def _longcat(pipe: Any) -> Any:
+    def encode(prompt: Any = None, *_: Any, **__: Any) -> Any:
+        return values(1, 7, 24, key=str(prompt)), torch.zeros(7, 3)
+
+    pipe.encode_prompt = encode
+    return shrinking(pipe)
 
 
 class _Processor:
@@ -260,5 +270,35 @@ CASES = (
         scheduler=lambda: flow_euler(True),
         parts=lambda: {"processor": _Processor()},
         prepare=_qwen21,
+    ),
+    case(
+        "PRXPixelPipeline",
+        "PRXTransformer2DModel",
+        {**NARROW, "use_resolution_binning": False, "height": 16, "width": 16, "output_type": "pt"},
+        in_channels=3,
+    ),
+    case(
+        "HunyuanImageRefinerPipeline",
+        "HunyuanImageTransformer2DModel",
+        {
+            **{f"{each}prompt_embeds": values(1, 7, 16, key=each) for each in ("", "negative_")},
+            **{f"{each}prompt_embeds_mask": ONES for each in ("", "negative_")},
+            "image": values(1, 4, 2, 4, 4, key="image"),
+        },
+        parts=lambda: {"vae": hunyuan15_vae(), "guider": ClassifierFreeGuidance(4.0)},
+        in_channels=8,
+        out_channels=4,
+        patch_size=(1, 1, 1),
+        rope_axes_dim=(4, 6, 6),
+        text_embed_2_dim=None,
+        guidance_embeds=True,
+    ),
+    case(
+        "LongCatImageEditPipeline",
+        "LongCatImageTransformer2DModel",
+        {"prompt": "a cat", "negative_prompt": "a dog", "image": PHOTO, "height": None, "width": None},
+        scheduler=lambda: flow_euler(True),
+        parts=vae,
+        prepare=_longcat,
     ),
 )
