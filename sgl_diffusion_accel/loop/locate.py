@@ -21,6 +21,7 @@ from sgl_diffusion_accel.cache_contexts import cache_context_of
 from sgl_diffusion_accel.frames import Locals, frames_from, key_of
 from sgl_diffusion_accel.loop.code_loops import loops_around
 from sgl_diffusion_accel.loop.context_loop import loop_of_context
+from sgl_diffusion_accel.loop.conversions import conversion_of
 from sgl_diffusion_accel.loop.explicit import StepIterator, branches_entered, loops_entered
 from sgl_diffusion_accel.loop.given import switches_on
 from sgl_diffusion_accel.loop.pipeline_frames import (
@@ -158,6 +159,7 @@ class _Walk:
             switches=switches_on(local),
             # Not by the pipeline's class: one that is derived from diffusers' may have a `__call__` of its own.
             is_published=str(frame.f_globals.get("__name__")).partition(".")[0] == "diffusers",
+            conversion=conversion_of(pipeline),
         )
 
     def _times(self) -> list[Any]:

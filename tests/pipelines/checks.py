@@ -71,7 +71,9 @@ def never_skipping(case: Case, pipe: Any, trace: Trace, unpatched: Tensor) -> di
 
 def assert_places(trace: Trace, placed: list[Place], patch: CachePatch) -> list[str]:
     """Each call that has a place is at the step where it was seen, and its branch is that of equal conditioning."""
-    pairs = [(call, same, place) for call, same, place in zip(trace.calls, trace.branches(), placed, strict=True) if place]
+    pairs = [
+        (call, same, place) for call, same, place in zip(trace.calls, trace.branches(), placed, strict=True) if place
+    ]
     runs: dict[int, int] = {}
     names: dict[Any, Any] = {}
     for call, same, (number, step, branch, component, _) in pairs:
@@ -107,11 +109,11 @@ def _skipping(trace: Trace, patch: CachePatch, placed: list[Place], got: Tensor,
     if run == len(trace.calls):
         assert torch.equal(got, unpatched), "no call is skipped, and the output is another one"
         return why_in_full(patch)
-    noted = [record.computed for each in patch.stats.runs for branch in each.branches.values() for record in branch.records]
-    assert run == sum(noted) + patch.stats.outside, f"{run} calls ran, and {sum(noted)} are noted as computed"
-    never = [
-        name for each in patch.stats.runs for name, branch in each.branches.items() if all(branch.computed)
+    noted = [
+        record.computed for each in patch.stats.runs for branch in each.branches.values() for record in branch.records
     ]
+    assert run == sum(noted) + patch.stats.outside, f"{run} calls ran, and {sum(noted)} are noted as computed"
+    never = [name for each in patch.stats.runs for name, branch in each.branches.items() if all(branch.computed)]
     off = relative(got, unpatched)
     assert 0 < off < 0.5, f"the output is off by {off:.2g}"
     return f"{YES}, but for {', '.join(sorted(set(never)))}" if never else YES
@@ -161,7 +163,9 @@ def blocks(case: Case, pipe: Any, trace: Trace, unpatched: Tensor) -> str:
         mine = [call for call in trace.calls if call.component == name and trace.is_in_loop(call)]
         due = sum(mask[call.step] for call in mine) + sum(component == name for component, _ in also)
         ran = {count for (component, _, _), count in counts.items() if component == name}
-        assert not mine or due in ran, f"{name}: blocks ran {sorted(ran)} times, and {due} of {len(mine)} calls were due"
+        assert not mine or due in ran, (
+            f"{name}: blocks ran {sorted(ran)} times, and {due} of {len(mine)} calls were due"
+        )
     off = relative(got, unpatched)
     assert 0 < off < 0.5, f"with blocks skipped the output is off by {off:.2g}"
     reasons = sorted({reason for _, reason in also})

@@ -167,7 +167,9 @@ def in_numbers(value: Any) -> Any:
     """Something by which two values are compared."""
     if isinstance(value, Tensor):
         numbers = value.detach().double()
-        weights = numbers.new_tensor(range(1, numbers.numel() + 1)).reshape(numbers.shape).cos() if numbers.numel() else 1
+        weights = (
+            numbers.new_tensor(range(1, numbers.numel() + 1)).reshape(numbers.shape).cos() if numbers.numel() else 1
+        )
         return tuple(value.shape), float((numbers * weights).nan_to_num().sum())
     if isinstance(value, (list, tuple)):
         return tuple(in_numbers(each) for each in value)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import torch
 
 from classes.base import TEXT
-from zoo.base import flow_euler, unipc_flow
+from zoo.base import unipc_flow
 
-from ..base import Case, made, model, photo, picture, pipeline, values, words
+from ..base import Case, model, photo, pipeline, values, words
 from ..vaes import cosmos_vae, wan_vae
 
 COSMOS = "CosmosTransformer3DModel"
@@ -40,7 +39,11 @@ def flow_karras() -> Any:
 
 def cosmos(name: str, call: dict[str, Any], label: str = "", scheduler: Any = flow_karras, **changes: Any) -> Case:
     def make() -> Any:
-        parts = {"transformer": model(COSMOS, **changes), "vae": cosmos_vae(4) if scheduler is edm else wan_vae(4), "scheduler": scheduler()}
+        parts = {
+            "transformer": model(COSMOS, **changes),
+            "vae": cosmos_vae(4) if scheduler is edm else wan_vae(4),
+            "scheduler": scheduler(),
+        }
         pipe = pipeline(name, safety_checker=Unguarded(), **parts)
         pipe.encode_prompt = lambda *_, **__: (values(1, 7, TEXT, key="p"), values(1, 7, TEXT, key="n"))
         return pipe

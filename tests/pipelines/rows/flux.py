@@ -76,7 +76,11 @@ CASES = (
         in_channels=2 * CHANNELS,
         out_channels=CHANNELS,
     ),
-    flux("FluxControlNetImg2ImgPipeline", {"image": PICTURE, "control_image": PICTURE, "strength": 1.0, **WINDOW}, controlled=True),
+    flux(
+        "FluxControlNetImg2ImgPipeline",
+        {"image": PICTURE, "control_image": PICTURE, "strength": 1.0, **WINDOW},
+        controlled=True,
+    ),
     flux(
         "FluxControlNetInpaintPipeline",
         {**MASKED, "control_image": PICTURE, "strength": 0.8, **WINDOW},

@@ -18,7 +18,9 @@ IMAGE, VIDEO15 = "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DM
 ONES = torch.ones(1, 7, dtype=torch.long)
 
 
-def video(name: str, call: dict[str, Any], label: str = "", kind: str = VIDEO, cfg: bool = True, **changes: Any) -> Case:
+def video(
+    name: str, call: dict[str, Any], label: str = "", kind: str = VIDEO, cfg: bool = True, **changes: Any
+) -> Case:
     """With true guidance, unless it is turned off."""
 
     def make() -> Any:
@@ -64,11 +66,19 @@ def guided(name: str, kind: str, call: dict[str, Any], vae: Any = None, **change
 
 FRAMES = {"num_frames": 9, "latent_window_size": 2, "last_image": None}
 CASES = (
-    video("HunyuanVideoImageToVideoPipeline", {}, "image beside the latents", in_channels=9, image_condition_type="latent_concat"),
+    video(
+        "HunyuanVideoImageToVideoPipeline",
+        {},
+        "image beside the latents",
+        in_channels=9,
+        image_condition_type="latent_concat",
+    ),
     video("HunyuanVideoImageToVideoPipeline", {}, "image in the first frame", image_condition_type="token_replace"),
     video("HunyuanSkyreelsImageToVideoPipeline", {}, in_channels=8),
     video("HunyuanVideoFramepackPipeline", FRAMES, "from the end", FRAMEPACK),
-    video("HunyuanVideoFramepackPipeline", {**FRAMES, "sampling_type": "vanilla"}, "from the start", FRAMEPACK, cfg=False),
+    video(
+        "HunyuanVideoFramepackPipeline", {**FRAMES, "sampling_type": "vanilla"}, "from the start", FRAMEPACK, cfg=False
+    ),
     guided("HunyuanImagePipeline", IMAGE, {"height": 256, "width": 256}),
     guided("HunyuanVideo15ImageToVideoPipeline", VIDEO15, {"image": PHOTO, "num_frames": 5}, hunyuan15_vae),
 )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
 from zoo.base import flow_euler
-from zoo.ltx import CHANNELS, TEXT
 
-from ..base import Case, made, model, photo, picture, pipeline, values, words
+from ..base import Case, model, photo, pipeline, values, words
 from ..vaes import ltx2_audio_vae, ltx2_vae, ltx_vae
 
 LTX, LTX2 = "LTXVideoTransformer3DModel", "LTX2VideoTransformer3DModel"
@@ -29,7 +27,6 @@ def ltx(name: str, call: dict[str, Any], label: str = "", scheduler: Any = flow_
         return {**words(16, mask="prompt_attention_mask"), "num_frames": 9, **call}
 
     return Case(name, make, given, label)
-
 
 
 def ltx2(name: str, call: dict[str, Any], label: str = "") -> Case:

@@ -12,7 +12,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from classes.base import TEXT
 from zoo.base import flow_euler, tiny_vae
 
-from ..base import Case, left_half, made, model, photo, picture, pipeline, values, words
+from ..base import Case, left_half, model, photo, picture, pipeline, values, words
 from ..vaes import hunyuan15_vae, wan_vae
 from .qwen import shrinking
 
@@ -184,9 +184,7 @@ CASES = (
         parts=vae,
         in_channels=8,
     ),
-    case(
-        "DiTPipeline", "DiTTransformer2DModel", {"class_labels": [7], "output_type": "np"}, scheduler=ddim, parts=vae
-    ),
+    case("DiTPipeline", "DiTTransformer2DModel", {"class_labels": [7], "output_type": "np"}, scheduler=ddim, parts=vae),
     case("PixArtAlphaPipeline", "PixArtTransformer2DModel", PIXART, scheduler=multistep),
     case("PixArtSigmaPipeline", "PixArtTransformer2DModel", PIXART, scheduler=multistep),
     case(

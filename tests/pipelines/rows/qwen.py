@@ -18,7 +18,9 @@ PICTURE, MASK = picture(), left_half()
 PHOTO = photo()
 
 
-def qwen(name: str, call: dict[str, Any], label: str = "", control: int = 0, edits: bool = False, **changes: Any) -> Case:
+def qwen(
+    name: str, call: dict[str, Any], label: str = "", control: int = 0, edits: bool = False, **changes: Any
+) -> Case:
     """A class that runs Qwen-Image; `control` is the number of channels more that its ControlNet takes."""
 
     def make() -> Any:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import torch
 
 from zoo.base import flow_euler, tiny_vae
-from zoo.sana import TEXT
 
-from ..base import Case, left_half, made, model, photo, picture, pipeline, values, words
+from ..base import Case, left_half, made, model, photo, picture, values, words
 from ..vaes import dc_vae, wan_vae
-from .pictures import case, multistep
+from .pictures import case
 
 SANA, SANA_VIDEO, Z = "SanaTransformer2DModel", "SanaVideoTransformer3DModel", "ZImageTransformer2DModel"
 PHOTO, PICTURE, MASK = photo(), picture(), left_half()
@@ -80,9 +78,28 @@ def zimage(name: str, call: dict[str, Any], controlled: int = 0, **more: Any) ->
 CASES = (
     case("SanaPAGPipeline", SANA, NARROW, scheduler=flow_multistep, parts=lambda: {"pag_applied_layers": ["blocks.1"]}),
     case("SanaSprintPipeline", SANA, SPRINT, scheduler=scm, guidance_embeds=True),
-    case("SanaSprintImg2ImgPipeline", SANA, {**SPRINT, "image": PICTURE, "strength": 0.8}, scheduler=scm, parts=lambda: {"vae": dc_vae(4)}, guidance_embeds=True),
-    case("SanaVideoPipeline", SANA_VIDEO, {**NARROW, "frames": 5}, scheduler=flow_multistep, parts=lambda: {"vae": wan_vae(4)}),
-    case("SanaImageToVideoPipeline", SANA_VIDEO, {**NARROW, "frames": 5, "image": PHOTO, "guidance_scale": 1.5}, scheduler=flow_euler, parts=lambda: {"vae": wan_vae(4)}),
+    case(
+        "SanaSprintImg2ImgPipeline",
+        SANA,
+        {**SPRINT, "image": PICTURE, "strength": 0.8},
+        scheduler=scm,
+        parts=lambda: {"vae": dc_vae(4)},
+        guidance_embeds=True,
+    ),
+    case(
+        "SanaVideoPipeline",
+        SANA_VIDEO,
+        {**NARROW, "frames": 5},
+        scheduler=flow_multistep,
+        parts=lambda: {"vae": wan_vae(4)},
+    ),
+    case(
+        "SanaImageToVideoPipeline",
+        SANA_VIDEO,
+        {**NARROW, "frames": 5, "image": PHOTO, "guidance_scale": 1.5},
+        scheduler=flow_euler,
+        parts=lambda: {"vae": wan_vae(4)},
+    ),
     zimage("ZImageImg2ImgPipeline", {"image": PICTURE, "strength": 0.8}),
     zimage("ZImageInpaintPipeline", {"image": PICTURE, "mask_image": MASK, "strength": 0.8}),
     case(

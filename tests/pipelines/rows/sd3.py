@@ -13,7 +13,9 @@ SD3 = "SD3Transformer2DModel"
 PICTURE, MASK = picture(), left_half()
 
 
-def sd3(name: str, call: dict[str, Any], label: str = "", control: int = 0, channels: int = CHANNELS, **parts: Any) -> Case:
+def sd3(
+    name: str, call: dict[str, Any], label: str = "", control: int = 0, channels: int = CHANNELS, **parts: Any
+) -> Case:
     """A class that runs Stable Diffusion 3; `control` is how many channels more its ControlNet takes."""
 
     def make() -> Any:
@@ -43,5 +45,9 @@ CASES = (
         control=2,
     ),
     sd3("StableDiffusion3PAGPipeline", PAG, pag_applied_layers=["blocks.0"]),
-    sd3("StableDiffusion3PAGImg2ImgPipeline", {**PAG, "image": PICTURE, "strength": 0.8}, pag_applied_layers=["blocks.0"]),
+    sd3(
+        "StableDiffusion3PAGImg2ImgPipeline",
+        {**PAG, "image": PICTURE, "strength": 0.8},
+        pag_applied_layers=["blocks.0"],
+    ),
 )

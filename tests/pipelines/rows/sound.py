@@ -21,7 +21,9 @@ CASES = (
             "audio_end_in_s": 1.0,
             "guidance_scale": 1.5,
         },
-        scheduler=lambda: diffusers.EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", sigma_schedule="exponential"),
+        scheduler=lambda: diffusers.EDMDPMSolverMultistepScheduler(
+            prediction_type="v_prediction", sigma_schedule="exponential"
+        ),
         parts=lambda: {"vae": oobleck(4), "projection_model": _projection()},
         sample_size=16,
         global_states_input_dim=2 * TEXT,

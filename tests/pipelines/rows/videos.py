@@ -9,10 +9,10 @@ import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
 from classes.base import TEXT
-from zoo.base import flow_euler, tiny_vae, unipc_flow
+from zoo.base import tiny_vae
 from zoo.wan import TEXT as WIDE
 
-from ..base import Case, left_half, made, model, photo, picture, pipeline, values, words
+from ..base import Case, left_half, photo, picture, values, words
 from ..vaes import cogvideox_vae, hunyuan_vae, magvit_vae, wan_vae
 from .pictures import case, ddim, encodes, having
 
@@ -67,7 +67,12 @@ CASES = (
     cog("CogVideoXImageToVideoPipeline", {"image": PHOTO}, in_channels=8),
     cog("CogVideoXVideoToVideoPipeline", {"video": CLIP, "num_frames": None, "strength": 0.8}),
     cog("CogVideoXFunControlPipeline", {"control_video": CLIP, "num_frames": None}, in_channels=8),
-    case("AllegroPipeline", "AllegroTransformer3DModel", {**NARROW, "negative_prompt": None, "num_frames": 5}, scheduler=ddim),
+    case(
+        "AllegroPipeline",
+        "AllegroTransformer3DModel",
+        {**NARROW, "negative_prompt": None, "num_frames": 5},
+        scheduler=ddim,
+    ),
     case(
         "LattePipeline",
         "LatteTransformer3DModel",
@@ -138,7 +143,14 @@ CASES = (
     case(
         "HeliosPipeline",
         "HeliosTransformer3DModel",
-        {**words(WIDE), "num_frames": 12, "height": 32, "width": 32, "history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 3},
+        {
+            **words(WIDE),
+            "num_frames": 12,
+            "height": 32,
+            "width": 32,
+            "history_sizes": [4, 2, 1],
+            "num_latent_frames_per_chunk": 3,
+        },
         "two chunks",
         parts=lambda: {"vae": wan_vae(4)},
     ),

@@ -6,10 +6,10 @@ from typing import Any
 
 from PIL import Image
 
-from zoo.base import flow_euler, unipc_flow
-from zoo.wan import CHANNELS, CONFIG, TEXT
+from zoo.base import unipc_flow
+from zoo.wan import CHANNELS, TEXT
 
-from ..base import Case, model, photo, picture, pipeline, values, words
+from ..base import Case, model, photo, pipeline, values, words
 from ..vaes import wan_vae
 
 WAN = "WanTransformer3DModel"

@@ -52,7 +52,13 @@ CASES = (
     _case(
         FAMILIES["flux_controlnet"], "in a window", control_guidance_start=0.3, control_guidance_end=0.7, guidance=3.0
     ),
-    _case(FAMILIES["sd3"], "skip-layer guidance", skip_guidance_layers=[1], skip_layer_guidance_start=0.2, skip_layer_guidance_stop=0.7),
+    _case(
+        FAMILIES["sd3"],
+        "skip-layer guidance",
+        skip_guidance_layers=[1],
+        skip_layer_guidance_start=0.2,
+        skip_layer_guidance_stop=0.7,
+    ),
     _case(FAMILIES["lumina2"], "guidance cut short", cfg_trunc_ratio=0.5),
     _case(FAMILIES["zimage"], "guidance cut short", cfg_truncation=0.5),
 )
