@@ -35,6 +35,8 @@ class Case:
         label: What sets it apart from another case of its class.
         needs: Other classes of diffusers that it is made of.
         steps: What it is asked for.
+        near: How far off its output may be when calls are skipped: of random weights, some are rougher than others.
+        may_replay: Whether a run can be made again with the outputs of another one.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Case:
     label: str = ""
     needs: tuple[str, ...] = ()
     steps: int = STEPS
+    near: float = 0.5
+    may_replay: bool = True
 
     @property
     def key(self) -> str:

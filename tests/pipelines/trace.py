@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import torch
 from torch import Tensor, nn
 
 from classes import found as found_models
@@ -167,9 +168,7 @@ def in_numbers(value: Any) -> Any:
     """Something by which two values are compared."""
     if isinstance(value, Tensor):
         numbers = value.detach().double()
-        weights = (
-            numbers.new_tensor(range(1, numbers.numel() + 1)).reshape(numbers.shape).cos() if numbers.numel() else 1
-        )
+        weights = torch.arange(1, numbers.numel() + 1, dtype=torch.float64).reshape(numbers.shape).cos()
         return tuple(value.shape), float((numbers * weights).nan_to_num().sum())
     if isinstance(value, (list, tuple)):
         return tuple(in_numbers(each) for each in value)

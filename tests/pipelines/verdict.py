@@ -27,12 +27,14 @@ def verdict_of(case: Case) -> Verdict:
     pipe = case.make()
     with recording(pipe) as trace:
         unpatched = case.run(pipe)
-    assert unpatched.numel() and torch.isfinite(unpatched).all()
+    assert unpatched.numel()
+    assert torch.isfinite(unpatched).all()
     found = checks.never_skipping(case, pipe, trace, unpatched)
     return {
         "run": trace.shape(),
         **found,
         "said beforehand": checks.beforehand(pipe, found),
+        "weights": checks.weights(case, pipe, trace) if found["branches"] else "none",
         "whole calls": checks.whole_calls(case, pipe, trace, unpatched),
         "blocks": checks.blocks(case, pipe, trace, unpatched),
         "lossless": checks.lossless(case, pipe, unpatched),

@@ -7,10 +7,9 @@ from typing import Any
 import diffusers
 
 from classes.base import TEXT
+from pipelines.base import Case, model, photo, pipeline, values, words
+from pipelines.vaes import cosmos_vae, wan_vae
 from zoo.base import unipc_flow
-
-from ..base import Case, model, photo, pipeline, values, words
-from ..vaes import cosmos_vae, wan_vae
 
 COSMOS = "CosmosTransformer3DModel"
 PHOTO = photo()

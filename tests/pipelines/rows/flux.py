@@ -6,11 +6,10 @@ from typing import Any
 
 from PIL import Image
 
+from pipelines.base import Case, left_half, made, model, photo, picture, pipeline, values, words
+from pipelines.vaes import flux2_vae
 from zoo.base import flow_euler, tiny_vae
 from zoo.flux import CHANNELS, CONFIG, POOLED, TEXT
-
-from ..base import Case, left_half, made, model, photo, picture, pipeline, values, words
-from ..vaes import flux2_vae
 
 FLUX, CHROMA, FLUX2 = "FluxTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel"
 
@@ -49,7 +48,8 @@ def flux2(name: str, call: dict[str, Any], label: str = "", negative: bool = Tru
     def make() -> Any:
         return pipeline(name, vae=flux2_vae(), transformer=model(FLUX2), scheduler=flow_euler(True), **parts)
 
-    return Case(name, make, lambda: {**words(TEXT, negative=negative), **call}, label)
+    may_replay = name != "Flux2KleinKVPipeline"  # it takes a store of keys and values from its first call
+    return Case(name, make, lambda: {**words(TEXT, negative=negative), **call}, label, may_replay=may_replay)
 
 
 PICTURE, MASK = picture(), left_half()

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
+from pipelines.base import Case, model, photo, pipeline, values
+from pipelines.vaes import hunyuan15_vae, hunyuan_vae
 from zoo.base import flow_euler
-
-from ..base import Case, model, photo, pipeline, values
-from ..vaes import hunyuan15_vae, hunyuan_vae
 
 PHOTO = photo()
 VIDEO, FRAMEPACK = "HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.base import Case, model, photo, pipeline, values, words
+from pipelines.vaes import ltx2_audio_vae, ltx2_vae, ltx_vae
 from zoo.base import flow_euler
-
-from ..base import Case, model, photo, pipeline, values, words
-from ..vaes import ltx2_audio_vae, ltx2_vae, ltx_vae
 
 LTX, LTX2 = "LTXVideoTransformer3DModel", "LTX2VideoTransformer3DModel"
 PHOTO = photo()
 
 
-def ltx(name: str, call: dict[str, Any], label: str = "", scheduler: Any = flow_euler) -> Case:
+def ltx(name: str, call: dict[str, Any], label: str = "", scheduler: Any = lambda: flow_euler(shift=1.0)) -> Case:
     def make() -> Any:
         transformer = model(LTX)
         vae = ltx_vae(transformer.config.in_channels)
@@ -69,7 +68,6 @@ CASES = (
     ltx("LTXConditionPipeline", {"video": [PHOTO] * 9, "denoise_strength": 0.6}, "a video, strength 0.6"),
     ltx2("LTX2Pipeline", {"modality_scale": 1.0, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0}),
     ltx2("LTX2Pipeline", THREE, "three kinds of guidance"),
-    ltx2("LTX2ImageToVideoPipeline", {"image": PHOTO, "image_crf": 0, **THREE}),
     ltx2("LTX2ConditionPipeline", THREE),
     ltx2("LTX2InContextPipeline", THREE),
     Case("LTXI2VLongMultiPromptPipeline", _long, lambda: LONG, "two windows"),

@@ -7,14 +7,11 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.guiders import ClassifierFreeGuidance
 
 from classes.base import TEXT
+from pipelines.base import Case, left_half, model, photo, picture, pipeline, values, words
+from pipelines.vaes import wan_vae
 from zoo.base import flow_euler, tiny_vae
-
-from ..base import Case, left_half, model, photo, picture, pipeline, values, words
-from ..vaes import hunyuan15_vae, wan_vae
-from .qwen import shrinking
 
 PICTURE, MASK = picture(), left_half()
 PHOTO = photo()
@@ -29,6 +26,7 @@ def case(
     prepare: Callable[[Any], Any] = lambda pipe: pipe,
     parts: Callable[[], dict[str, Any]] = dict,
     needs: tuple[str, ...] = (),
+    near: float = 0.5,
     **changes: Any,
 ) -> Case:
     """A class that runs the transformer of a class.
@@ -42,6 +40,7 @@ def case(
         prepare: What is done to the pipeline.
         parts: Makes further components.
         needs: Their classes.
+        near: How far off its output may be when calls are skipped.
         **changes: Of the transformer's configuration.
     """
 
@@ -49,7 +48,7 @@ def case(
         given = {"transformer": model(kind, **changes), "scheduler": scheduler(), **parts()}
         return prepare(pipeline(name, **given))
 
-    return Case(name, make, lambda: call, label, (kind, *needs))
+    return Case(name, make, lambda: call, label, (kind, *needs), near=near)
 
 
 def multistep() -> Any:
@@ -115,22 +114,6 @@ def having(**attributes: Any) -> Callable[[Any], Any]:
 def _joy(pipe: Any) -> Any:
     pipe.vae_image_processor.get_default_height_width = lambda *_: (64, 64)
     return pipe
-
-
-@torch.no_grad()
-def _smoother(pipe: Any) -> Any:
-    """Neighbouring steps are to resemble each other: `zoo.base.randomise` does not know this time embedding."""
-    for name, parameter in pipe.transformer.time_embed.named_parameters():
-        parameter.mul_(0.25 if name.endswith("weight") else 4.0)
-    return pipe
-
-
-def _longcat(pipe: Any) -> Any:
-    def encode(prompt: Any = None, *_: Any, **__: Any) -> Any:
-        return values(1, 7, 24, key=str(prompt)), torch.zeros(7, 3)
-
-    pipe.encode_prompt = encode
-    return shrinking(pipe)
 
 
 class _Processor:
@@ -236,7 +219,7 @@ CASES = (
             "guidance_scale": 1.5,
         },
         scheduler=lambda: flow_euler(True),
-        prepare=_smoother,
+        near=0.7,
     ),
     case(
         "NucleusMoEImagePipeline",
@@ -274,29 +257,5 @@ CASES = (
         "PRXTransformer2DModel",
         {**NARROW, "use_resolution_binning": False, "height": 16, "width": 16, "output_type": "pt"},
         in_channels=3,
-    ),
-    case(
-        "HunyuanImageRefinerPipeline",
-        "HunyuanImageTransformer2DModel",
-        {
-            **{f"{each}prompt_embeds": values(1, 7, 16, key=each) for each in ("", "negative_")},
-            **{f"{each}prompt_embeds_mask": ONES for each in ("", "negative_")},
-            "image": values(1, 4, 2, 4, 4, key="image"),
-        },
-        parts=lambda: {"vae": hunyuan15_vae(), "guider": ClassifierFreeGuidance(4.0)},
-        in_channels=8,
-        out_channels=4,
-        patch_size=(1, 1, 1),
-        rope_axes_dim=(4, 6, 6),
-        text_embed_2_dim=None,
-        guidance_embeds=True,
-    ),
-    case(
-        "LongCatImageEditPipeline",
-        "LongCatImageTransformer2DModel",
-        {"prompt": "a cat", "negative_prompt": "a dog", "image": PHOTO, "height": None, "width": None},
-        scheduler=lambda: flow_euler(True),
-        parts=vae,
-        prepare=_longcat,
     ),
 )

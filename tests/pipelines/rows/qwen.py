@@ -7,11 +7,10 @@ from typing import Any
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from pipelines.base import Case, left_half, made, model, photo, picture, pipeline, words
+from pipelines.vaes import wan_vae
 from zoo.base import flow_euler
 from zoo.qwen import CHANNELS, TEXT
-
-from ..base import Case, left_half, made, model, photo, picture, pipeline, words
-from ..vaes import wan_vae
 
 QWEN = "QwenImageTransformer2DModel"
 PICTURE, MASK = picture(), left_half()

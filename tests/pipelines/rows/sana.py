@@ -6,11 +6,10 @@ from typing import Any
 
 import diffusers
 
+from pipelines.base import Case, left_half, made, model, photo, picture, values, words
+from pipelines.rows.pictures import case
+from pipelines.vaes import dc_vae, wan_vae
 from zoo.base import flow_euler, tiny_vae
-
-from ..base import Case, left_half, made, model, photo, picture, values, words
-from ..vaes import dc_vae, wan_vae
-from .pictures import case
 
 SANA, SANA_VIDEO, Z = "SanaTransformer2DModel", "SanaVideoTransformer3DModel", "ZImageTransformer2DModel"
 PHOTO, PICTURE, MASK = photo(), picture(), left_half()

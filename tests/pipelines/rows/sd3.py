@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipelines.base import Case, left_half, made, model, picture, pipeline, values, words
 from zoo.base import flow_euler, tiny_vae
 from zoo.sd3 import CHANNELS, POOLED, TEXT
-
-from ..base import Case, left_half, made, model, picture, pipeline, values, words
 
 SD3 = "SD3Transformer2DModel"
 PICTURE, MASK = picture(), left_half()

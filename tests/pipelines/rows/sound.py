@@ -7,10 +7,9 @@ from typing import Any
 import diffusers
 
 from classes.base import TEXT
-
-from ..base import made, values
-from ..vaes import oobleck
-from .pictures import case
+from pipelines.base import made, values
+from pipelines.rows.pictures import case
+from pipelines.vaes import oobleck
 
 CASES = (
     case(

@@ -9,12 +9,11 @@ import torch
 from diffusers.guiders import ClassifierFreeGuidance
 
 from classes.base import TEXT
+from pipelines.base import Case, left_half, photo, picture, values, words
+from pipelines.rows.pictures import case, ddim, encodes, having
+from pipelines.vaes import cogvideox_vae, hunyuan_vae, magvit_vae, wan_vae
 from zoo.base import tiny_vae
 from zoo.wan import TEXT as WIDE
-
-from ..base import Case, left_half, photo, picture, values, words
-from ..vaes import cogvideox_vae, hunyuan_vae, magvit_vae, wan_vae
-from .pictures import case, ddim, encodes, having
 
 PHOTO = photo()
 CLIP = [PHOTO] * 5
@@ -185,18 +184,5 @@ CASES = (
         prepare=encodes(values(1, 4, 10, key="image"), name="_encode_image"),
         parts=lambda: {"vae": wan_vae(4), "guider": ClassifierFreeGuidance(guidance_scale=4.0)},
         in_channels=9,
-    ),
-    case(
-        "HeliosPyramidPipeline",
-        "HeliosTransformer3DModel",
-        {
-            **words(WIDE),
-            "num_frames": 9,
-            "history_sizes": [4, 2, 1],
-            "num_latent_frames_per_chunk": 3,
-            "pyramid_num_inference_steps_list": [4, 4, 4],
-        },
-        scheduler=lambda: diffusers.HeliosScheduler(),
-        parts=lambda: {"vae": wan_vae(4)},
     ),
 )

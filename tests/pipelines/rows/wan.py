@@ -6,11 +6,10 @@ from typing import Any
 
 from PIL import Image
 
+from pipelines.base import Case, model, photo, pipeline, values, words
+from pipelines.vaes import wan_vae
 from zoo.base import unipc_flow
 from zoo.wan import CHANNELS, TEXT
-
-from ..base import Case, model, photo, pipeline, values, words
-from ..vaes import wan_vae
 
 WAN = "WanTransformer3DModel"
 PHOTO = photo()

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from invariants.families import few_blocks
+from pipelines.base import STEPS, Case
 from zoo import FAMILIES, Family
-
-from ..base import STEPS, Case
 
 _NAMES = {
     "wan": "WanPipeline",
