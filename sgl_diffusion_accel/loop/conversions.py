@@ -22,7 +22,7 @@ _LEAST_TIME = 0.05
 
 def _clean_to_velocity(output: Tensor, latents: Tensor, scheduler: Any, index: int) -> Tensor:
     """PRX on pixels: the transformer says the clean picture."""
-    time = float(scheduler.timesteps[index]) / scheduler.config.num_train_timesteps
+    time = float(scheduler.timesteps[index]) / float(scheduler.config.num_train_timesteps)
     return (latents - output) / max(time, _LEAST_TIME)
 
 

@@ -8,12 +8,8 @@ says what came out; `make models` runs all of them and writes `verdicts.json`, f
 from __future__ import annotations
 
 from .base import Case
-from .rows import cosmos, flux, hunyuan, ltx, pictures, qwen, sana, sd3, sound, videos, wan, zoo_rows
+from .rows import ALL
 
-CASES: dict[str, Case] = {
-    case.key: case
-    for module in (zoo_rows, flux, qwen, sd3, wan, ltx, pictures, cosmos, videos, hunyuan, sana, sound)
-    for case in module.CASES
-}
+CASES: dict[str, Case] = {case.key: case for case in ALL}
 
 __all__ = ["CASES", "Case"]

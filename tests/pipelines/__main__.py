@@ -23,14 +23,21 @@ def main() -> None:
     warnings.simplefilter("ignore")
     asked = sys.argv[1:]
     verdicts = {key: each for key, each in kept().items() if key in CASES} if asked and FILE.exists() else {}
+    wrong = []
     for key, case in CASES.items():
         if asked and not any(each in key for each in asked):
             continue
         if case.missing:
             sys.exit(f"{case.missing}: verdicts are of a diffusers that has all of them.")
-        verdicts[key] = verdict_of(case)
-        sys.stdout.write(f"{key}: {verdicts[key]['run']}\n")
+        try:
+            verdicts[key] = verdict_of(case)
+            sys.stdout.write(f"{key}: {verdicts[key]['run']}\n")
+        except AssertionError as error:
+            wrong.append(f"{key}: {error}")
+            sys.stdout.write(f"{wrong[-1]}\n")
     keep(verdicts, LEFT_OUT)
+    if wrong:
+        sys.exit("\n".join(["What is wrong:", *wrong]))
 
 
 if __name__ == "__main__":

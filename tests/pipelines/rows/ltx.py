@@ -19,8 +19,7 @@ def ltx(name: str, call: dict[str, Any], label: str = "", scheduler: Any = lambd
     def make() -> Any:
         transformer = model(LTX)
         vae = ltx_vae(transformer.config.in_channels)
-        pipe = pipeline(name, vae=vae, transformer=transformer, scheduler=scheduler())
-        return pipe
+        return pipeline(name, vae=vae, transformer=transformer, scheduler=scheduler())
 
     def given() -> dict[str, Any]:
         return {**words(16, mask="prompt_attention_mask"), "num_frames": 9, **call}

@@ -219,7 +219,7 @@ CASES = (
             "guidance_scale": 1.5,
         },
         scheduler=lambda: flow_euler(True),
-        near=0.7,
+        near=1.0,
     ),
     case(
         "NucleusMoEImagePipeline",

@@ -1,4 +1,4 @@
-"""Videos by other transformers: CogVideoX and its kin, Allegro, Latte, EasyAnimate, Kandinsky, Motif, Helios, AnyFlow."""
+"""Videos by other transformers: CogVideoX and its kin, Allegro, Latte, EasyAnimate, Kandinsky, Motif and more."""
 
 from __future__ import annotations
 
