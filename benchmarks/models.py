@@ -93,8 +93,8 @@ def pipelines_in_short(read: Mapping[str, Mapping[str, Any]]) -> str:
     run, left_out = {key.partition(", ")[0] for key in read["pipelines"]}, read["not run"]
     return (
         f"diffusers {read['versions']['diffusers']} has {len(run) + len(left_out)} pipeline classes with a diffusion "
-        f"transformer: {len(run)} were run, in {len(read['pipelines'])} ways; {len(left_out)} were not, for the reasons "
-        "below. Modular pipelines are not among them."
+        f"transformer: {len(run)} were run, in {len(read['pipelines'])} ways; {len(left_out)} were not, for reasons "
+        "that are told below. Modular pipelines are not among them."
     )
 
 

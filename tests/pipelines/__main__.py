@@ -1,4 +1,4 @@
-"""Runs every pipeline with every kind of patch, about two minutes, and writes `verdicts.json`.
+"""Runs every pipeline with every kind of patch, about four minutes, and writes `verdicts.json`.
 
 PYTHONPATH=.:tests python -m pipelines             # then: python -m benchmarks.table, for docs/models.md
 PYTHONPATH=.:tests python -m pipelines Flux Wan    # those whose name holds one of these; the others stay as they are
@@ -35,7 +35,7 @@ def main() -> None:
         except AssertionError as error:
             wrong.append(f"{key}: {error}")
             sys.stdout.write(f"{wrong[-1]}\n")
-    keep(verdicts, LEFT_OUT)
+        keep(verdicts, LEFT_OUT)
     if wrong:
         sys.exit("\n".join(["What is wrong:", *wrong]))
 

@@ -17,8 +17,11 @@ _HIDDEN = {"ConsisIDPipeline": "diffusers.pipelines.consisid.pipeline_consisid"}
 
 
 def kind_of(name: str) -> Any:
-    """The class of a name; None where the installed diffusers lacks it."""
-    kind = getattr(diffusers, name, None)
+    """The class of a name; None where the installed diffusers lacks it, or needs another package for it."""
+    try:
+        kind = getattr(diffusers, name, None)
+    except RuntimeError:  # what its module imports has moved
+        return None
     if name in _HIDDEN and not _is_pipeline(kind):
         kind = getattr(importlib.import_module(_HIDDEN[name]), name) if kind is not None else None
     return kind
