@@ -164,7 +164,7 @@ def test_timesteps_that_a_slice_leaves_off_at_the_end():
         found["[:-1]"] = only(around()).left_off
     for _ in timesteps[0:-2]:
         found["[0:-2]"] = only(around()).left_off
-    for _ in zip(timesteps[:-1], timesteps[1:], strict=True):
+    for _ in zip(timesteps[:-1], timesteps[1:], strict=True):  # noqa: RUF007
         found["pairs"] = only(around()).left_off
     for _ in zip(timesteps[1:], others[:-1], strict=False):
         found["others"] = only(around()).left_off
