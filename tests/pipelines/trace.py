@@ -167,7 +167,7 @@ def _watched(kind: Any, trace: Trace) -> Any:
 def in_numbers(value: Any) -> Any:
     """Something by which two values are compared."""
     if isinstance(value, Tensor):
-        numbers = value.detach().double()
+        numbers = (torch.view_as_real(value) if value.is_complex() else value).detach().double()
         weights = torch.arange(1, numbers.numel() + 1, dtype=torch.float64).reshape(numbers.shape).cos()
         return tuple(value.shape), float((numbers * weights).nan_to_num().sum())
     if isinstance(value, (list, tuple)):
