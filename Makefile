@@ -110,9 +110,11 @@ bench-times: $(READY_BENCH)
 	@$(VENV_BENCH)/bin/python -m benchmarks.profiling
 	@$(VENV_BENCH)/bin/python -m benchmarks.table
 
-# Every transformer class of diffusers with every kind of patch, in about two minutes, and the table of docs/models.md.
+# Every transformer and pipeline class of diffusers with every kind of patch, in about six minutes, and the tables of
+# docs/models.md.
 models: $(READY)
 	@PYTHONPATH=.:tests $(ONE_THREAD) $(VENV)/bin/python -m classes $(ARGS)
+	@PYTHONPATH=.:tests $(ONE_THREAD) $(VENV)/bin/python -m pipelines $(ARGS)
 	@$(VENV)/bin/python -m benchmarks.table
 
 table: $(READY)

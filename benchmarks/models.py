@@ -1,4 +1,7 @@
-"""The table of `docs/models.md`: made from what came out when every class was run (`tests/classes/verdicts.json`)."""
+"""The tables of `docs/models.md`: made from what came out when every class was run.
+
+Transformers: `tests/classes/verdicts.json`; pipelines: `tests/pipelines/verdicts.json`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .markers import insert
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "models.md"
 VERDICTS = ROOT / "tests" / "classes" / "verdicts.json"
+PIPELINES = ROOT / "tests" / "pipelines" / "verdicts.json"
 
 _VERDICTS = {
     "works": "work with caches of whole calls and of blocks",
@@ -22,8 +27,13 @@ _VERDICTS = {
 _IN_FULL = (r"each call with (.*?)=? is computed in full: .*", r"no: calls with `\1` are computed in full")
 
 _SHORT = {
-    "whole calls": (_IN_FULL,),
-    "blocks": ((r"\w+ cannot be cached: (.*?)\.", r"no: \1"), _IN_FULL),
+    "whole calls": (_IN_FULL, (r"yes, but for (.*)", r"yes, but for `\1`")),
+    "blocks": (
+        (r"yes; in full also: nothing to reuse", "yes; in full also where what is given changes in kind"),
+        (r"yes; in full also: arguments forbid skipping", "yes; in full also with skipped layers"),
+        (r"\w+ cannot be cached: (.*?)\.", r"no: \1"),
+        _IN_FULL,
+    ),
     "lossless": (
         (r"(.*?;? ?)takes no mask: .*", r"\1takes no mask"),
         (r"(yes.*|one timestep .*)", r"\1"),
@@ -39,9 +49,11 @@ _SHORT = {
 
 
 def renewed(text: str) -> str:
-    """The page with its table as the file has it."""
+    """The page with its tables as the files have it."""
     read = json.loads(VERDICTS.read_text(encoding="utf-8"))
-    return insert(text, f"{in_short(read)}\n\n{table(read['classes'])}", "classes")
+    text = insert(text, f"{in_short(read)}\n\n{table(read['classes'])}", "classes")
+    read = json.loads(PIPELINES.read_text(encoding="utf-8"))
+    return insert(text, f"{pipelines_in_short(read)}\n\n{table_of_pipelines(read)}", "pipelines")
 
 
 def in_short(read: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
@@ -74,3 +86,31 @@ def _shortened(kind: str, reason: str) -> str:
         if match and reason != "yes":
             return match.expand(short)
     return reason
+
+
+def pipelines_in_short(read: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many pipeline classes there are, and how many of them were run."""
+    run, left_out = {key.partition(", ")[0] for key in read["pipelines"]}, read["not run"]
+    return (
+        f"diffusers {read['versions']['diffusers']} has {len(run) + len(left_out)} pipeline classes with a diffusion "
+        f"transformer: {len(run)} were run, in {len(read['pipelines'])} ways; {len(left_out)} were not, for reasons "
+        "that are told below. Modular pipelines are not among them."
+    )
+
+
+def table_of_pipelines(read: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line a pipeline, those that were not run at the end."""
+    lines = ["| pipeline | its loop | branches | whole calls | blocks |", "|---|---|---|---|---|"]
+    lines += [_line_of_pipeline(key, each) for key, each in read["pipelines"].items()]
+    lines += ["", "Not run:", "", "| pipeline | why |", "|---|---|"]
+    return "\n".join(lines + [f"| `{name}` | {why} |" for name, why in read["not run"].items()])
+
+
+def _line_of_pipeline(key: str, verdict: Mapping[str, Any]) -> str:
+    name, _, label = key.partition(", ")
+    is_placed = verdict["loop"].startswith("yes")
+    branches = ", ".join(f"`{each}`" for each in verdict["branches"])
+    cells = [f"`{name}`{f', {label}' if label else ''}"]
+    cells += [verdict["run"], branches] if is_placed else [f"{verdict['run']}; no step is that of all frames", "–"]
+    calls = [_shortened(kind, verdict[kind]) for kind in ("whole calls", "blocks")]
+    return f"| {' | '.join([*cells, *calls] if is_placed else [*cells, 'no', 'no'])} |"

@@ -157,6 +157,24 @@ def offset(timesteps):
         del i, t
 
 
+def test_timesteps_that_a_slice_leaves_off_at_the_end():
+    timesteps, others = [0, 1, 2], [3, 4]
+    found = {}
+    for _ in enumerate(timesteps[:-1]):
+        found["[:-1]"] = only(around()).left_off
+    for _ in timesteps[0:-2]:
+        found["[0:-2]"] = only(around()).left_off
+    for _ in zip(timesteps[:-1], timesteps[1:], strict=True):  # noqa: RUF007
+        found["pairs"] = only(around()).left_off
+    for _ in zip(timesteps[1:], others[:-1], strict=False):
+        found["others"] = only(around()).left_off
+    for _ in timesteps[:2]:
+        found["[:2]"] = only(around()).left_off
+    for _ in timesteps[1:-1]:
+        found["[1:-1]"] = only(around()).left_off
+    assert found == {"[:-1]": 1, "[0:-2]": 2, "pairs": 1, "others": 0, "[:2]": 0, "[1:-1]": 0}
+
+
 def test_of_what_only_an_exception_leads_to_nothing_is_known():
     for _ in range(2):
         try:

@@ -47,6 +47,14 @@ def x(i):
 # Proved
 
 
+def by_a_row_for_all_frames(self):
+    """Diffusion forcing in lockstep: a timestep for each frame, and as many rows as there are steps."""
+    timesteps = self.scheduler.timesteps
+    matrix = torch.stack([t.repeat(3) for t in timesteps])
+    for _, t in enumerate(matrix):
+        self.transformer(x(0), t.clone()[None])
+
+
 def by_element(self):
     timesteps = self.scheduler.timesteps
     for moment in timesteps:
@@ -133,6 +141,7 @@ def by_another_self(this):
 @pytest.mark.parametrize(
     "loop",
     [
+        by_a_row_for_all_frames,
         by_element,
         by_element_behind_a_bar,
         by_index_of_an_element,
@@ -221,6 +230,14 @@ def of_two_elements(self):
         self.transformer(x(0), float(before - after))
 
 
+def frames_one_after_another(self):
+    """Diffusion forcing by turns: more rows than steps, and no step is that of all frames."""
+    timesteps = self.scheduler.timesteps
+    matrix = torch.stack([t.repeat(3) for t in [timesteps[0], *timesteps]])
+    for _, t in enumerate(matrix):
+        self.transformer(x(0), t.clone()[None])
+
+
 def no_variable(self):
     timesteps = self.scheduler.timesteps
     for _ in range(3):
@@ -229,7 +246,16 @@ def no_variable(self):
 
 @pytest.mark.parametrize(
     "loop",
-    [tiles_by_count, tiles_alone, another_range, from_the_second_on, left_over, of_two_elements, no_variable],
+    [
+        tiles_by_count,
+        tiles_alone,
+        another_range,
+        from_the_second_on,
+        left_over,
+        of_two_elements,
+        frames_one_after_another,
+        no_variable,
+    ],
     ids=lambda loop: loop.__name__,
 )
 def test_step_that_is_not_proved_is_none(loop):

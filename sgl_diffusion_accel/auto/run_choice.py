@@ -19,7 +19,7 @@ from sgl_diffusion_accel.caching.parts.multistep import Weights
 from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Position, Tally
 from sgl_diffusion_accel.calibration.apply_plan import PlanConfig, plan_policy_of
 from sgl_diffusion_accel.loop.runs import Run
-from sgl_diffusion_accel.loop.scheduler_response import adds_noise, response_of
+from sgl_diffusion_accel.loop.scheduler_response import adds_noise
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def why_left_out(run: Run) -> str | None:
             "the scheduler of this loop is not known. Type: for t in denoising_steps(scheduler.timesteps, "
             "scheduler=scheduler):"
         )
-    return why_not_correctable(scheduler) if response_of(scheduler, run.total, run.first) is None else None
+    return why_not_correctable(scheduler) if run.response() is None else None
 
 
 def why_not_correctable(scheduler: Any) -> str:

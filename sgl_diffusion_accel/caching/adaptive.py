@@ -12,7 +12,7 @@ from sgl_diffusion_accel.caching.cache_config import CacheConfig
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, put_around, targets_of_cache
 from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.loop.runs import Run
-from sgl_diffusion_accel.loop.scheduler_response import passing_influence, response_of, share_of_schedule
+from sgl_diffusion_accel.loop.scheduler_response import passing_influence, share_of_schedule
 from sgl_diffusion_accel.targets import Pipe
 from sgl_diffusion_accel.validate import names_checked, names_shown, within
 
@@ -117,7 +117,7 @@ def gap_control_of(gaps: GapSettings, run: Run) -> GapControl:
         gaps: How it steers in runs of 50 steps.
         run: The run; its scheduler and its number of steps tell the rest.
     """
-    response = response_of(run.scheduler, run.total, run.first)
+    response = run.response()
     skips = gaps.tolerance > 0 and run.total >= gaps.fewest_steps
     switch = run.switch() if skips else None
     mine = settings_for(gaps, run)

@@ -22,7 +22,7 @@ from sgl_diffusion_accel.calibration.plan_checks import factor_at
 from sgl_diffusion_accel.calibration.plan_policy import PlanPolicy
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.runs import Run
-from sgl_diffusion_accel.loop.scheduler_response import Response, adds_noise, response_of, share_of_schedule
+from sgl_diffusion_accel.loop.scheduler_response import Response, adds_noise, share_of_schedule
 from sgl_diffusion_accel.targets import Pipe, Target
 from sgl_diffusion_accel.validate import count, names_checked, of_type, positive, real, within
 
@@ -96,9 +96,9 @@ def plan_policy_of(plan: CachePlan, config: PlanConfig, run: Run) -> PlanPolicy:
     Raises:
         UnsupportedModelError: No plan can be made for its scheduler, or its loop does not tell its timesteps.
     """
-    response = response_of(run.scheduler, run.total, run.first)
-    if response is None:
-        raise no_plan(run.scheduler)
+    response = run.response()
+    if response is None or run.conversion is not None:
+        raise no_plan(run.scheduler, run.conversion)
     timesteps = tuple(map(float, run.timesteps.tolist()))
     reach = share_of_schedule(run.scheduler, run.first)
     design = config.design(plan, timesteps, response, reach)

@@ -24,6 +24,7 @@ from sgl_diffusion_accel.calibration.plan_checks import ENOUGH, held_out_ratio
 from sgl_diffusion_accel.calibration.teacache_fit import fit_recording
 from sgl_diffusion_accel.calls import Call, read_calls
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
+from sgl_diffusion_accel.loop.conversions import Conversion, conversion_of
 from sgl_diffusion_accel.loop.pipeline_frames import guidance_of
 from sgl_diffusion_accel.loop.scheduler_response import adds_noise, response_of
 from sgl_diffusion_accel.targets import Pipeline, Target, find_targets
@@ -260,9 +261,9 @@ def _plan(pipe: Any, targets: Sequence[Target], call: Mapping[str, Any], runs: l
     gram = run.gram()
     if not gram.any():
         raise ConfigError("the pipeline gave its scheduler nothing but zeros: nothing can be learned from this call.")
-    response = response_of(pipe.scheduler, steps)
-    if response is None:
-        raise no_plan(pipe.scheduler)
+    response, conversion = response_of(pipe.scheduler, steps), conversion_of(pipe)
+    if response is None or conversion is not None:
+        raise no_plan(pipe.scheduler, conversion)
     return CachePlan(
         pipeline=type(pipe).__name__,
         transformers=tuple(target.model for target in targets),
@@ -277,8 +278,13 @@ def _plan(pipe: Any, targets: Sequence[Target], call: Mapping[str, Any], runs: l
     )
 
 
-def no_plan(scheduler: Any) -> UnsupportedModelError:
-    """The error for a scheduler that no plan can be made for."""
+def no_plan(scheduler: Any, conversion: Conversion | None = None) -> UnsupportedModelError:
+    """The error for a scheduler that no plan can be made for, or a pipeline that converts what it is given."""
+    if conversion is not None:
+        return UnsupportedModelError(
+            "a plan goes by what the scheduler is given, and this pipeline makes that of the transformer's output and "
+            "of the latents: there can be no plan for it. Use apply_adaptive_cache(pipe)."
+        )
     if scheduler is None:
         return UnsupportedModelError(
             "a plan goes by the scheduler, and this loop names none. Type: for t in denoising_steps("

@@ -29,6 +29,7 @@ class CodeLoop:
             what the others hold may be from an earlier turn.
         names: Variables, attributes and functions that its iterable is made from.
         is_plain: Whether the iterable holds no number and no slice, so that it begins where what it names begins.
+        left_off: How many of the timesteps it leaves off at their end, as in `timesteps[:-1]`.
     """
 
     targets: tuple[str, ...]
@@ -36,6 +37,7 @@ class CodeLoop:
     fresh: frozenset[str]
     names: frozenset[str]
     is_plain: bool
+    left_off: int = 0
 
 
 _MOST_KNOWN = 1024
@@ -181,7 +183,24 @@ def _loop(graph: _Graph, head: int, index: int) -> CodeLoop:
         "SLICE" in one.opname or (one.opname.startswith("LOAD_CONST") and isinstance(one.argval, (int, slice)))
         for one in iterable
     )
-    return CodeLoop(targets, frozenset(stores), frozenset(fresh), frozenset(names), is_plain and bool(iterable))
+    is_plain = is_plain and bool(iterable)
+    return CodeLoop(targets, frozenset(stores), frozenset(fresh), frozenset(names), is_plain, _left_off(iterable[::-1]))
+
+
+def _left_off(iterable: list[dis.Instruction]) -> int:
+    """How many of the timesteps are cut off at the end by a slice that is written out: `timesteps[:-1]`."""
+    values = [one for one in iterable if one.opname.startswith((*_LOADS, "LOAD_CONST", "BUILD_SLICE", "BINARY_"))]
+    for index, one in enumerate(values):
+        if not one.opname.startswith(_LOADS) or one.argval != "timesteps":
+            continue
+        cuts = [each.argval for each in values[index + 1 : index + 4]]
+        slices = "SLICE" in "".join(each.opname for each in values[index + 1 : index + 4])
+        if cuts and isinstance(cuts[0], slice):  # Python 3.14 has it as one constant
+            cuts, slices = [cuts[0].start, cuts[0].stop], cuts[0].step is None
+        is_end = slices and len(cuts) > 1 and cuts[0] in (None, 0) and type(cuts[1]) is int and cuts[1] < 0
+        if is_end:
+            return -int(cuts[1])
+    return 0
 
 
 def _stored_by(one: dis.Instruction) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from sgl_diffusion_accel.cache_contexts import cache_context_of
 from sgl_diffusion_accel.frames import Locals, frames_from, key_of
 from sgl_diffusion_accel.loop.code_loops import loops_around
 from sgl_diffusion_accel.loop.context_loop import loop_of_context
+from sgl_diffusion_accel.loop.conversions import conversion_of
 from sgl_diffusion_accel.loop.explicit import StepIterator, loops_entered
 from sgl_diffusion_accel.loop.given import switches_on
 from sgl_diffusion_accel.loop.named_branch import branches_entered
@@ -147,7 +148,7 @@ class _Walk:
         name = self._named_here(frame, local)
         return LoopCall(
             loop=timesteps,
-            total=len(timesteps),
+            total=len(timesteps) - _left_off(frame),
             step=step,
             branch=name or self._branch_read(pipeline, local),
             timesteps=timesteps,
@@ -159,6 +160,7 @@ class _Walk:
             switches=switches_on(local),
             # Not by the pipeline's class: one that is derived from diffusers' may have a `__call__` of its own.
             is_published=str(frame.f_globals.get("__name__")).partition(".")[0] == "diffusers",
+            conversion=conversion_of(pipeline),
         )
 
     def _times(self) -> list[Any]:
@@ -283,6 +285,11 @@ def _is_given_step_of(loop: StepIterator, given: tuple[Any, ...]) -> bool:
     schedule = Schedule(loop.timesteps)
     tensors = [value for value in given if isinstance(value, Tensor)]
     return any(value is loop.timestep or schedule.index_of(value) == loop.step for value in tensors)
+
+
+def _left_off(frame: FrameType) -> int:
+    """How many timesteps at the end of the schedule a function's loop does not come to."""
+    return sum(loop.left_off for loop in loops_around(frame.f_code, frame.f_lasti) or ())
 
 
 def _share_memory(one: Tensor, other: Tensor | None) -> bool:

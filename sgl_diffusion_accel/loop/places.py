@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sgl_diffusion_accel.loop.conversions import Conversion
 from sgl_diffusion_accel.loop.given import Kind
 
 HOW_TO_PLACE = (
@@ -34,6 +35,7 @@ class LoopCall:
         boundary: The timestep below which a second transformer takes over, None if there is none.
         switches: The control that has an effect at this step.
         is_published: Whether the loop is code of diffusers itself, of which is known how it combines the branches.
+        conversion: What the pipeline makes of the outputs before the scheduler gets them; None if nothing.
     """
 
     loop: Any
@@ -48,6 +50,7 @@ class LoopCall:
     boundary: float | None = None
     switches: Kind = frozenset()
     is_published: bool = False
+    conversion: Conversion | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from sgl_diffusion_accel.caching.parts.stats import RunStats
 from sgl_diffusion_accel.errors import UnsupportedModelError
 from sgl_diffusion_accel.loop.given import Kind
 from sgl_diffusion_accel.loop.places import LoopCall
+from sgl_diffusion_accel.loop.scheduler_response import Response, response_of
 from sgl_diffusion_accel.loop.step_proof import first_of
 
 
@@ -68,6 +69,7 @@ class Run:
         first: Where in the scheduler's timesteps those of the run begin; None where that is not known.
         ends_with_loop: Whether its end is sure to be seen, since the loop itself ends then.
         is_published: Whether the loop is code of diffusers itself, of which is known how it combines the branches.
+        conversion: What the pipeline makes of the outputs before the scheduler gets them; None if nothing.
     """
 
     def __init__(self, call: LoopCall) -> None:
@@ -84,6 +86,7 @@ class Run:
             self.first = first_of(call.timesteps, getattr(call.scheduler, "timesteps", None))
         self.ends_with_loop = call.owner is call.loop
         self.is_published = call.is_published
+        self.conversion = call.conversion
         # All weak: the end of a run is noticed by these objects going, so that it must not keep them.
         self._loop = weakref.ref(call.loop)
         self._timesteps = weakref.ref(call.timesteps) if call.timesteps is not None else lambda: None
@@ -113,19 +116,23 @@ class Run:
                 "what was applied goes by the timesteps of the run, and this loop tells its steps by cache_context "
                 "alone. Type: for t in denoising_steps(scheduler.timesteps, scheduler=scheduler):"
             )
-        return timesteps
+        return timesteps[: self.total]  # a loop may leave the last of them off
 
     @property
     def has_timesteps(self) -> bool:
         """Whether the timesteps of the run are known."""
         return self._timesteps() is not None
 
+    def response(self) -> Response | None:
+        """How much each output weighs in the latents, `[S + 1, S]`; None where that is no number (`response_of`)."""
+        return response_of(self.scheduler, self.total, self.first, self.conversion)
+
     def switch(self) -> int | None:
         """The first step of the second transformer, None if there is none. Copies the timesteps from the device."""
         timesteps = self._timesteps()
         if self.boundary is None or timesteps is None:
             return None
-        later = [step for step, timestep in enumerate(timesteps.tolist()) if timestep < self.boundary]
+        later = [step for step, timestep in enumerate(timesteps[: self.total].tolist()) if timestep < self.boundary]
         return later[0] if later else None
 
     def is_of(self, call: LoopCall) -> bool:

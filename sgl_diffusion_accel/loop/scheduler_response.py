@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sgl_diffusion_accel.loop.conversions import Conversion
 from sgl_diffusion_accel.slots import SLOT, original_class
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,16 @@ _FRESH: dict[str, Any] = {
 """What schedulers remember of a run, as it is before the first step."""
 
 
-def response_of(scheduler: Any, total: int, first: int | None = None) -> Response | None:
-    """Finds the response of a scheduler to the outputs of a run.
+def response_of(
+    scheduler: Any, total: int, first: int | None = None, conversion: Conversion | None = None
+) -> Response | None:
+    """Finds the response of a scheduler to the transformer's outputs in a run.
 
     Args:
         scheduler: With the timesteps of the run set. It is not changed, nor is any random state.
         total: Denoising steps of the run, S: all that are set, or the last of them where a run begins in the middle.
         first: Which of those that are set the run begins with, where it is known: a run may also end early.
+        conversion: What the pipeline makes of the outputs before the scheduler gets them; None if nothing.
 
     Returns:
         The response `[S + 1, S]`; None for a scheduler that adds noise of its own, is not linear, or takes more than
@@ -59,7 +63,9 @@ def response_of(scheduler: Any, total: int, first: int | None = None) -> Respons
     try:
         # A scheduler that adds noise draws random numbers; the user's must stay. The copy is on the host.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            small, large = (_respond(_fresh_copy(scheduler), total, impulse, first) for impulse in _IMPULSES)
+            small, large = (
+                _respond(_fresh_copy(scheduler), total, impulse, first, conversion) for impulse in _IMPULSES
+            )
     except Exception as error:  # a scheduler is code of others, which may do anything
         logger.debug("%s tells no response: %s", type(scheduler).__name__, error)
         return None
@@ -155,16 +161,20 @@ def _fresh_copy(scheduler: Any) -> Any:
     return twin
 
 
-def _respond(twin: Any, total: int, impulse: float, first: int | None) -> Response | None:
+def _respond(
+    twin: Any, total: int, impulse: float, first: int | None, conversion: Conversion | None
+) -> Response | None:
     if not 1 <= total <= len(twin.timesteps):
         return None
-    response = _tried(twin, total, impulse, first)
+    response = _tried(twin, total, impulse, first, conversion)
     weights, noise = response[:, :total], response[:, total]
     is_sound = np.isfinite(response).all() and np.abs(noise).max() <= _NOISE and np.abs(weights[-1]).max() > 0
     return weights if is_sound else None
 
 
-def _tried(twin: Any, total: int, impulse: float, first: int | None = None) -> Response:
+def _tried(
+    twin: Any, total: int, impulse: float, first: int | None = None, conversion: Conversion | None = None
+) -> Response:
     # One channel for each step's impulse, and one that stays empty: what appears there is the scheduler's own noise.
     sample = torch.zeros(1, total + 1, 1, 1, dtype=torch.float64)
     before = [sample]
@@ -172,6 +182,8 @@ def _tried(twin: Any, total: int, impulse: float, first: int | None = None) -> R
     for step, timestep in enumerate(twin.timesteps[first : first + total]):
         output = torch.zeros_like(sample)
         output[0, step] = impulse
+        if conversion is not None:
+            output = conversion(output, sample, twin, first + step)
         sample = twin.step(output, timestep, sample, return_dict=False)[0].double()
         before.append(sample)
     response: Response = torch.stack(before)[:, 0, :, 0, 0].numpy() / impulse

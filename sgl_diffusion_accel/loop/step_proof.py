@@ -113,8 +113,11 @@ def proved_step(frame: FrameType, local: Mapping[str, Any], schedule: Schedule, 
     held = _by_name(loops, local, schedule)
     if held is not None:
         return held
-    step = _by_value(loops, local, schedule.timesteps)
-    return _by_index(loops, local, schedule) if step is None else step
+    for way in (_by_row, _by_value, _by_index):
+        step = way(loops, local, schedule)
+        if step is not None:
+            return step
+    return None
 
 
 def _by_name(loops: Sequence[CodeLoop], local: Mapping[str, Any], schedule: Schedule) -> int | None:
@@ -138,7 +141,22 @@ def _indices(schedule: Schedule, candidates: Iterable[Any]) -> list[int]:
     return list(dict.fromkeys(index for index in found if index is not None))
 
 
-def _by_value(loops: Sequence[CodeLoop], local: Mapping[str, Any], timesteps: Tensor) -> int | None:
+def _by_row(loops: Sequence[CodeLoop], local: Mapping[str, Any], schedule: Schedule) -> int | None:
+    """The row of a matrix that a loop runs over: a timestep for each frame, as in diffusion forcing.
+
+    Only where it has as many rows as there are steps. Each frame takes all steps, one a row at most, so that then all
+    frames are at the same one; where they go one after another, rows are more, and no step is that of all.
+    """
+    for loop in loops:
+        rows = [each for name in loop.targets if isinstance(each := local.get(name), Tensor) and each.ndim == 1]
+        for matrix in (each for name in loop.names if isinstance(each := local.get(name), Tensor)):
+            if loop.is_plain and len(rows) == 1 and matrix.ndim == 2 and len(matrix) == len(schedule):
+                return Schedule(matrix[:, 0]).index_of(rows[0][:1])
+    return None
+
+
+def _by_value(loops: Sequence[CodeLoop], local: Mapping[str, Any], schedule: Schedule) -> int | None:
+    timesteps = schedule.timesteps
     kind = float if timesteps.is_floating_point() else int
     numbers = [local[name] for loop in loops for name in loop.targets if type(local.get(name)) is kind]
     if not numbers or (kind is int and len(numbers) > 1):  # a count may be equal to a timestep

@@ -27,7 +27,6 @@ from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSetting
 from sgl_diffusion_accel.caching.parts.gap_policy import GapPolicy, ResidualGrowth
 from sgl_diffusion_accel.caching.parts.policies import ThresholdPolicy
 from sgl_diffusion_accel.loop.runs import Run
-from sgl_diffusion_accel.loop.scheduler_response import response_of
 from sgl_diffusion_accel.targets import find_targets
 from zoo import FAMILIES
 
@@ -107,7 +106,7 @@ def adaptive(pipe: Any, tolerance: float = 10.0) -> CachePatch:
     settings = GapSettings(tolerance, warm_up=2, longest_gap=1, fewest_steps=1)
 
     def policy(run: Run) -> GapControl:
-        response = response_of(run.scheduler, run.total)
+        response = run.response()
         final = [1.0] * run.total if response is None else response[-1]
         # An estimate to begin with: else three steps go by before a gap, which is all that an expert of Wan2.2 has.
         return GapControl(settings, np.asarray(final), response is not None, _roughness=1.0)

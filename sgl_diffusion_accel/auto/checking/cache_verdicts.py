@@ -14,7 +14,9 @@ from sgl_diffusion_accel.caching.teacache.apply_teacache import parts_and_title
 from sgl_diffusion_accel.caching.teacache.teacache_config import TeaCacheConfig
 from sgl_diffusion_accel.caching.teacache.teacache_models import family_of
 from sgl_diffusion_accel.caching.teacache.teacache_signals import check_signal
+from sgl_diffusion_accel.calibration.calibrate import no_plan
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
+from sgl_diffusion_accel.loop.conversions import conversion_of
 from sgl_diffusion_accel.targets import Targets
 
 _OUTPUTS = f"{DEPTH} outputs a branch, as large as the latents"
@@ -73,6 +75,8 @@ def plan(subject: Subject) -> Verdict:
     if subject.scheduler.is_linear is False:
         reason = f"no plan can be made for {subject.scheduler.name}. Take a deterministic scheduler"
         return Verdict("plan", call, "no", reason)
+    if conversion_of(subject.targets.pipe) is not None:
+        return Verdict("plan", call, "no", str(no_plan(None, conversion_of(subject.targets.pipe))))
     return Verdict("plan", call, "yes", "after plan = calibrate(pipe, calls)", _OUTPUTS, subject.held_outputs())
 
 

@@ -44,7 +44,7 @@ def loop_of(targets: Targets) -> FoundLoop:
     function, loop = found[0]
     how = f"{function.__qualname__} loops: for {ast.unparse(loop.target)} in {ast.unparse(loop.iter)}"
     contexts = _contexts(loop)
-    is_batched = _is_batched(loop) or "cond_uncond" in contexts
+    is_batched = _is_batched(loop, denoisers) or "cond_uncond" in contexts
     return FoundLoop(True, how, _branches(targets, loop, contexts, is_batched), contexts, is_batched)
 
 
@@ -96,9 +96,12 @@ def _name_of(function: ast.expr) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
-def _is_batched(loop: ast.For) -> bool:
+def _is_batched(loop: ast.For, denoisers: set[str]) -> bool:
     """Whether latents are doubled in the loop: `torch.cat([latents] * 2)`, `torch.cat([x, x])`, `x.repeat(2, …)`."""
-    for call in (each for each in ast.walk(loop) if isinstance(each, ast.Call)):
+    calls = [each for each in ast.walk(loop) if isinstance(each, ast.Call)]
+    lines = [each.lineno for each in calls if isinstance(each.func, ast.Attribute) and each.func.attr in denoisers]
+    # What is doubled after the last call is for the scheduler (Cosmos).
+    for call in (each for each in calls if each.lineno <= max(lines, default=each.lineno)):
         name, first = _name_of(call.func), call.args[0] if call.args else None
         if name == "repeat" and isinstance(first, ast.Constant) and first.value == 2 and len(call.args) > 2:
             return True

@@ -20,7 +20,7 @@ from sgl_diffusion_accel.caching.parts.policies import MaskPolicy, Policy, Thres
 from sgl_diffusion_accel.caching.parts.predictors import Predictor, taylor
 from sgl_diffusion_accel.caching.parts.signals import HeadResidual
 from sgl_diffusion_accel.loop.runs import Run
-from sgl_diffusion_accel.loop.scheduler_response import passing_influence, response_of
+from sgl_diffusion_accel.loop.scheduler_response import passing_influence
 from sgl_diffusion_accel.targets import Pipe
 from sgl_diffusion_accel.validate import names_checked, names_shown
 
@@ -108,7 +108,7 @@ def _gap_control(config: CacheDiTConfig, limits: Policy, predictor: Predictor) -
     )
 
     def policy(run: Run, _: str) -> Policy:
-        response = response_of(run.scheduler, run.total, run.first) if tolerance > 0 else None
+        response = run.response() if tolerance > 0 else None
         final = np.ones(run.total) if response is None else response[-1]
         passing = None if response is None else passing_influence(response)
         times = run.sigmas() if config.taylorseer_spacing == "sigma" and tolerance > 0 else None
