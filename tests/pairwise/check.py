@@ -1,0 +1,134 @@
+"""Runs a case on fresh pipelines, and asserts all that must hold."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgl_diffusion_accel import Patch, remove
+
+from .covering import Case
+from .model import BLOCKS, Work, call, counting, family_of, leftovers, relative
+from .switches import ATTENTION, COMPILE, DTYPE, EVENT, LORA, OFFLOAD, PATCHES, STEPS
+
+ROUNDING = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+"""Largest relative difference, after six steps with guidance, of runs that sum in another order: `apply_lossless` cuts
+padding, and the compiler may fuse. In float32 as in the tests of `apply_lossless`; half types round each step's result to
+2^-8 and 2^-11 of it, and guidance of 4 makes it seven times as much."""
+
+FAR = 1.0
+"""Largest relative difference of a run with skipped steps: as far as another picture is. Random weights in 6 steps, of
+which half are skipped at the boldest settings, come near that; a branch or a run that is mistaken goes beyond."""
+
+
+class Subject:
+    """One pipeline of a case.
+
+    Args:
+        case: The case.
+        patch: Its patch: `"never"` skipping or `"skipping"`; None for an unpatched pipeline.
+        lora_first: Whether what is done to LoRA between two runs is done before the first one.
+    """
+
+    def __init__(self, case: Case, patch: str | None = None, lora_first: bool = False) -> None:
+        self.case, self.work = case, Work()
+        self.family = family_of(case["model"])
+        self.pipe: Any = self.family.make(num_layers=BLOCKS)
+        self.patch: Patch | None = None
+        if case["order"] == "patch first":
+            self._apply(patch)
+        DTYPE[case["dtype"]](self.pipe)
+        LORA[case["lora"]][0](self.pipe)
+        if lora_first:
+            LORA[case["lora"]][1](self.pipe)
+        OFFLOAD[case["offload"]](self.pipe)
+        COMPILE[case["compile"]](self.pipe, self.work)
+        if case["order"] == "patch last":
+            self._apply(patch)
+
+    def _apply(self, patch: str | None) -> None:
+        if patch is not None:
+            never, skipping = PATCHES[self.case["patch"]]
+            self.patch = (skipping if patch == "skipping" else never)(self.pipe)
+        ATTENTION[self.case["attention"]](self.pipe)
+
+    def change_lora(self) -> None:
+        """What is done to LoRA between two runs."""
+        offload = self.case["offload"]
+        lifted = self.case["lora"] == "load" and offload in ("model", "sequential")
+        if lifted:
+            self.pipe.remove_all_hooks()
+        LORA[self.case["lora"]][1](self.pipe)
+        if lifted:
+            OFFLOAD[offload](self.pipe)
+
+    def run(self, steps: int = 6) -> Tensor:
+        """The output of a run that the case's callback looks into."""
+        given = {**call(self.case["model"], self.pipe, steps), **EVENT[self.case["event"]]}
+        eager = self.case["compile"] == "none"
+        with counting(self.pipe, self.family, self.work) if eager else contextlib.nullcontext(), torch.no_grad():
+            output: Tensor = self.pipe(**given, return_dict=False)[0]
+        assert torch.isfinite(output).all()
+        return output.detach().clone()
+
+    def take_off(self) -> None:
+        """Removes all patches."""
+        remove(self.pipe)
+
+
+def check(case: Case) -> None:
+    """Asserts what must hold of a case."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        plain = Subject(case)
+        steps = STEPS.get(case["patch"], 6)
+        expected, to_compute = plain.run(), plain.work.done
+        in_full = plain.run(steps) if steps != 6 else expected
+        to_compute = to_compute if steps == 6 else plain.work.done - to_compute
+        plain.change_lora()
+        changed = plain.run()
+        simple = simplified(case)
+        if case["lora"] != "none":
+            assert torch.equal(changed, Subject(simple, lora_first=True).run()), "PLAIN LORA"
+
+        never = Subject(case, "never")
+        same(case, never.run(), expected)
+        never.change_lora()
+        same(case, never.run(), changed)
+
+        cached = Subject(case, "skipping")
+        output = cached.run(steps)
+        if case["patch"] != "lossless":
+            assert cached.work.done < to_compute, "nothing was skipped"
+            assert relative(output, in_full) < FAR
+        assert torch.equal(cached.run(steps), output), "the second run is another one"
+        same_as_simple(case, output, Subject(simple, "skipping").run(steps))
+        cached.change_lora()
+        same_as_simple(case, cached.run(steps), Subject(simple, "skipping", lora_first=True).run(steps))
+
+        for subject in (never, cached):
+            subject.take_off()
+            assert list(leftovers(subject.pipe)) == []
+            ATTENTION[case["attention"]](subject.pipe)
+            assert torch.equal(subject.run(), changed), "not as before, once removed"
+
+
+def simplified(case: Case) -> Case:
+    """The same numbers without all that must not change them: the order, offloading and the compiler."""
+    casting = case["offload"] == "layerwise casting"
+    return {**case, "order": "patch last", "compile": "none", "offload": case["offload"] if casting else "none"}
+
+
+def same(case: Case, output: Tensor, expected: Tensor) -> None:
+    """Asserts that a patch that skips nothing changes nothing; `apply_lossless` by rounding, where it acts."""
+    if case["patch"] in ("lossless", "auto") and case["model"] != "wan":
+        assert relative(output, expected) < ROUNDING[case["dtype"]]
+    else:
+        assert torch.equal(output, expected), f"relative difference {relative(output, expected):.3g}"
+
+
+def same_as_simple(case: Case, output: Tensor, expected: Tensor) -> None:
+    """Asserts that neither the order, nor offloading, nor the compiler changes what a cache does."""
+    assert torch.equal(output, expected), f"relative difference {relative(output, expected):.3g}"
