@@ -41,9 +41,9 @@ class Subject:
         if case["order"] == "patch first":
             self._apply(patch)
         DTYPE[case["dtype"]](self.pipe)
-        LORA[case["lora"]][0](self.pipe)
+        LORA[case["LoRA"]][0](self.pipe)
         if lora_first:
-            LORA[case["lora"]][1](self.pipe)
+            LORA[case["LoRA"]][1](self.pipe)
         OFFLOAD[case["offload"]](self.pipe)
         COMPILE[case["compile"]](self.pipe, self.work)
         if case["order"] == "patch last":
@@ -58,16 +58,16 @@ class Subject:
     def change_lora(self) -> None:
         """What is done to LoRA between two runs."""
         offload = self.case["offload"]
-        lifted = self.case["lora"] == "load" and offload in ("model", "sequential")
+        lifted = self.case["LoRA"] == "load" and offload in ("model", "sequential")
         if lifted:
             self.pipe.remove_all_hooks()
-        LORA[self.case["lora"]][1](self.pipe)
+        LORA[self.case["LoRA"]][1](self.pipe)
         if lifted:
             OFFLOAD[offload](self.pipe)
 
     def run(self, steps: int = 6) -> Tensor:
         """The output of a run that the case's callback looks into."""
-        given = {**call(self.case["model"], self.pipe, steps), **EVENT[self.case["event"]]}
+        given = {**call(self.case["model"], self.pipe, steps), **EVENT[self.case["callback"]]}
         eager = self.case["compile"] == "none"
         with counting(self.pipe, self.family, self.work) if eager else contextlib.nullcontext(), torch.no_grad():
             output: Tensor = self.pipe(**given, return_dict=False)[0]
@@ -90,7 +90,7 @@ def check(case: Case) -> None:
         plain.change_lora()
         changed = plain.run()
         simple = simplified(case)
-        if case["lora"] != "none":
+        if case["LoRA"] != "none":
             assert torch.equal(changed, Subject(simple, lora_first=True).run()), "PLAIN LORA"
 
         never = Subject(case, "never")

@@ -1,0 +1,54 @@
+"""The factors, what does not go together with a reason, and the cases."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from .covering import Case, Factors, Pair, covering, pair
+from .model import MODELS
+from .switches import ATTENTION, COMPILE, DTYPE, EVENT, LORA, OFFLOAD, PATCHES
+
+FACTORS: Factors = {
+    "patch": [*PATCHES],
+    "attention": [*ATTENTION],
+    "compile": [*COMPILE],
+    "offload": [*OFFLOAD],
+    "LoRA": [*LORA],
+    "dtype": [*DTYPE],
+    "callback": [*EVENT],
+    "model": [*MODELS],
+    "order": ["patch first", "patch last"],
+}
+
+_HOOKED = ("sequential", "group, blocks", "group, leaves", "layerwise casting")
+_SLOW = "its hooks are compiled layer by layer, until the compiler gives up at its limit of recompilations"
+
+FORBIDDEN: dict[Pair, str] = {
+    pair(("offload", "sequential"), ("LoRA", "fuse")): "PEFT merges into weights that lie on no device then",
+    pair(("offload", "layerwise casting"), ("LoRA", "load")): "a LoRA that is loaded afterwards gets the storage type",
+    pair(("offload", "layerwise casting"), ("LoRA", "fuse")): "PEFT adds nothing to weights in float8",
+    **{
+        pair(("compile", "regional"), ("offload", offload)): "its hooks cannot be in one graph (`fullgraph=True`)"
+        for offload in _HOOKED
+    },
+    **{pair(("compile", how), ("offload", offload)): _SLOW for how, offload in product(("whole", "wrapper"), _HOOKED)},
+    **{
+        pair(("compile", "wrapper"), ("LoRA", lora)): "the pipeline does not find adapters in `torch.compile(model)`"
+        for lora in ("load", "switch")
+    },
+}
+"""Pairs that diffusers, accelerate, PEFT or the compiler refuse, or do wrongly, without any patch, and why."""
+
+
+def _eager() -> list[Case]:
+    """Cases that nothing compiles: every pair of values of the other factors."""
+    return covering({**FACTORS, "compile": ["none"]}, FORBIDDEN)
+
+
+def _compiled() -> list[Case]:
+    """Cases of the compiler, with each value of each other factor."""
+    return covering(FACTORS, FORBIDDEN, given=EAGER)
+
+
+EAGER = _eager()
+COMPILED = _compiled()

@@ -1,0 +1,3 @@
+"""Weights that other packages keep in fewer bits."""
+
+from __future__ import annotations
