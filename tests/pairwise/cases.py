@@ -6,6 +6,7 @@ from itertools import product
 
 from .covering import Case, Factors, Pair, covering, pair
 from .model import MODELS
+from .quantised import QUANTISED
 from .switches import ATTENTION, COMPILE, DTYPE, EVENT, LORA, OFFLOAD, PATCHES
 
 FACTORS: Factors = {
@@ -21,6 +22,7 @@ FACTORS: Factors = {
 }
 
 _HOOKED = ("sequential", "group, blocks", "group, leaves", "layerwise casting")
+_BY_LAYER = ("sequential", "group, leaves")
 _SLOW = "its hooks are compiled layer by layer, until the compiler gives up at its limit of recompilations"
 
 FORBIDDEN: dict[Pair, str] = {
@@ -31,24 +33,26 @@ FORBIDDEN: dict[Pair, str] = {
         pair(("compile", "regional"), ("offload", offload)): "its hooks cannot be in one graph (`fullgraph=True`)"
         for offload in _HOOKED
     },
-    **{pair(("compile", how), ("offload", offload)): _SLOW for how, offload in product(("whole", "wrapper"), _HOOKED)},
+    **{pair(("compile", how), ("offload", layers)): _SLOW for how, layers in product(("whole", "wrapper"), _BY_LAYER)},
     **{
         pair(("compile", "wrapper"), ("LoRA", lora)): "the pipeline does not find adapters in `torch.compile(model)`"
         for lora in ("load", "switch")
+    },
+    **{
+        pair(("dtype", kind), ("offload", "layerwise casting")): "its weights have no type to cast"
+        for kind in QUANTISED
     },
 }
 """Pairs that diffusers, accelerate, PEFT or the compiler refuse, or do wrongly, without any patch, and why."""
 
 
-def _eager() -> list[Case]:
-    """Cases that nothing compiles: every pair of values of the other factors."""
-    return covering({**FACTORS, "compile": ["none"]}, FORBIDDEN)
+EAGER: list[Case] = covering({**FACTORS, "compile": ["none"]}, FORBIDDEN)
+"""Every pair of values but those of the compiler and of packages that quantise."""
 
+COMPILED: list[Case] = covering(FACTORS, FORBIDDEN, given=EAGER)
+"""Each way to compile with each value of each other factor."""
 
-def _compiled() -> list[Case]:
-    """Cases of the compiler, with each value of each other factor."""
-    return covering(FACTORS, FORBIDDEN, given=EAGER)
-
-
-EAGER = _eager()
-COMPILED = _compiled()
+QUANTISED_CASES: list[Case] = covering(
+    {**FACTORS, "dtype": [*FACTORS["dtype"], *QUANTISED]}, FORBIDDEN, given=EAGER + COMPILED
+)
+"""Each way to quantise with each value of each other factor."""
