@@ -46,7 +46,9 @@ def measured(result: Mapping[str, Any]) -> str:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
-    for (model, scheduler, steps), found in groupby(rows, lambda row: (row["model"], row["scheduler"], row["steps"])):
+    for (model, scheduler, steps), found in groupby(
+        rows, lambda row: (row["model"], row["scheduler"], row["steps"])
+    ):
         cells = {row["quality"]: row for row in found}
         if any(row["psnr"] is not None for row in cells.values()):
             yield [f"{model}, {SCHEDULERS[scheduler]}", str(steps), *(_cell(cells[each]) for each in QUALITIES)]

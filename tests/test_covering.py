@@ -37,7 +37,7 @@ def test_forbidden_pairs_come_up_in_none() -> None:
 
 def test_pair_that_has_no_case_is_an_error() -> None:
     forbidden = {pair(("a", "1"), ("d", "1")), pair(("b", "1"), ("d", "2"))}
-    with pytest.raises(ValueError, match="'a': '1'.*'b': '1'|'b': '1'.*'a': '1'"):
+    with pytest.raises(ValueError, match=r"no case can have"):
         covering(FACTORS, forbidden)
 
 

@@ -52,7 +52,7 @@ EAGER: list[Case] = covering({**FACTORS, "compile": ["none"]}, FORBIDDEN)
 COMPILED: list[Case] = covering(FACTORS, FORBIDDEN, given=EAGER)
 """Each way to compile with each value of each other factor."""
 
-QUANTISED_CASES: list[Case] = covering(
-    {**FACTORS, "dtype": [*FACTORS["dtype"], *QUANTISED]}, FORBIDDEN, given=EAGER + COMPILED
-)
+_DTYPES: Factors = {**FACTORS, "dtype": [*FACTORS["dtype"], *QUANTISED]}
+
+QUANTISED_CASES: list[Case] = covering(_DTYPES, FORBIDDEN, given=EAGER + COMPILED)
 """Each way to quantise with each value of each other factor."""

@@ -16,9 +16,9 @@ from .quantised import QUANTISED
 from .switches import ATTENTION, COMPILE, DTYPE, EVENT, LORA, OFFLOAD, PATCHES, STEPS
 
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
-"""Largest relative difference, after six steps with guidance, of runs that sum in another order: `apply_lossless` cuts
-padding, and the compiler may fuse. In float32 as in the tests of `apply_lossless`; half types round each step's result to
-2^-8 and 2^-11 of it, and guidance of 4 makes it seven times as much."""
+"""Largest relative difference of a run without padding from one with it, which sums in another order. In float32 as in
+the tests of `apply_lossless`; half types round each result to 2^-8 and 2^-11 of it, and a guidance scale of 4 makes that
+seven times as much."""
 
 FAR = 1.0
 """Largest relative difference of a run with skipped steps: as far as another picture is. Random weights in 6 steps, of

@@ -1,7 +1,7 @@
 """Covering arrays: few cases in which each pair of values of two different factors comes up at least once.
 
-The greedy search of the AETG system (Cohen et al., 1997): a case begins with a pair that none has covered yet, and takes
-for each further factor the value that covers the most; of several such cases the best one is kept.
+The greedy search of the AETG system (Cohen et al., 1997): a case begins with a pair that none has covered yet, and
+takes for each further factor the value that covers the most; of several such cases the best one is kept.
 """
 
 from __future__ import annotations

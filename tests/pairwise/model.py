@@ -48,7 +48,7 @@ class Work:
 
 
 def family_of(model: str) -> Family:
-    return present(model.split(",")[0])
+    return present(model.split(",", maxsplit=1)[0])
 
 
 def call(model: str, pipe: Any, steps: int) -> dict[str, Any]:

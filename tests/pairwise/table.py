@@ -67,4 +67,4 @@ def _word(value: str) -> str:
 
 def between_marks(page: str) -> str:
     """What a page holds between the marks."""
-    return page.split(START)[1].split(END)[0].strip()
+    return page.split(START)[1].split(END, maxsplit=1)[0].strip()
