@@ -17,7 +17,7 @@ from .switches import ATTENTION, COMPILE, DTYPE, EVENT, LORA, OFFLOAD, PATCHES, 
 
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 """Largest relative difference of a run without padding from one with it, which sums in another order. In float32 as in
-the tests of `apply_lossless`; half types round each result to 2^-8 and 2^-11 of it, and a guidance scale of 4 makes that
+the tests of `apply_lossless`; half types round each result to 2^-8 and 2^-11 of it, and guidance of 4 makes that
 seven times as much."""
 
 FAR = 1.0
