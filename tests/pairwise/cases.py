@@ -38,6 +38,7 @@ FORBIDDEN: dict[Pair, str] = {
         pair(("compile", "wrapper"), ("LoRA", lora)): "the pipeline does not find adapters in `torch.compile(model)`"
         for lora in ("load", "switch")
     },
+    pair(("dtype", "GGUF Q8_0"), ("LoRA", "fuse")): "PEFT merges into no packed weights",
     **{
         pair(("dtype", kind), ("offload", "layerwise casting")): "its weights have no type to cast"
         for kind in QUANTISED

@@ -80,7 +80,9 @@ class Subject:
 
 def check(case: Case) -> None:
     """Asserts what must hold of a case."""
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    # diffusers advises to raise the limit where its own hooks are compiled: one piece of code serves all layers.
+    limit = 8 if case["offload"] in ("none", "model") else 64
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=limit):
         steps = STEPS.get(case["patch"], 6)
         plain, simple = Subject(case), simplified(case)
         expected = plain.run()

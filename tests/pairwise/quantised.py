@@ -40,7 +40,7 @@ def bitsandbytes_nf4(pipe: Any) -> None:
         layer.bias = linear.bias
         return layer.to("cpu")  # which packs the weights
 
-    _replace(pipe, made, multiple=32)
+    _replace(pipe, made, multiple=64)  # its block
 
 
 def _replace(pipe: Any, made: Callable[[nn.Linear], nn.Module], multiple: int) -> None:
