@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel import Patch, remove
+from sgl_diffusion_accel import remove
 
 from .covering import Case
 from .model import BLOCKS, Work, call, counting, family_of, leftovers, relative
@@ -40,7 +40,7 @@ class Subject:
         self.case, self.work = case, Work()
         self.family = family_of(case["model"])
         self.pipe: Any = self.family.make(num_layers=BLOCKS)
-        self.patch: Patch | None = None
+        self.patch: Any = None
         if case["order"] == "patch first":
             self._apply(patch)
         {**DTYPE, **QUANTISED}[case["dtype"]](self.pipe)
@@ -68,6 +68,13 @@ class Subject:
         if lifted:
             OFFLOAD[offload](self.pipe)
 
+    def skipped_some(self, to_compute: int) -> bool:
+        """Whether its first run has left out blocks of those to compute; in compiled code the patch says so itself."""
+        if self.case["compile"] == "none":
+            return self.work.done < to_compute
+        branches = self.patch.stats.runs[0].branches.values() if self.patch is not None else ()
+        return any(not all(branch.computed) for branch in branches)
+
     def run(self, steps: int = 6) -> Tensor:
         """The output of a run that the case's callback looks into."""
         given = {**call(self.case["model"], self.pipe, steps), **EVENT[self.case["callback"]]}
@@ -80,9 +87,8 @@ class Subject:
 
 def check(case: Case) -> None:
     """Asserts what must hold of a case."""
-    # diffusers advises to raise the limit where its own hooks are compiled: one piece of code serves all layers.
-    limit = 8 if case["offload"] in ("none", "model") else 64
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=limit):
+    # Lengths, adapters, hooks and patches each are compiled for once, on and off, which is more than the usual eight.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=64):
         steps = STEPS.get(case["patch"], 6)
         plain, simple = Subject(case), simplified(case)
         expected = plain.run()
@@ -105,7 +111,7 @@ def check(case: Case) -> None:
         cached = Subject(case, "skipping")
         output = cached.run(steps)
         if case["patch"] != "lossless":
-            assert cached.work.done < to_compute, "nothing was skipped"
+            assert cached.skipped_some(to_compute), "nothing was skipped"
             assert relative(output, in_full) < FAR
         assert torch.equal(cached.run(steps), output), "the second run is another one"
         equal(output, Subject(simple, "skipping").run(steps))
@@ -131,7 +137,7 @@ def simplified(case: Case) -> Case:
 def same(case: Case, output: Tensor, expected: Tensor) -> None:
     """Asserts that a patch that skips nothing changes nothing; `apply_lossless` by rounding, where it acts."""
     if case["patch"] in ("lossless", "auto") and case["model"] != "wan":
-        assert relative(output, expected) < ROUNDING[case["dtype"]]
+        assert relative(output, expected) < ROUNDING.get(case["dtype"], ROUNDING["float32"])
     else:
         equal(output, expected)
 
