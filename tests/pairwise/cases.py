@@ -36,9 +36,16 @@ FORBIDDEN: dict[Pair, str] = {
     **{pair(("compile", how), ("offload", layers)): _SLOW for how, layers in product(("whole", "wrapper"), _BY_LAYER)},
     **{
         pair(("compile", "wrapper"), ("LoRA", lora)): "the pipeline does not find adapters in `torch.compile(model)`"
-        for lora in ("load", "switch")
+        for lora in LORA
+        if lora != "none"
     },
     pair(("dtype", "GGUF Q8_0"), ("LoRA", "fuse")): "PEFT merges into no packed weights",
+    pair(("dtype", "torchao int8"), ("LoRA", "fuse")): "PEFT merges into no packed weights",
+    pair(("dtype", "GGUF Q8_0"), ("offload", "sequential")): "accelerate cannot take packed weights off the device",
+    pair(
+        ("dtype", "bitsandbytes NF4"), ("offload", "sequential")
+    ): "accelerate cannot take packed weights off the device",
+    pair(("dtype", "bitsandbytes NF4"), ("LoRA", "load")): "it rounds otherwise once it has run",
     **{
         pair(("dtype", kind), ("offload", "layerwise casting")): "its weights have no type to cast"
         for kind in QUANTISED

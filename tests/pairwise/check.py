@@ -113,10 +113,10 @@ def check(case: Case) -> None:
         if case["patch"] != "lossless":
             assert cached.skipped_some(to_compute), "nothing was skipped"
             assert relative(output, in_full) < FAR
-        assert torch.equal(cached.run(steps), output), "the second run is another one"
-        equal(output, Subject(simple, "skipping").run(steps))
+        alike(case, cached.run(steps), output)
+        alike(case, output, Subject(simple, "skipping").run(steps))
         cached.change_lora()
-        equal(cached.run(steps), Subject(simple, "skipping", lora_first=True).run(steps))
+        alike(case, cached.run(steps), Subject(simple, "skipping", lora_first=True).run(steps))
         is_as_before(cached, changed)
 
 
@@ -137,6 +137,17 @@ def simplified(case: Case) -> Case:
 def same(case: Case, output: Tensor, expected: Tensor) -> None:
     """Asserts that a patch that skips nothing changes nothing; `apply_lossless` by rounding, where it acts."""
     if case["patch"] in ("lossless", "auto") and case["model"] != "wan":
+        assert relative(output, expected) < ROUNDING.get(case["dtype"], ROUNDING["float32"])
+    else:
+        equal(output, expected)
+
+
+def alike(case: Case, output: Tensor, expected: Tensor) -> None:
+    """Asserts that two runs under a patch are equal; to rounding where the compiler meets several lengths of prompts.
+
+    It compiles for the first one, and once more for any length, which sums in another order.
+    """
+    if case["compile"] != "none" and case["model"] != "wan":
         assert relative(output, expected) < ROUNDING.get(case["dtype"], ROUNDING["float32"])
     else:
         equal(output, expected)
