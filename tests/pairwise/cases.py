@@ -41,10 +41,8 @@ FORBIDDEN: dict[Pair, str] = {
     },
     pair(("dtype", "GGUF Q8_0"), ("LoRA", "fuse")): "PEFT merges into no packed weights",
     pair(("dtype", "torchao int8"), ("LoRA", "fuse")): "PEFT merges into no packed weights",
-    pair(("dtype", "GGUF Q8_0"), ("offload", "sequential")): "accelerate cannot take packed weights off the device",
-    pair(
-        ("dtype", "bitsandbytes NF4"), ("offload", "sequential")
-    ): "accelerate cannot take packed weights off the device",
+    pair(("dtype", "GGUF Q8_0"), ("offload", "sequential")): "accelerate cannot move packed weights",
+    pair(("dtype", "bitsandbytes NF4"), ("offload", "sequential")): "accelerate cannot move packed weights",
     pair(("dtype", "bitsandbytes NF4"), ("LoRA", "load")): "it rounds otherwise once it has run",
     **{
         pair(("dtype", kind), ("offload", "layerwise casting")): "its weights have no type to cast"
