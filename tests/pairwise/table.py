@@ -36,7 +36,8 @@ def text() -> str:
     lines = [f"- {_beside([two for two in FORBIDDEN if FORBIDDEN[two] == why])}: {why}." for why in _reasons()]
     return "\n".join(
         [
-            f"{number} cases cover every pair of these values, of two different rows, at least once:",
+            f"{number} cases hold every pair of these values, of two different rows, at least once. Those without a "
+            f"compiler and packed weights, {len(EAGER)}, run in `make test`, the others in `make test-all`:",
             "",
             "| | |",
             "|---|---|",
