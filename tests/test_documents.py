@@ -20,7 +20,7 @@ FOLDERS = (".", "docs", "examples", "benchmarks", "miniatures")
 PAGES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md"))
 USERS_PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 STEPS = 12
-LONGEST = {"README.md": 110, "RESULTS.md": 195}
+LONGEST = {"README.md": 110, "RESULTS.md": 200}
 
 #: What a page says, and what is run in its place: as many steps as a test has time for, kernels that every machine has.
 SHORTER = (
