@@ -205,6 +205,7 @@ def test_constants_of_wan_depend_on_the_pipeline() -> None:
     verdict = check_pipeline(present("wan").make()).verdict("lossless")
     assert (verdict.answer, "keys and values of the text" in verdict.reason) == ("in part", True)
     assert "one timestep" not in verdict.reason
+    assert "at most 10% of the transformer's weights" in verdict.memory
     pipe = present("wan").make()
     pipe.register_to_config(expand_timesteps=True)
     assert "one timestep" in check_pipeline(pipe).verdict("lossless").reason
