@@ -313,7 +313,7 @@ def test_blocks_hold_what_is_said_and_the_text(family: Family) -> None:
     assert max(held) * branches <= 3 * said
 
 
-@pytest.mark.parametrize("latents", [(1, 2), (1, 2, 3, 4, 5, 6), (1, 0, 3), "abc", (1, 2.5, 3)], ids=str)
+@pytest.mark.parametrize("latents", [(1, 2), (1, 2, 3, 4, 5, 6), (1, 0, 3), "abc", 5, (1, 2.5, 3)], ids=str)
 def test_bad_shapes(latents: Any) -> None:
     with pytest.raises((ConfigError, ConfigTypeError), match="latents"):
         check_pipeline(present("wan").make(), latents=latents)
