@@ -28,7 +28,8 @@ def measured(result: Mapping[str, Any]) -> str:
     """The table, with a sentence on the runs that are left as they are."""
     head = ["model", "steps", *(f"`{quality}`" for quality in QUALITIES)]
     cells = list(_lines(result["rows"]))
-    same = sorted({row["steps"] for row in result["rows"] if row["psnr"] is None})
+    changed = {row["steps"] for row in result["rows"] if row["psnr"] is not None}
+    same = sorted({row["steps"] for row in result["rows"]} - changed)
     compared = [row for row in result["rows"] if row["psnr"] is not None and row["fewer_psnr"] is not None]
     worse = [row for row in compared if row["psnr"] < row["fewer_psnr"]]
     host, environment = result["host"], result["environment"]

@@ -32,7 +32,7 @@ _OTHERS = (
 
 def load() -> list[dict[str, Any]]:
     """The committed results of `benchmarks.cache`, in the order in which they are shown."""
-    others = ("gpu_", "mutants", *_QUESTIONS)
+    others = ("auto", "gpu_", "mutants", *_QUESTIONS)
     paths = [path for path in RESULTS.glob("*.json") if not path.stem.startswith(others)]
     return sorted((json.loads(path.read_text()) for path in paths), key=summary.order)
 

@@ -143,6 +143,25 @@ def test_compiled_blocks_have_no_break_and_no_graph_more(name: str, backend: str
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("first", ["set", "run"])
+def test_backend_goes_and_comes_where_its_layers_are_compiled_in_pieces(first: str) -> None:
+    """As hooks cut them: layerwise casting, offloading. A piece must not serve the layer with the other attention."""
+    family = present("wan")
+    set_attention_backend(eager := family.make(num_layers=2), "half")
+    expected = {"unpatched": run(family, family.make(num_layers=2)), "half": run(family, eager)}
+    pipe = family.make(num_layers=2)
+    for block in pipe.transformer.blocks:
+        block.attn1.to_q.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
+    pipe.transformer.compile(backend="eager")
+    for turn in range(3):
+        patched = (turn % 2 == 0) == (first == "set")
+        if patched:
+            set_attention_backend(pipe, "half")
+        near(run(family, pipe), expected["half" if patched else "unpatched"])
+        remove(pipe)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_backend_is_in_the_compiled_code() -> None:
     family = present("wan")
     set_attention_backend(eager := family.make(num_layers=2), "half")

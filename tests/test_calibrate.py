@@ -423,7 +423,7 @@ def test_frames_with_a_scheduler_each_are_refused() -> None:
     assert not runs
     with pytest.raises(UnsupportedModelError, match="one for each frame"):
         calibrate(pipe, [call], teacache=False, magnitudes=False)
-    with pytest.raises(UnsupportedModelError, match="nothing was recorded"):
+    with pytest.raises(UnsupportedModelError, match="Nothing was recorded"):
         calibrate(pipe, [call])
 
 

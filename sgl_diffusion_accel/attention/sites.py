@@ -171,7 +171,10 @@ def _with_exchanged_names(function: Any, redirect: Redirect, within: frozenset[A
     names = {name: value for name, value in function.__globals__.items() if name != "__name__"}
     # Without a name `torch.compile` looks globals up in this very dict, and not in the module of that name.
     names.update(_exchanged(function, redirect, within))
-    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    # Code of its own: `torch.compile` keeps what it compiled with the code object, whatever globals a function has, and
+    # would run what it made for one of two functions in the other.
+    code = function.__code__.replace()
+    made = FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
     made.__annotations__ = dict(function.__annotations__)
     made.__qualname__, made.__doc__ = function.__qualname__, function.__doc__

@@ -20,7 +20,7 @@ outputs of unit roughness."""
 _USUAL_STEPS, _STRIDE = 50, 1.5
 _FEWEST_WARM_UP = 2  # a slope needs two
 _FALL = 5
-_ORDER_FALLS, _ROUNDING = 3, 1e-3
+_ORDER_FALLS, _ROUNDING = 4, 1e-3
 _ROUGHNESS = 0.6
 _SLOWEST = 0.25
 _EARLY = 0.85  # of the run is left: where it is seen how fast guidance decides
@@ -216,7 +216,8 @@ class GapControl(CallPolicy):
             return Decision(True, "too few steps" if self.settings.tolerance > 0 else "tolerance 0")
         if step - self._begin < self.settings.warm_up:
             return Decision(True, "warm-up")
-        # Schedulers that look back end with steps of lower order, whose outputs count several times as much.
+        # Schedulers that look back end with steps of lower order, whose outputs count several times as much. A skip of
+        # the fifth step from the end cost up to 10 dB in runs of 20 steps on Wan's miniature.
         if step >= last - (_ORDER_FALLS if self._rest else 0):
             return Decision(True, "last step")
         if self.switch is not None and step == self.switch - 1:

@@ -72,7 +72,7 @@ class BlockMasks:
         return not hindrance
 
     def _has_known_processor(self, found: weakref.ref[nn.Module]) -> bool:
-        # The code and not the class: an attention backend gives them a class of its own, with the same code.
+        # The code and not the class: an attention backend gives them a class of its own, with a copy of the same code.
         layer = found()
         processor: Any = type(processor_of(layer)) if layer is not None else None
-        return getattr(getattr(processor, "__call__", None), "__code__", None) is self._own_code  # noqa: B004
+        return getattr(getattr(processor, "__call__", None), "__code__", None) == self._own_code  # noqa: B004

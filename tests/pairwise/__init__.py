@@ -1,0 +1,1 @@
+"""What users switch on together, pair by pair."""
