@@ -191,6 +191,17 @@ def test_other_numbers_of_steps(steps: int) -> None:
     assert output.isfinite().all()
 
 
+@pytest.mark.parametrize(("guard", "is_left"), [(1.0001, True), (None, False)])
+def test_plan_that_is_left_in_mid_run_says_why(guard: float | None, is_left: bool) -> None:
+    family, pipe, plan = wan()
+    patch = apply_cache_plan(pipe, plan, speedup=1.5, guard=guard)
+    family.run(pipe, steps=STEPS, seed=5)
+    reasons = set(patch.stats.runs[-1].branches["cond"].reasons)
+    assert (reasons != {"plan"}) == is_left
+    assert ("the plan was left in mid-run" in str(patch)) == is_left
+    assert ("over 1.0001 times as far off as calibration foresaw" in str(patch)) == is_left
+
+
 def test_more_computed_steps_than_the_run_has_are_all_of_them() -> None:
     family, pipe, plan = wan()
     expected = family.run(pipe, steps=4)

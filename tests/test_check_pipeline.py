@@ -205,6 +205,7 @@ def test_constants_of_wan_depend_on_the_pipeline() -> None:
     verdict = check_pipeline(present("wan").make()).verdict("lossless")
     assert (verdict.answer, "keys and values of the text" in verdict.reason) == ("in part", True)
     assert "one timestep" not in verdict.reason
+    assert "at most 10% of the transformer's weights" in verdict.memory
     pipe = present("wan").make()
     pipe.register_to_config(expand_timesteps=True)
     assert "one timestep" in check_pipeline(pipe).verdict("lossless").reason
@@ -312,7 +313,7 @@ def test_blocks_hold_what_is_said_and_the_text(family: Family) -> None:
     assert max(held) * branches <= 3 * said
 
 
-@pytest.mark.parametrize("latents", [(1, 2), (1, 2, 3, 4, 5, 6), (1, 0, 3), "abc", (1, 2.5, 3)], ids=str)
+@pytest.mark.parametrize("latents", [(1, 2), (1, 2, 3, 4, 5, 6), (1, 0, 3), "abc", 5, (1, 2.5, 3)], ids=str)
 def test_bad_shapes(latents: Any) -> None:
     with pytest.raises((ConfigError, ConfigTypeError), match="latents"):
         check_pipeline(present("wan").make(), latents=latents)

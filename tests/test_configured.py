@@ -136,3 +136,49 @@ def test_command_shows_text_or_json(folder: Path, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert {each["patch"]: each["answer"] for each in found["patches"]} == answers(configured(str(folder)))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("lost", ["transformer_2/config.json", "scheduler/scheduler_config.json"])
+def test_missing_file_is_named(folder: Path, lost: str) -> None:
+    (folder / lost).unlink()
+    with pytest.raises(ConfigError, match=rf"{lost} is missing.*hf download"):
+        configured(str(folder))
+
+
+def test_parts_and_settings_of_another_version_are_left_out(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    new = {"is_new": True, "guide": ["diffusers", "NewGuide"], "other": ["one"]}
+    expected = check_pipeline(configured(str(folder)))
+    written(folder / "model_index.json", index | new)
+    assert check_pipeline(configured(str(folder))) == expected
+
+
+def test_transformer_of_the_models_own_code_is_named(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    written(folder / "model_index.json", index | {"transformer": ["my_code", "MyTransformer"]})
+    with pytest.raises(UnsupportedModelError, match="transformer is a MyTransformer of my_code"):
+        configured(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("model_index.json", "WanTransformer3DModel"),
+        ("model_index.json", "DiffusionPipeline"),
+        ("transformer/config.json", "UniPCMultistepScheduler"),
+        ("scheduler/scheduler_config.json", "WanTransformer3DModel"),  # made here, its defaults would fill 56 GB
+    ],
+)
+def test_class_of_another_kind_is_refused(folder: Path, path: str, name: str) -> None:
+    written(folder / path, json.loads((folder / path).read_text()) | {"_class_name": name})
+    with pytest.raises(UnsupportedModelError, match=rf"{path} is of class '{name}', which is no"):
+        configured(str(folder))
+
+
+def test_modular_and_automatic_pipelines_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("ModularPipeline", "AutoPipelineForText2Image", "DiffusionPipeline"):
+        assert main(["check", name]) == 2
+        assert name in capsys.readouterr().err
+    (folder / "model_index.json").rename(folder / "modular_model_index.json")
+    with pytest.raises(UnsupportedModelError, match=r"modular.*check_pipeline\(pipe\)"):
+        configured(str(folder))

@@ -57,7 +57,6 @@ class GuidedStep:
         self._are_outputs = are_outputs
         self._error = error
         self._tell = tell
-        self._tell = tell
         self._tensors: tuple[Tensors, Tensors, Tensors] | None = (given, predicted, computed)
         self._beside: list[Tensors] = []
         self._undo: Callable[[], None] | None = None

@@ -76,7 +76,8 @@ class PlanPolicy(CallPolicy):
             self._instead.observe(step, error)
         # `not <=`, so that NaN is over it as well.
         elif self._guard is not None and not error <= self._guard * self.foreseen(step):
-            self._hand_over().take_over(self._computed, error)
+            off = f"a prediction was over {self._guard:g} times as far off as calibration foresaw"
+            self._hand_over(off).take_over(self._computed, error)
 
     def turn(self, position: Position, is_computed: bool) -> bool:
         """See `CallPolicy.turn`.
@@ -86,7 +87,8 @@ class PlanPolicy(CallPolicy):
         """
         if self._instead is None and (is_computed or self._foresaw_turn(position.step)):
             return False
-        (self._instead or self._hand_over()).restart(position)
+        turned = "the model was given inputs of another kind from a step on, which calibration did not see"
+        (self._instead or self._hand_over(turned)).restart(position)
         return True
 
     def _foresaw_turn(self, step: int) -> bool:
@@ -96,8 +98,12 @@ class PlanPolicy(CallPolicy):
         at, before, behind = (self._line_error([each - 1, each - 2], each) for each in (step, step - 1, step + _LINE))
         return at > _TURN * max(before, behind)
 
-    def _hand_over(self) -> GapControl:
+    def _hand_over(self, why: str) -> GapControl:
         """Leaves the rest of the run to gap control."""
+        self.remark = (
+            f"the plan was left in mid-run, and the adaptive cache chose the other steps: {why}. Where that is often "
+            "so, calibrate with more such calls"
+        )
         response = self._moments.response
         passing = passing_influence(response)
         self._instead = GapControl(self._settings, response[-1], response=response, passing=passing)

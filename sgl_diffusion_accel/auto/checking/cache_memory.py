@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class CallShape:
         ConfigTypeError: It is no list of whole numbers.
     """
 
-    latents: tuple[int, ...]
+    latents: Sequence[int]
     branches: int = 1
 
     def __post_init__(self) -> None:

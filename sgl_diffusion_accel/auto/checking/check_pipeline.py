@@ -35,7 +35,7 @@ def check_pipeline(pipe: Pipe, latents: Sequence[int] | None = None) -> Pipeline
 
     Raises:
         ConfigError: `latents` is no such shape.
-        ConfigTypeError: `pipe` is no pipeline.
+        ConfigTypeError: `pipe` is no pipeline, or `latents` no list of whole numbers.
         UnsupportedModelError: It has no diffusion transformer.
 
     Example:
@@ -45,7 +45,7 @@ def check_pipeline(pipe: Pipe, latents: Sequence[int] | None = None) -> Pipeline
     """
     targets = find_targets(pipe)
     loop, scheduler = loop_of(targets), scheduler_of(pipe)
-    shape = None if latents is None else CallShape(tuple(latents), max(len(loop.branches), 1 + loop.is_batched))
+    shape = None if latents is None else CallShape(latents, max(len(loop.branches), 1 + loop.is_batched))
     return PipelineReport(
         pipeline=original_class(pipe).__name__,
         denoisers=tuple(denoiser_of(pipe, target) for target in targets),

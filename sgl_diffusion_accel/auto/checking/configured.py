@@ -9,17 +9,21 @@ from typing import Any
 
 from sgl_diffusion_accel.auto.checking.meta_models import (
     CLASS,
+    PIPELINE,
+    SCHEDULER,
     assembled,
     class_in,
     class_named,
     class_names,
     model_of,
+    modular,
     of_class,
 )
-from sgl_diffusion_accel.errors import ConfigError
+from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.targets import TRANSFORMERS
 
 _INDEX, _CONFIG, _SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
+_MODULAR_INDEX = "modular_model_index.json"
 
 
 def configured(model: str) -> Any:
@@ -72,6 +76,8 @@ def _of_folder(folder: Path) -> Any:
         return _pipeline_of(folder)
     if (folder / _CONFIG).exists():
         return model_of(_read(folder / _CONFIG), folder / _CONFIG)
+    if (folder / _MODULAR_INDEX).exists():
+        raise UnsupportedModelError(modular(str(folder)))
     raise ConfigError(
         f"{folder} has neither {_INDEX} nor {_CONFIG}. Type the folder that from_pretrained takes: of the pipeline, "
         "or of its transformer."
@@ -80,22 +86,52 @@ def _of_folder(folder: Path) -> Any:
 
 def _pipeline_of(folder: Path) -> Any:
     index = _read(folder / _INDEX)
-    kind = class_in(str(index.get(CLASS)), folder / _INDEX)
+    kind = class_in(str(index.get(CLASS)), folder / _INDEX, PIPELINE)
     parts: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for name, value in index.items():
         if name.startswith("_"):
             continue
-        if not isinstance(value, list):
-            settings[name] = value
-        elif (folder / name / _SCHEDULER).exists():
-            config = _read(folder / name / _SCHEDULER)
-            parts[name] = class_in(str(config.get(CLASS, value[1])), folder / name).from_config(config)
-        elif value[0] == "diffusers" and _is_denoiser(name, str(value[1])) and (folder / name / _CONFIG).exists():
-            parts[name] = model_of(_read(folder / name / _CONFIG), folder / name / _CONFIG)
-        else:
-            parts[name] = None
+        match value:
+            case [str(library), str(model)]:
+                parts[name] = _part_of(folder / name, library, model)
+            case [*_]:
+                parts[name] = None
+            case _:
+                settings[name] = value
     return assembled(kind, parts, settings)
+
+
+def _part_of(folder: Path, library: str, model: str) -> Any:
+    """A scheduler or a denoiser; None for other parts, which do not matter here.
+
+    Raises:
+        ConfigError: Its configuration is missing, or cannot be read.
+        UnsupportedModelError: It is not of diffusers.
+    """
+    name, settings = folder.name, folder / _SCHEDULER
+    if settings.exists():
+        config = _read(settings)
+        return class_in(str(config.get(CLASS, model)), settings, SCHEDULER).from_config(config)
+    if library == "diffusers" and name == "scheduler":
+        raise _missing(settings)
+    if library == "diffusers" and _is_denoiser(name, model):
+        if not (folder / _CONFIG).exists():
+            raise _missing(folder / _CONFIG)
+        return model_of(_read(folder / _CONFIG), folder / _CONFIG)
+    if name in TRANSFORMERS:
+        raise UnsupportedModelError(
+            f"{name} is a {model} of {library}. Code that comes with a model is not run here: load the pipeline, and "
+            "type check_pipeline(pipe)."
+        )
+    return None
+
+
+def _missing(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path} is missing, which {_INDEX} names. Type, for a model of the Hub: hf download OWNER/NAME --include "
+        "'*.json'"
+    )
 
 
 def _is_denoiser(name: str, model: str) -> bool:

@@ -12,6 +12,7 @@ from sgl_diffusion_accel.lossless.constants.constant_table import (
     may_have_equal_timesteps,
     may_have_idle_guidance,
 )
+from sgl_diffusion_accel.lossless.constants.worth import MOST_BYTES
 from sgl_diffusion_accel.lossless.padding.table import Row
 from sgl_diffusion_accel.targets import Target
 
@@ -24,11 +25,13 @@ class LeftOut:
         what: It, in words; or why there is nothing.
         cuts: Whether there is some in each call that has padding, or a part that is computed once a run.
         may: Whether there may be some in certain calls.
+        holds: What is held for that while a run lasts; empty for nothing.
     """
 
     what: str
     cuts: bool
     may: bool
+    holds: str = ""
 
 
 def left_out_of(pipe: object, target: Target) -> LeftOut:
@@ -42,11 +45,13 @@ def left_out_of(pipe: object, target: Target) -> LeftOut:
     found = row_for(owner)
     words = [_cut(found)] if isinstance(found, Row) else []
     constants = constants_for(owner)
-    rest = []
+    rest, holds = [], ""
     if constants is not None and not constants.why_not(target.module):
         if constants.blocks:
             rest.append("keys and values of the text are computed once a run, where they are worth it")
+            holds = f"keys and values of the text, at most {MOST_BYTES:.0%} of the transformer's weights"
         else:
+            holds = f"the output of {', '.join(each.part for each in constants.parts)} for each branch"
             words += [f"{each.part} is computed once a run" for each in constants.parts]
     if may_have_equal_timesteps(owner.__name__) and _may_give_each_token_its_timestep(pipe):
         rest.append("one timestep in the place of one for each token, where all are equal")
@@ -54,7 +59,7 @@ def left_out_of(pipe: object, target: Target) -> LeftOut:
         rest.append("no branch without the prompt where guidance_scale_2=1")
     nothing = "" if isinstance(found, Row) else f"its padding is left alone: it {found}".replace("it it ", "it ")
     what = "; ".join(each for each in (*words, *rest, nothing) if each)
-    return LeftOut(what, bool(words), bool(rest))
+    return LeftOut(what, bool(words), bool(rest), holds)
 
 
 def _cut(row: Row) -> str:

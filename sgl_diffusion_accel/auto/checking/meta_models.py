@@ -17,13 +17,21 @@ from sgl_diffusion_accel.targets import TRANSFORMERS
 CLASS = "_class_name"
 """Under this key configurations name their class."""
 
+PIPELINE, MODEL, SCHEDULER = "DiffusionPipeline", "ModelMixin", "SchedulerMixin"
+"""Base classes of diffusers."""
+
 _LIKE_A_CLASS = ("Pipeline", "Model", "Transformer", "DiT")
 
 
 def of_class(kind: Any) -> Any:
-    """A pipeline or transformer of a class with its default configuration."""
+    """A pipeline or transformer of a class with its default configuration.
+
+    Raises:
+        UnsupportedModelError: It is neither, or cannot be made of its defaults.
+    """
     if issubclass(kind, nn.Module):
         return _made(kind, {}, "its default configuration")
+    _refuse_other(kind, PIPELINE, kind.__name__)
     parts: dict[str, Any] = dict.fromkeys(_components(kind))
     hints = _hints(kind)
     for each in parts:
@@ -64,14 +72,16 @@ def _scheduler(hint: Any) -> Any:
 def assembled(kind: Any, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
     """A pipeline without its `__init__`, which may ask for parts that are not made."""
     pipe: Any = object.__new__(kind)
-    pipe.register_modules(**dict.fromkeys(_components(kind)) | dict(parts))
-    pipe.register_to_config(**settings)
+    # As `from_pretrained`, which leaves out what another version of the class has written.
+    known = {name for keys in kind._get_signature_keys(kind) for name in keys}
+    pipe.register_modules(**dict.fromkeys(_components(kind)) | {name: parts[name] for name in parts if name in known})
+    pipe.register_to_config(**{name: settings[name] for name in settings if name in known})
     return pipe
 
 
 def model_of(config: Mapping[str, Any], path: Path) -> nn.Module:
     """A transformer of its configuration, which is in a file."""
-    return _made(class_in(str(config.get(CLASS)), path), config, str(path))
+    return _made(class_in(str(config.get(CLASS)), path, MODEL), config, str(path))
 
 
 def _made(kind: Any, config: Mapping[str, Any], where: str) -> nn.Module:
@@ -86,15 +96,43 @@ def _made(kind: Any, config: Mapping[str, Any], where: str) -> nn.Module:
     return made
 
 
-def class_in(name: str, where: Path) -> Any:
-    """The class of diffusers that a file names."""
+def class_in(name: str, where: Path, kind: str) -> Any:
+    """The class of diffusers that a file names.
+
+    Args:
+        name: Its name.
+        where: The file.
+        kind: Of what kind it has to be: `PIPELINE`, `MODEL` or `SCHEDULER`.
+
+    Raises:
+        UnsupportedModelError: There is none, or it is of another kind.
+    """
     found = getattr(_diffusers(), name, None) if name in dir(_diffusers()) else None
     if isinstance(found, type):
+        _refuse_other(found, kind, f"{where} is of class {name!r}, which")
         return found
     raise UnsupportedModelError(
         f"{where} is of class {name!r}, which diffusers {_diffusers().__version__} does not have. Take a newer one. "
         "Code that comes with a model is not run here: load the pipeline, and type check_pipeline(pipe)."
     )
+
+
+def _refuse_other(found: type, kind: str, what: str) -> None:
+    """Raises where a class is not of a kind."""
+    base = getattr(_diffusers(), kind)
+    if issubclass(found, base) and found is not base:
+        return
+    if any(each.__name__ == "ModularPipeline" for each in found.__mro__):
+        raise UnsupportedModelError(modular(what))
+    raise UnsupportedModelError(
+        f"{what} is no {kind} that can be made of its configuration. Type the folder of a model, or the name of a "
+        "class, such as QwenImagePipeline."
+    )
+
+
+def modular(what: str) -> str:
+    """Why nothing is told of a modular pipeline that is not loaded."""
+    return f"{what} is a modular pipeline, whose parts are known when it is loaded. Load it: check_pipeline(pipe)"
 
 
 def class_named(name: str) -> Any:

@@ -35,7 +35,8 @@ def lossless(subject: Subject) -> Verdict:
     answer: Answer = "in part" if any(each.may for each in found) else "no"
     if any(each.cuts for each in found):
         answer = "yes"
-    return Verdict("lossless", "apply_lossless(pipe)", answer, reason)
+    held = "; ".join(dict.fromkeys(each.holds for each in found if each.holds))
+    return Verdict("lossless", "apply_lossless(pipe)", answer, reason, held or "nothing")
 
 
 CHECKS: dict[str, Callable[[Subject], Verdict]] = {

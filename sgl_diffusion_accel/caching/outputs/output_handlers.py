@@ -104,6 +104,7 @@ class OutputCacheHandler(CacheHandler[ComputedCall | CallBeside]):
         kept = self._kept(where.run)
         decision = kept.decide(where, expert_of(self._component))
         self._log.decided(where, decision)
+        self._log.tell(where.run, kept.remark)
         if decision.compute:
             return ComputedCall(where, kept)
         output = kept.skip(where.branch)

@@ -62,6 +62,11 @@ class OutputRun(Kept):
         self._distance = BranchDistance()
         self._guided: GuidedStep | None = None
 
+    @property
+    def remark(self) -> str | None:
+        """What the user should know of the run so far."""
+        return self._policy.remark
+
     def nbytes(self) -> int:
         """Bytes of the outputs that are kept."""
         kept = [tensor for branch in self._branches.values() for each in branch.outputs.values() for tensor in each]

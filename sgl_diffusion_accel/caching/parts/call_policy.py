@@ -21,10 +21,12 @@ class CallPolicy(Policy):
 
     Attributes:
         spans_models: Whether outputs of one expert of a model may serve the steps of another.
+        remark: What the user should know of the run since it began; None for nothing.
     """
 
     is_shared: ClassVar[bool] = True
     spans_models: bool = False
+    remark: str | None = None
 
     @abstractmethod
     def weights(self, step: int, nodes: Sequence[int]) -> Weights:
