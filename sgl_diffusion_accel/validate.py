@@ -109,10 +109,10 @@ def of_type(name: str, value: Any, kind: type | tuple[type, ...], allowed: str) 
     return value
 
 
-def text(name: str, value: Any) -> str:
+def text(name: str, value: Any, allowed: str = "text") -> str:
     """Returns a string, or raises."""
     if not isinstance(value, str):
-        raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: text.")
+        raise ConfigTypeError(f"{name}={value!r} is a {type(value).__name__}; allowed: {allowed}.")
     return value
 
 

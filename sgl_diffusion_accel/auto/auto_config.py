@@ -35,7 +35,8 @@ class AutoConfig:
     plan: CachePlan | None = None
 
     def __post_init__(self) -> None:
-        choice("quality", text("quality", self.quality), tuple(TOLERANCES))
+        allowed = ", ".join(map(repr, TOLERANCES))
+        choice("quality", text("quality", self.quality, allowed), tuple(TOLERANCES))
         if self.plan is not None:
             of_type("plan", self.plan, CachePlan, "a CachePlan: calibrate(pipe, calls), or CachePlan.load(path)")
         if self.speedup is not None:
