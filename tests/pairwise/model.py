@@ -77,7 +77,10 @@ def leftovers(pipe: Any) -> Iterator[str]:
                 yield f"class of {name}.{path}"
             if SLOT in vars(part):
                 yield f"slot of {name}.{path}"
-            yield from (f"{key} of {name}.{path}" for key, value in _attributes(part) if _is_ours(value))
+            # The compiler keeps the call of the model as it found it, under the name of who held it then.
+            held = {"forward"} if isinstance(part, torch._dynamo.OptimizedModule) else set()
+            found = (key for key, value in _attributes(part) if key not in held and _is_ours(value))
+            yield from (f"{key} of {name}.{path}" for key in found)
     if type(pipe.scheduler) is not original_class(pipe.scheduler) or SLOT in vars(pipe.scheduler):
         yield "scheduler"
 
