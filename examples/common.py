@@ -13,6 +13,7 @@ from diffusers.utils import export_to_video
 from PIL import Image
 
 from miniatures import call_kwargs, load_miniature, to_frames
+from sgl_diffusion_accel import apply_auto, compare
 
 
 class Job(NamedTuple):
@@ -61,6 +62,23 @@ def miniature(name: str, given: argparse.Namespace, *, caption: str, steps: int)
     torch.set_num_threads(1)  # models as small as this lose time to a second thread
     call = call_kwargs(name, given.prompt or caption, seed=given.seed, steps=given.steps or steps)
     return Job(load_miniature(name), call, partial(to_frames, name))
+
+
+def show_comparison(
+    given: argparse.Namespace, pipe: Any, call: dict[str, Any], decode: Callable[[Any], Any] | None = None
+) -> None:
+    """Runs a call unpatched, patched, and unpatched with as few steps as the patch computes; prints and saves it.
+
+    Args:
+        given: The options.
+        pipe: The pipeline, unpatched.
+        call: Keyword arguments of `pipe(...)`.
+        decode: That of the `Job`.
+    """
+    variants = {"apply_auto": lambda pipe: apply_auto(pipe, quality=given.quality)}
+    report = compare(pipe, variants, [call | {"seed": given.seed}], decode=decode)
+    print(report)
+    report.save(given.output.with_suffix(".json"))
 
 
 def save(output: Any, path: Path, decode: Callable[[Any], Any] | None = None, fps: int = 16) -> None:

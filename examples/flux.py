@@ -14,9 +14,9 @@ import argparse
 import diffusers
 import torch
 
-from sgl_diffusion_accel import apply_auto, compare
+from sgl_diffusion_accel import apply_auto
 
-from .common import Job, miniature, parser, save
+from .common import Job, miniature, parser, save, show_comparison
 
 MODELS = {"1": "black-forest-labs/FLUX.1-dev", "2": "black-forest-labs/FLUX.2-dev"}
 PROMPT = "A lighthouse in a storm, waves breaking over the rocks, 35 mm photograph"
@@ -35,11 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     patch.remove()  # exactly as it was
     save(output, given.output, decode)
 
-    if given.compare:  # the same call unpatched, patched, and unpatched with as few steps as the patch computes
-        variants = {"apply_auto": lambda pipe: apply_auto(pipe, quality=given.quality)}
-        report = compare(pipe, variants, [call | {"seed": given.seed}], decode=decode)
-        print(report)
-        report.save(given.output.with_suffix(".json"))
+    if given.compare:
+        show_comparison(given, pipe, call, decode)  # beside the same call unpatched, and with as few steps
 
 
 def load(given: argparse.Namespace) -> Job:

@@ -15,10 +15,10 @@ import argparse
 import diffusers
 import torch
 
-from sgl_diffusion_accel import apply_auto, compare
+from sgl_diffusion_accel import apply_auto
 
 from . import tiny
-from .common import Job, parser, save
+from .common import Job, parser, save, show_comparison
 
 MODELS = {
     "1": "hunyuanvideo-community/HunyuanVideo",
@@ -41,11 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     patch.remove()  # exactly as it was
     save(output, given.output, decode, fps=24)
 
-    if given.compare:  # the same call unpatched, patched, and unpatched with as few steps as the patch computes
-        variants = {"apply_auto": lambda pipe: apply_auto(pipe, quality=given.quality)}
-        report = compare(pipe, variants, [call | {"seed": given.seed}], decode=decode)
-        print(report)
-        report.save(given.output.with_suffix(".json"))
+    if given.compare:
+        show_comparison(given, pipe, call, decode)  # beside the same call unpatched, and with as few steps
 
 
 def load(given: argparse.Namespace) -> Job:

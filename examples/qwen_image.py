@@ -16,9 +16,9 @@ import diffusers
 import torch
 from diffusers.utils import load_image
 
-from sgl_diffusion_accel import apply_auto, compare
+from sgl_diffusion_accel import apply_auto
 
-from .common import Job, miniature, parser, save
+from .common import Job, miniature, parser, save, show_comparison
 
 MODEL, EDIT_MODEL = "Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit-2509"
 PROMPT = "A lighthouse in a storm, oil on canvas, with the words 'Hold on' on its wall"
@@ -37,11 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     patch.remove()  # exactly as it was
     save(output, given.output, decode)
 
-    if given.compare:  # the same call unpatched, patched, and unpatched with as few steps as the patch computes
-        variants = {"apply_auto": lambda pipe: apply_auto(pipe, quality=given.quality)}
-        report = compare(pipe, variants, [call | {"seed": given.seed}], decode=decode)
-        print(report)
-        report.save(given.output.with_suffix(".json"))
+    if given.compare:
+        show_comparison(given, pipe, call, decode)  # beside the same call unpatched, and with as few steps
 
 
 def load(given: argparse.Namespace) -> Job:

@@ -14,9 +14,9 @@ import argparse
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
-from sgl_diffusion_accel import apply_auto, compare
+from sgl_diffusion_accel import apply_auto
 
-from .common import Job, miniature, parser, save
+from .common import Job, miniature, parser, save, show_comparison
 
 MODELS = {"2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "2.2": "Wan-AI/Wan2.2-T2V-A14B-Diffusers"}
 PROMPT = "A lighthouse in a storm, waves breaking over the rocks, cinematic"
@@ -36,11 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     patch.remove()  # exactly as it was
     save(output, given.output, decode, fps=16)
 
-    if given.compare:  # the same call unpatched, patched, and unpatched with as few steps as the patch computes
-        variants = {"apply_auto": lambda pipe: apply_auto(pipe, quality=given.quality)}
-        report = compare(pipe, variants, [call | {"seed": given.seed}], decode=decode)
-        print(report)
-        report.save(given.output.with_suffix(".json"))
+    if given.compare:
+        show_comparison(given, pipe, call, decode)  # beside the same call unpatched, and with as few steps
 
 
 def load(given: argparse.Namespace) -> Job:

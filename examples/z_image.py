@@ -16,10 +16,10 @@ import argparse
 import diffusers
 import torch
 
-from sgl_diffusion_accel import apply_auto, compare
+from sgl_diffusion_accel import apply_auto
 
 from . import tiny
-from .common import Job, parser, save
+from .common import Job, parser, save, show_comparison
 
 MODELS = {"base": "Tongyi-MAI/Z-Image", "turbo": "Tongyi-MAI/Z-Image-Turbo"}
 STEPS, GUIDANCE = {"base": 50, "turbo": 8}, {"base": 4.0, "turbo": 0.0}
@@ -39,11 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     patch.remove()  # exactly as it was
     save(output, given.output, decode)
 
-    if given.compare:  # the same call unpatched, patched, and unpatched with as few steps as the patch computes
-        variants = {"apply_auto": lambda pipe: apply_auto(pipe, quality=given.quality)}
-        report = compare(pipe, variants, [call | {"seed": given.seed}], decode=decode)
-        print(report)
-        report.save(given.output.with_suffix(".json"))
+    if given.compare:
+        show_comparison(given, pipe, call, decode)  # beside the same call unpatched, and with as few steps
 
 
 def load(given: argparse.Namespace) -> Job:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -16,3 +18,12 @@ def nothing_old_is_searched_for_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Kernels of small models lose far more by waiting for a second thread than they win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -35,6 +35,8 @@ from sgl_diffusion_accel.targets import find_targets
 from zoo import FAMILIES, Family, tensor_of
 from zoo.base import flow_euler, unipc_flow
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 20
 LOOSE = 0.02  # these models are rougher than trained ones
 
@@ -50,14 +52,6 @@ def computed(patch: CachePatch) -> list[tuple[bool, ...]]:
 
 def share(patch: CachePatch) -> float:
     return patch.stats.runs[-1].compute_share
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @families("wan", "cogvideox", matrix=FAMILIES)

@@ -8,21 +8,14 @@ from pathlib import Path
 
 import diffusers
 import pytest
-import torch
 
 import miniatures
 from benchmarks import bench
 from sgl_diffusion_accel import ComparisonReport, apply_cache_dit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 STATIC = "SCM late-fast static, TS2"

@@ -20,6 +20,8 @@ from benchmarks.summary import kind_of
 from miniatures import call_kwargs, captions, load_miniature
 from sgl_diffusion_accel.comparing.measures.block_work import BlockWork
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 12
 NEVER = {
     "EasyCache": partial(easycache.apply, setting=easycache.Setting(0.0, 2), steps=STEPS),
@@ -32,14 +34,6 @@ SKIPPING = {
     "TaylorSeer": partial(taylorseer.apply, setting=taylorseer.Setting(3, 2)),
 }
 every_peer = pytest.mark.parametrize("peer", SKIPPING)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def call(model, seed=0, steps=STEPS):

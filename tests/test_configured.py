@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from invariants.families import present
-from sgl_diffusion_accel import ConfigError, UnsupportedModelError, check_pipeline
+from sgl_diffusion_accel import ConfigError, MissingPackageError, UnsupportedModelError, check_pipeline
 from sgl_diffusion_accel.__main__ import main
 from sgl_diffusion_accel.auto.checking.configured import configured
 from zoo.wan import CONFIG
@@ -172,6 +173,23 @@ def test_transformer_of_the_models_own_code_is_named(folder: Path) -> None:
 def test_class_of_another_kind_is_refused(folder: Path, path: str, name: str) -> None:
     written(folder / path, json.loads((folder / path).read_text()) | {"_class_name": name})
     with pytest.raises(UnsupportedModelError, match=rf"{path} is of class '{name}', which is no"):
+        configured(str(folder))
+
+
+def classes_that_lack_packages() -> list[str]:
+    found = [name for name in dir(diffusers) if type(getattr(diffusers, name, None)).__name__ == "DummyObject"]
+    return [name for name in found if name.endswith("Pipeline")]
+
+
+def test_packages_that_diffusers_lacks_for_a_class_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lacking = classes_that_lack_packages()
+    if not lacking:
+        pytest.skip("all packages that diffusers has a use for are installed")
+    assert main(["check", lacking[0]]) == 2
+    assert f"{lacking[0]} requires the " in capsys.readouterr().err
+    index = folder / "model_index.json"
+    written(index, json.loads(index.read_text()) | {"_class_name": lacking[0]})
+    with pytest.raises(MissingPackageError, match=f"{lacking[0]} requires the "):
         configured(str(folder))
 
 

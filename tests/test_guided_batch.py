@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -33,15 +33,9 @@ from sgl_diffusion_accel.targets import find_targets
 from test_adaptive import LOOSE, STEPS, Looking, Watching, computed, off
 from zoo.base import assemble, build, flow_euler, normal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GUIDANCE = 4.0
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Pipelines of diffusers

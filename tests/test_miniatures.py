@@ -24,6 +24,8 @@ from miniatures.train_emoji import pictures
 from miniatures.train_emoji import train as train_emoji
 from miniatures.world import CLIPS, PICTURES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MEGABYTE = 2**20
 BLOCK_LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks")
 
@@ -32,15 +34,6 @@ def _run(name, **options):
     pipe = miniatures.load_miniature(name)
     given = miniatures.call_kwargs(name, miniatures.captions(name, 2, 7), steps=3, **options)
     return miniatures.to_frames(name, pipe(**given))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Kernels this small lose far more by waiting for a second thread than they win, most of all on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=miniatures.NAMES)

@@ -380,6 +380,14 @@ def test_under_a_scheduler_that_looks_back_less_is_skipped_and_nothing_at_the_en
     assert not all(careful.mask)
 
 
+def test_under_a_scheduler_that_looks_back_the_last_five_steps_are_computed_at_any_tolerance() -> None:
+    unipc = response(unipc_flow)
+    for given, last in ((None, 2), (unipc, 5)):
+        mask = run(wave(3), dataclasses.replace(SETTINGS, tolerance=10.0), unipc[-1], response=given).mask
+        assert all(mask[-last:])
+        assert not mask[-last - 1]
+
+
 def test_under_a_scheduler_that_looks_back_the_next_latents_are_put_right_too() -> None:
     unipc = response(unipc_flow)
     outputs = np.array([np.atleast_1d(wave(6)(step / STEPS)) for step in range(STEPS)])

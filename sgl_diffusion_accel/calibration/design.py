@@ -22,7 +22,7 @@ import numpy.typing as npt
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.parts.gap_control import GapSettings, late_growth
 from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate
-from sgl_diffusion_accel.loop.scheduler_response import left_at
+from sgl_diffusion_accel.loop.scheduler_response import left_at, looks_back
 
 Matrix = npt.NDArray[np.float64]
 
@@ -87,10 +87,7 @@ class Moments:
     @property
     def looks_back(self) -> bool:
         """Whether two outputs are weighed otherwise into the next latents than into the final ones."""
-        final, rows = self.response[-1], self.response[2:]
-        one, other = np.diagonal(rows), np.diagonal(rows, 1)  # of each output and the one after it, after both
-        weighed = (final[:-1] != 0) & (final[1:] != 0)  # midpoints have no weight in the end
-        return not np.allclose((one * final[1:])[weighed], (other * final[:-1])[weighed], rtol=1e-3, atol=1e-12)
+        return looks_back(self.response)
 
     @property
     def left(self) -> Matrix:

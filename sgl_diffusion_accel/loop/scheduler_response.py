@@ -188,3 +188,15 @@ def _tried(
         before.append(sample)
     response: Response = torch.stack(before)[:, 0, :, 0, 0].numpy() / impulse
     return response
+
+
+def looks_back(response: Response) -> bool:
+    """Whether two outputs are weighed otherwise into the next latents than into the final ones, as by UniPC.
+
+    Args:
+        response: `[S + 1, S]`; see `response_of`.
+    """
+    final, rows = response[-1], response[2:]
+    one, other = np.diagonal(rows), np.diagonal(rows, 1)  # of each output and the one after it, after both
+    weighed = (final[:-1] != 0) & (final[1:] != 0)  # midpoints have no weight in the end
+    return not np.allclose((one * final[1:])[weighed], (other * final[:-1])[weighed], rtol=1e-3, atol=1e-12)

@@ -75,8 +75,9 @@ def plan(subject: Subject) -> Verdict:
     if subject.scheduler.is_linear is False:
         reason = f"no plan can be made for {subject.scheduler.name}. Take a deterministic scheduler"
         return Verdict("plan", call, "no", reason)
-    if conversion_of(subject.targets.pipe) is not None:
-        return Verdict("plan", call, "no", str(no_plan(None, conversion_of(subject.targets.pipe))))
+    conversion = conversion_of(subject.targets.pipe)
+    if conversion is not None:
+        return Verdict("plan", call, "no", str(no_plan(None, conversion)))
     return Verdict("plan", call, "yes", "after plan = calibrate(pipe, calls)", _OUTPUTS, subject.held_outputs())
 
 

@@ -36,6 +36,7 @@ def configured(model: str) -> Any:
 
     Raises:
         ConfigError: It is none of these, or its configuration cannot be read.
+        MissingPackageError: diffusers needs other packages for it.
         UnsupportedModelError: diffusers has no such class, or cannot make one of its configuration.
     """
     if Path(model).is_dir():

@@ -6,19 +6,16 @@ import copy
 import logging
 from typing import Any
 
-import numpy as np
 import torch
 
 from sgl_diffusion_accel.auto.checking.findings import FoundScheduler
-from sgl_diffusion_accel.loop.scheduler_response import Response, adds_noise, response_of
+from sgl_diffusion_accel.loop.scheduler_response import adds_noise, looks_back, response_of
 
 logger = logging.getLogger(__name__)
 
 _STEPS = 12
 _WAYS: tuple[dict[str, Any], ...] = ({}, {"mu": 1.0})
 """Further arguments of `set_timesteps`: those that shift by the size of the picture ask for one."""
-
-_SAME = 1e-6
 
 
 def scheduler_of(pipe: object) -> FoundScheduler:
@@ -42,10 +39,10 @@ def scheduler_of(pipe: object) -> FoundScheduler:
         does = "adds noise of its own" if is_noisy else "is not linear in what the transformer says"
         return FoundScheduler(name, False, is_noisy, False, f"scheduler: {name} {does}: nothing can be corrected")
     # The second stage of a step (Heun) overwrites what the first one leads to: that is no look back.
-    looks_back = getattr(twin, "order", 1) == 1 and _looks_back(response)
-    back = ", and looks back at earlier steps: in short runs little is skipped" if looks_back else ""
+    looks_at_earlier = getattr(twin, "order", 1) == 1 and looks_back(response)
+    back = ", and looks back at earlier steps: in short runs little is skipped" if looks_at_earlier else ""
     what = f"scheduler: {name} is linear, so that predictions are corrected{back}"
-    return FoundScheduler(name, True, False, looks_back, what)
+    return FoundScheduler(name, True, False, looks_at_earlier, what)
 
 
 def _ready(scheduler: Any) -> Any:
@@ -65,12 +62,3 @@ def _copy_of(scheduler: Any, more: dict[str, Any]) -> Any:
     if hasattr(twin, "is_scale_input_called"):
         twin.is_scale_input_called = True  # some warn where their input is not scaled, which does not matter here
     return twin
-
-
-def _looks_back(response: Response) -> bool:
-    """Whether a step weighs earlier outputs otherwise than all of the latents."""
-    for step in range(2, len(response)):
-        before, after = response[step - 1, : step - 1], response[step, : step - 1]
-        if before[0] and np.abs(after - before * (after[0] / before[0])).max() > _SAME * np.abs(response).max():
-            return True
-    return False

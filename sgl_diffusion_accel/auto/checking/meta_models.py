@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgl_diffusion_accel.errors import UnsupportedModelError
+from sgl_diffusion_accel.errors import MissingPackageError, UnsupportedModelError
 from sgl_diffusion_accel.targets import TRANSFORMERS
 
 CLASS = "_class_name"
@@ -27,6 +27,7 @@ def of_class(kind: Any) -> Any:
     """A pipeline or transformer of a class with its default configuration.
 
     Raises:
+        MissingPackageError: diffusers needs other packages for it.
         UnsupportedModelError: It is neither, or cannot be made of its defaults.
     """
     if issubclass(kind, nn.Module):
@@ -105,6 +106,7 @@ def class_in(name: str, where: Path, kind: str) -> Any:
         kind: Of what kind it has to be: `PIPELINE`, `MODEL` or `SCHEDULER`.
 
     Raises:
+        MissingPackageError: diffusers needs other packages for it.
         UnsupportedModelError: There is none, or it is of another kind.
     """
     found = getattr(_diffusers(), name, None) if name in dir(_diffusers()) else None
@@ -118,7 +120,11 @@ def class_in(name: str, where: Path, kind: str) -> Any:
 
 
 def _refuse_other(found: type, kind: str, what: str) -> None:
-    """Raises where a class is not of a kind."""
+    """Raises where a class is not of a kind, or lacks packages: diffusers puts something else in its place then."""
+    try:
+        _diffusers().utils.requires_backends(found, getattr(found, "_backends", []))
+    except ImportError as error:
+        raise MissingPackageError(" ".join(str(error).split())) from error
     base = getattr(_diffusers(), kind)
     if issubclass(found, base) and found is not base:
         return

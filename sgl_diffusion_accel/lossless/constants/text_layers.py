@@ -148,7 +148,7 @@ class TextLayers:
         branch.forget_layers(part)
         branch.planned[part] = self._worth.nbytes(part, output)
         texts = {name: _tokens(call.values.get(text)) for name, text in self._texts.items()}
-        branch.tokens[part] = output.numel() // (output.shape[0] * output.shape[-1])
+        branch.tokens[part] = _tokens(output)
         share = self._worth.share(texts | branch.tokens, call.values)
         total = sum(each.planned_bytes() for each in call.outputs.by_branch.values())
         if share < LEAST_SHARE:
