@@ -178,8 +178,9 @@ def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, rea
     found = np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps))
     # A run that begins later than those of the calibration has passed the place where errors grow.
     begins_later = timesteps[0] < _LATER * plan.timesteps[0]
-    settings = GapSettings(early=early_growth(plan.growth)).in_run_of(len(timesteps), reach if begins_later else 1.0)
-    return Moments(gram, found, settings.early)
+    reach = reach if begins_later else 1.0
+    settings = GapSettings(early=early_growth(plan.growth)).in_run_of(len(timesteps), reach)
+    return Moments(gram, found, plan.answers, settings.early, reach)
 
 
 def check_model(plan: CachePlan, targets: Sequence[Target]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
+from sgl_diffusion_accel.calibration.answers import answers_between
 from sgl_diffusion_accel.calibration.block_record import BlockRecording
 from sgl_diffusion_accel.calibration.call_record import Recording, Watch, recording
 from sgl_diffusion_accel.calibration.growth import disturbance_for, growth_between, same_start
@@ -108,8 +109,7 @@ def calibrate(
             plans.append(found if blocks is None else replace(found, teacache=_fit(blocks), magnitudes=_last(blocks)))
             _save(plans, done, path)
             if growth:
-                measured = _growth(pipe, call, _measured(plans), watch, found, blocks)
-                plans[-1] = replace(plans[-1], growth=measured)
+                plans[-1] = _disturbed(pipe, call, _measured(plans), watch, plans[-1], blocks)
                 _save(plans, done, path)
             logger.log(logging.INFO if progress else logging.DEBUG, "calibrated: call %d of %d", number, len(read))
     plan = _held_out(plans, _joined(plans, done))
@@ -164,10 +164,10 @@ def _measured(plans: list[CachePlan]) -> int:
     return sum(len(each.growth) for each in plans)
 
 
-def _growth(
+def _disturbed(
     pipe: Any, call: Call, measured: int, watch: Watch, plan: CachePlan, blocks: BlockRecording | None
-) -> tuple[tuple[float, float], ...]:
-    """Makes a call once more, disturbed, and compares the ends; nothing, and a line in the log, where that cannot tell.
+) -> CachePlan:
+    """Makes a call once more, disturbed, and compares the two; a line in the log where that cannot tell.
 
     Args:
         pipe: The pipeline.
@@ -176,31 +176,37 @@ def _growth(
         watch: With the recording of the call as it is.
         plan: From that recording.
         blocks: What watches the blocks meanwhile, and must not keep this run.
+
+    Returns:
+        The plan with what was found.
     """
     response = plan.moments.response
     made = disturbance_for(measured, response)
     if made is None:
-        return ()
-    first, final = watch.runs[0].first, watch.runs[0].final
+        return plan
+    plain = watch.runs[0]
     watch.runs.clear()
     watch.disturbance = made
     try:
         pipe(**call.fresh())
     except Exception as error:  # the call itself is recorded: this must not lose it
         logger.warning("how errors grow was not measured: the call failed when it was made once more (%s).", error)
-        return ()
+        return plan
     finally:
         watch.disturbance = None
         if blocks is not None:
             blocks.forget()
     run = watch.runs[0]
-    if len(watch.runs) != 1 or not same_start(first, run.first):
+    if len(watch.runs) != 1 or not same_start(plain.first, run.first):
         logger.info("how errors grow was not measured: the call draws other noise each time it is made.")
-        return ()
-    if final is None or run.final is None or final.shape != run.final.shape:
-        return ()
-    found = growth_between(made, response, final, run.final)
-    return () if found is None else (found,)
+        return plan
+    if plain.final is None or run.final is None or plain.final.shape != run.final.shape:
+        return plan
+    growth = growth_between(made, response, plain.final, run.final)
+    if growth is None or run.moved is None or plain.timesteps != run.timesteps:
+        return plan
+    answers = answers_between(response, plain.outputs, run.outputs, run.moved, made.step)
+    return replace(plan, growth=(growth,), answers=(answers,) if answers else ())
 
 
 def _joined(plans: list[CachePlan], done: int) -> CachePlan:

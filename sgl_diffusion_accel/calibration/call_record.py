@@ -27,12 +27,14 @@ class Recording:
         timesteps: One for each step.
         shape: Of the latents.
         final: The latents after the last step so far, as the scheduler returned them.
+        moved: What is kept of what was added to an output, None in a run as it is.
     """
 
     def __init__(self) -> None:
         self.timesteps: list[float] = []
         self.shape: tuple[int, ...] = ()
         self.final: Tensor | None = None
+        self.moved: Tensor | None = None
         self._sketches: list[Tensor] = []
         self._picked: Tensor | None = None
 
@@ -47,9 +49,22 @@ class Recording:
         if self._picked is None:
             self.shape = tuple(sample.shape)
             self._picked = _picked(output.numel()).to(output.device)
-        flat = output.detach().flatten()
-        self._sketches.append(flat[self._picked].float().cpu())
+        self._sketches.append(self._sketch(output, self._picked))
         self.timesteps.append(float(timestep))
+
+    def move(self, output: Tensor, instead: Tensor) -> None:
+        """Takes what the scheduler is given instead of the last output."""
+        assert self._picked is not None, "a step has been added"
+        self.moved = self._sketch(instead, self._picked) - self._sketch(output, self._picked)
+
+    @staticmethod
+    def _sketch(output: Tensor, picked: Tensor) -> Tensor:
+        return output.detach().flatten()[picked].float().cpu()
+
+    @property
+    def outputs(self) -> Tensor:
+        """What is kept of all outputs, `[S, E]`."""
+        return torch.stack(self._sketches)
 
     @property
     def first(self) -> Tensor:
@@ -67,7 +82,7 @@ class Recording:
         Raises:
             ConfigError: An output is not finite.
         """
-        outputs = torch.stack(self._sketches).double()
+        outputs = self.outputs.double()
         if not outputs.isfinite().all():
             raise ConfigError(
                 "the pipeline gave its scheduler numbers that are not finite, without any cache: nothing can be "
@@ -118,6 +133,7 @@ class Watch:
         moved = None if self.disturbance is None else self.disturbance.see(given[_GIVEN[0]])
         if moved is None:
             return run
+        run.move(given[_GIVEN[0]], moved)
         return Instead(
             self.leave(
                 scheduler, run, self.call(moved, *(given.pop(name) for name in _GIVEN[1:]), *rest, **_others(given))

@@ -2,17 +2,20 @@
 
 Let v_s be what the scheduler is given at step s of an uncached run, G the Gram matrix ⟨v_s, v_t⟩ over calibration runs
 and C the scheduler's response. A cached run gives the scheduler a_s = Σ_c A[s, c] y_c instead, y_c the outputs of
-computed steps, so that its latents are off by δ_s = Σ_j C[s, j] (a_j - v_j). All of these are combinations of the v, so
-their sizes follow from G alone, for any choice of steps and weights. A computed step sees latents that are off, and
-answers y_c = v_c + n_c with an unknown n_c, taken as noise of size κ/σ·‖δ_c‖/Σ_j |C[S, j]|, with σ the share of the run
-that is left. The sum is the scale of the latents in units of the outputs: 1 for flow matching, about 15 for schedulers
-with the noise levels of Stable Diffusion. And what a gap has left until it was put right goes on to grow by 1 + A·σ⁵
-(`late_growth`), with an A that calibration measures: without that, plans of a model whose pictures are decided early
-skipped there.
+computed steps, so that its latents are off by δ_s = Σ_j C[s, j] (a_j - v_j). A computed step sees latents that are off,
+and answers y_c = v_c + n_c with
+
+    n_c = (a_c δ_c + b_c (√(1-f) T δ_c + √f z_c)) / (σ_c Σ_j |C[S, j]|)
+
+where a and b were measured (`answers.py`), T turns what is off into directions that nothing is known of, the same way
+at all steps, and z_c is of the size of δ_c and in a direction of its own. All of these are combinations of the v, of
+the v turned once and twice, and of the z, so that their sizes follow from G alone, for any choice of steps and weights.
+What was turned twice counts as turned no further.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,15 +23,16 @@ import numpy as np
 import numpy.typing as npt
 
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
-from sgl_diffusion_accel.caching.parts.gap_control import GapSettings, late_growth
+from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
 from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate
+from sgl_diffusion_accel.calibration.answers import LEAST_LEFT, Answer, Answers, answer_at, scale_of
 from sgl_diffusion_accel.loop.scheduler_response import left_at, looks_back
 
 Matrix = npt.NDArray[np.float64]
 
 
-EARLY = GapSettings.early
-"""How errors of the start grow where it was not measured; A of `late_growth`."""
+_TURNS = 3
+"""Levels of what is off: in the outputs themselves, turned once, and turned twice or more."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +41,30 @@ class DesignSettings:
 
     Attributes:
         depth: Computed outputs that a step is made of, at most.
-        disturbance: κ, how strongly latents that are off disturb the model's answer.
         ridge: Pull of the fitted weights towards those of the line and its correction, relative to the size of an
             output.
         foresight: How far weights look at the final latents instead of those of the next step, 0 to 1.
+        along: How much of the measured answer along an error holds for errors of a cached run, which are in other
+            directions than that of the disturbance.
+        across: The same for the answer across it.
+        fresh: f, how much of the answer across an error is in a direction of its own at each step.
     """
 
     depth: int = DEPTH
-    disturbance: float = 0.3
     ridge: float = 3e-4
     foresight: float = 0.5
+    along: float = 0.5
+    across: float = 1.0
+    fresh: float = 0.6
 
     @classmethod
     def of(cls, moments: Moments) -> DesignSettings:
         """The settings for a scheduler: more careful ones where it looks back, as UniPC and DPM-Solver do.
 
         What such a scheduler does with an output depends on the ones before it, so that a correction throws the latents
-        off on the way. On the Wan miniature with 20 steps of UniPC, runs were eight times as far off as their designs
-        expected, and are 2.7 times with these settings; with 50 steps they came 7 to 11 dB closer from 2.4x on.
+        off on the way.
         """
-        return cls(disturbance=1.0, ridge=1e-2) if moments.looks_back else cls()
+        return cls(ridge=1e-2) if moments.looks_back else cls()
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,17 @@ class Moments:
     Attributes:
         gram: G, mean of v_s·v_t over elements and runs, `[S, S]`.
         response: C, `[S + 1, S]`.
-        early: How many times more than later an error counts at the start of a run; A of `late_growth`.
+        answers: How the model answered in disturbed runs; without any, what is usual is expected.
+        early: How many times more than later an error counts at the start of a run; A of `late_growth`, for the gap
+            control that may take over from a plan.
+        reach: Share of the schedule that the run covers.
     """
 
     gram: Matrix
     response: Matrix
-    early: float = EARLY
+    answers: tuple[Answers, ...] = ()
+    early: float = GapSettings.early
+    reach: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -92,9 +105,13 @@ class Moments:
     @property
     def left(self) -> Matrix:
         """Share of the run that is left at each step, from 1 down; σ for Euler's method on flow matching. `[S]`."""
-        # It is divided by, and the last output may have no weight at all (DEIS).
-        left: Matrix = np.maximum(left_at(self.response[-1]), 1e-6)
+        left: Matrix = np.maximum(left_at(self.response[-1]), LEAST_LEFT)
         return left
+
+    @property
+    def answer(self) -> Answer:
+        """How the model answers to latents that are off, at each step."""
+        return answer_at(self.left * self.reach, self.answers)
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,8 @@ def design(mask: Sequence[bool], moments: Moments, settings: DesignSettings) -> 
 class Draft:
     """A run under design: the steps so far, and how far off they leave the latents.
 
-    What is off is a combination of v_0 … v_{S-1} and n_0 … n_{S-1}; the n are independent, of each other and of the v.
+    What is off is a combination of v_0 … v_{S-1}, of the same turned once and twice, and of z_0 … z_{S-1}: `[4, S]`.
+    The z are independent, of each other and of all else.
 
     Args:
         moments: Of the runs.
@@ -140,11 +158,12 @@ class Draft:
         self.mask: tuple[bool, ...] = ()
         self._moments, self._settings = moments, settings
         self._final = moments.response[-1].tolist()
-        # Relative to how far the latents move: with noise levels up to 15 the disturbance was overrated as many times.
-        move = np.abs(moments.response[-1]).sum()
-        self._disturbance = (settings.disturbance / (moments.left * move)) ** 2
-        self._noise = np.zeros(steps)  # mean square of n
-        self._off = np.zeros((2, steps, steps))  # a_s - v_s, in v and in n
+        answer, scale = moments.answer, scale_of(moments.response)
+        self._along = settings.along * answer.along / scale
+        self._across = settings.across * answer.across / scale
+        self._fresh = np.zeros(steps)  # mean square of z
+        self._answers = np.zeros((steps, _TURNS + 1, steps))  # y_s, for computed steps
+        self._off = np.zeros((steps, _TURNS + 1, steps))  # a_s - v_s
         self._square = np.zeros(steps + 1)
         self._weights: list[Weights] = []
 
@@ -157,41 +176,26 @@ class Draft:
 
     def until(self, step: int) -> Draft:
         """A copy that has come to a step, to go on differently."""
-        draft = Draft(self._moments, self._settings)
+        draft = copy.copy(self)
         draft.mask, draft._weights = self.mask[:step], self._weights[:step]
-        draft._noise[:step] = self._noise[:step]
-        draft._off[:, :step] = self._off[:, :step]
-        draft._square[:step] = self._square[:step]
+        for name in ("_fresh", "_answers", "_off", "_square"):
+            known = getattr(self, name)
+            begun = np.zeros_like(known)
+            begun[:step] = known[:step]
+            setattr(draft, name, begun)
         return draft
 
     def design(self) -> Design:
         """The design, once all steps are taken."""
-        self._square[-1] = self._mean_square(self._moments.response[-1] @ self._off) + self._grown()
+        self._square[-1] = self._mean_square(self._left_off(len(self.mask)))
         errors = np.sqrt(np.maximum(self._square, 0) / (self._moments.moved or 1.0))
         return Design(self.mask, tuple(self._weights), tuple(errors.tolist()))
 
-    def _grown(self) -> float:
-        """What the growth of errors adds to the mean square of the final one.
-
-        An error counts from where its gap ends, since it is put right there: what each gap has left, until the next
-        computed step has had its say, is taken by itself. Growth turns it in directions that nothing is known of, so
-        that what it adds is independent.
-        """
-        final, moments = self._moments.response[-1], self._moments
-        ends = [step for step, computed in enumerate(self.mask) if computed and self._final[step]]
-        if not ends or not moments.early:
-            return 0.0
-        begins = [0, *(end + 1 for end in ends[:-1])]
-        weighed = final[:, None] * self._off
-        in_v, in_n = np.add.reduceat(weighed[:, : ends[-1] + 1], begins, axis=1)
-        squares = ((in_v @ moments.gram) * in_v).sum(1) + in_n**2 @ self._noise
-        factors = np.array([late_growth(left, moments.early) for left in moments.left[ends]])
-        return float((factors**2 - 1) @ squares)
-
     def _advance(self, step: int, computed: bool) -> None:
-        self._square[step] = self._mean_square(self._moments.response[step, :step] @ self._off[:, :step])
+        off = self._left_off(step)
+        self._square[step] = self._mean_square(off)
         if computed:
-            self._noise[step] = self._disturbance[step] * self._square[step]
+            self._answers[step] = self._answer(step, off)
         nodes = [node for node in range(step) if self.mask[node]][::-1]
         weighed = next((node for node in nodes if self._final[node]), -1)  # at others nothing could be put right
         skipped = {each: self._weights[each] for each in range(weighed + 1, step) if not self.mask[each]}
@@ -202,13 +206,38 @@ class Draft:
             weights = self._fit(step, nodes, weights)
         self._weights.append(weights)
         for node, weight in weights.items():
-            self._off[:, step, node] += weight
-        self._off[0, step, step] -= 1
+            self._off[step] += weight * self._answers[node]
+        self._off[step, 0, step] -= 1
+
+    def _left_off(self, row: int, before: int | None = None) -> Matrix:
+        """δ before a step, or what the steps before another one have left in it; `[4, S]`."""
+        before = row if before is None else before
+        off: Matrix = np.tensordot(self._moments.response[row, :before], self._off[:before], 1)
+        return off
+
+    def _answer(self, step: int, off: Matrix) -> Matrix:
+        """y_s, `[4, S]`. Sets the size of its z."""
+        share = self._settings.fresh
+        answer: Matrix = self._along[step] * off
+        turned = self._across[step] * np.sqrt(1 - share)
+        answer[1:-1] += turned * off[:-2]
+        answer[-2] += turned * off[-2]
+        answer[0, step] += 1
+        answer[-1, step] += 1
+        fresh = off[-1] ** 2 @ self._fresh
+        # What is off by a z turns as well, into directions that are as good as new.
+        self._fresh[step] = self._across[step] ** 2 * (share * (self._square[step] - fresh) + fresh)
+        return answer
 
     def _mean_square(self, combination: Matrix) -> float:
-        """Mean square of a combination, `[2, S]`."""
-        in_v, in_n = combination
-        return float(in_v @ self._moments.gram @ in_v + self._noise @ in_n**2)
+        """Mean square of a combination, `[4, S]`."""
+        return float((self._weighed(combination) * combination).sum())
+
+    def _weighed(self, combinations: Matrix) -> Matrix:
+        """Combinations times the products of what they are of, `[…, 4, S]`."""
+        products: Matrix = combinations @ self._moments.gram
+        products[..., -1, :] = combinations[..., -1, :] * self._fresh
+        return products
 
     def _prior(self, step: int, nodes: Sequence[int], skipped: dict[int, Weights]) -> Weights:
         if step not in nodes:
@@ -219,19 +248,19 @@ class Draft:
 
     def _fit(self, step: int, nodes: list[int], prior: Weights) -> Weights:
         """Least squares for the latents of the next step and the final ones, with a ridge towards the prior."""
-        settings, response, gram = self._settings, self._moments.response, self._moments.gram
+        settings, response = self._settings, self._moments.response
         start = np.array([prior.get(node, 0.0) for node in nodes])
-        # The noise of the answers is independent of all else, and so adds to the diagonal alone.
-        inner = gram[np.ix_(nodes, nodes)] + np.diag(self._noise[nodes])
+        answers = self._answers[nodes]
+        weighed = self._weighed(answers).reshape(len(nodes), -1)
         size, target = 0.0, np.zeros(len(nodes))
-        for row, share in ((step + 1, 1 - settings.foresight), (-1, settings.foresight)):
+        for row, share in ((step + 1, 1 - settings.foresight), (len(response) - 1, settings.foresight)):
             width = response[row, step]
-            in_v, in_n = response[row, :step] @ self._off[:, :step]
+            off = self._left_off(row, step)
             # What the latents would be off by if this step gave nothing. The weights are to make up for it.
-            in_v[step] -= width
+            off[0, step] -= width
             size += share * width * width
-            target -= share * width * (gram[nodes] @ in_v + self._noise[nodes] * in_n[nodes])
-        matrix = size * inner
+            target -= share * width * (weighed @ off.ravel())
+        matrix = size * (weighed @ answers.reshape(len(nodes), -1).T)
         # The floor keeps the matrix regular where the outputs of a run are all zero.
         weight = settings.ridge * max(matrix.trace() / len(nodes), 1e-30)
         solved = np.linalg.solve(matrix + weight * np.eye(len(nodes)), target + weight * start)

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from sgl_diffusion_accel.caching.parts.gap_control import late_growth
-from sgl_diffusion_accel.calibration.design import EARLY
+from sgl_diffusion_accel.caching.parts.gap_control import GapSettings, late_growth
 from sgl_diffusion_accel.loop.scheduler_response import Response, left_at
 
 SHARES = (0.9, 0.85)
@@ -109,7 +108,7 @@ def growth_between(
 def early_growth(found: Sequence[tuple[float, float]]) -> float:
     """A of `late_growth` for what was found, the mean; without anything what is usual."""
     if not found:
-        return EARLY
+        return GapSettings.early
     return float(np.mean([min(max(growth - 1, 0.0) / (late_growth(left, 1.0) - 1), _MOST) for left, growth in found]))
 
 

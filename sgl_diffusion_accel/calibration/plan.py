@@ -12,6 +12,7 @@ import numpy as np
 from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
+from sgl_diffusion_accel.calibration.answers import Answers
 from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
 from sgl_diffusion_accel.calibration.growth import early_growth
@@ -42,6 +43,9 @@ class CachePlan:
         magnitudes: Magnitude ratios for `apply_magcache` from the same runs, None if they were not recorded.
         growth: How many times as large a disturbance of the latents was at the end of a run: pairs of the share of the
             run that was left when it was made, and the growth. Empty where it was not measured.
+        answers: How the model answered to latents that were off, one entry for each disturbed run: for each later step
+            the share of the run that was left, and how far the output was off along the error of the latents and across
+            it, relative to that error and times the share. Empty where it was not measured.
         held_out: How many times as far off the last call would have been by a plan that had not seen it, at 3x. Near
             1 more calls would teach little. None for one call, and where it was not worth the search.
         library: Version of this library that made it.
@@ -66,6 +70,7 @@ class CachePlan:
     teacache: TeaCacheCoefficients | None = None
     magnitudes: MagnitudeRatios | None = None
     growth: tuple[tuple[float, float], ...] = ()
+    answers: tuple[Answers, ...] = ()
     held_out: float | None = None
     library: str = __version__
 
@@ -84,7 +89,7 @@ class CachePlan:
         steps = self.steps
         response = np.zeros((steps + 1, steps))
         response[1:][np.tril_indices(steps)] = self.response
-        return Moments(self.gram_matrix, response, early_growth(self.growth))
+        return Moments(self.gram_matrix, response, self.answers, early_growth(self.growth))
 
     @property
     def gram_matrix(self) -> Matrix:
@@ -200,6 +205,7 @@ class CachePlan:
             teacache=teacache,
             magnitudes=magnitudes,
             growth=growth,
+            answers=tuple(each for plan in plans for each in plan.answers),
             held_out=None if others else self.held_out,
         )
 
@@ -219,8 +225,8 @@ class CachePlan:
         Example:
             >>> plan = CachePlan.load("plan.json")  # doctest: +SKIP
         """
-        fields = read(path, cls.__dataclass_fields__, ("growth", "held_out"))
-        if "growth" not in fields:  # its checks are of steps that were chosen otherwise
+        fields = read(path, cls.__dataclass_fields__, ("growth", "answers", "held_out"))
+        if "answers" not in fields:  # its checks are of steps that were chosen otherwise
             fields["checks"] = []
         try:
             return cls(**{**fields, **parts(fields)})
