@@ -144,7 +144,7 @@ def measure(
         "captions": measured,
         "environment": environment.describe(),
         "teacache_fits": made.teacache_fits() if "TeaCache" in names else [],
-        "calibration": made.calibration() if "plan" in names else {},
+        "calibration": made.calibration("tuned plan" in names) if "plan" in names else {},
         "rows": [row(one, taken) for one, taken in samples.items()],
     }
 

@@ -16,12 +16,16 @@ from sgl_diffusion_accel import (
     calibrate,
     check_plan,
     fit_teacache,
+    tune_plan,
 )
 
 from .settings import PLANNED, teacache_settings
 
 CAPTIONS = 6
 """Captions that all is calibrated on, but for the plan that shows what one is worth."""
+
+TUNED_ON = 4
+"""Of them, how many designs are tried on."""
 
 _CAPTION_SEED, _NOISE_SEED = 5, 0  # none of them is measured
 _CHECK_SEED = 55  # of a caption and noise that are neither calibrated on nor measured
@@ -92,6 +96,11 @@ class Calibrated:
         """A plan, and the CPU time that calibration took over that of its calls."""
         return self.once(f"plan_{of.scheduler}_{of.steps}_{count}", lambda: _plan(of, count))
 
+    def tuned_plan(self) -> tuple[CachePlan, float]:
+        """The plan with designs tried at all speed-ups, and the CPU time that this took over that of one call."""
+        plan, _ = self.plan(self.of)
+        return self.once(f"tuned_plan_{self.of.scheduler}_{self.of.steps}", lambda: _tuned(self.of, plan))
+
     def magnitudes(self) -> MagnitudeRatios:
         """Magnitude ratios for MagCache."""
         return self.once(
@@ -110,18 +119,28 @@ class Calibrated:
         names = ("coefficients", "thresholds", "low", "high", "r_squared", "use_ret_steps")
         return [{name: getattr(self.teacache_fit(choice), name) for name in names} for choice in choices]
 
-    def calibration(self) -> dict[str, Any]:
-        """What calibration cost and found, for the result's file; also after a check on one more call."""
+    def calibration(self, is_tuned: bool = False) -> dict[str, Any]:
+        """What calibration cost and found, for the result's file; also after a check on one more call.
+
+        Args:
+            is_tuned: Also what tuning did.
+        """
         plan, cost = self.plan(self.of)
         budgets = {f"{speedup:g}": max(1, round(self.of.steps / speedup)) for speedup in PLANNED}
         checked = self.once(
             "checked_plan", lambda: check_plan(self.of.load(), plan, [self.of.call(_CHECK_SEED, _CHECK_SEED)])
         )
+        tuning = {}
+        if is_tuned:
+            tuned, took = self.tuned_plan()
+            gains = {f"{self.of.steps / each.computed_steps:.1f}": each.gain for each in tuned.tuned}
+            tuning = {"tuning_cpu_time_in_calls": took, "tuning_gains": gains}
         return {
             "calls": plan.calls,
             "cpu_time_in_calls": cost,
             "expected_relative_error": {name: plan.expected_error(computed) for name, computed in budgets.items()},
             "checked_relative_error": {name: checked.expected_error(computed) for name, computed in budgets.items()},
+            **tuning,
         }
 
 
@@ -133,4 +152,15 @@ def _plan(of: Of, count: int) -> tuple[CachePlan, float]:
         pipe(**call)
     middle = time.thread_time()
     plan = calibrate(pipe, calls, teacache=False, magnitudes=False)
+    return plan, (time.thread_time() - middle) / (middle - begin)
+
+
+def _tuned(of: Of, plan: CachePlan) -> tuple[CachePlan, float]:
+    calls, pipe = of.calls(TUNED_ON), of.load()
+    pipe(**calls[0])  # warm-up
+    begin = time.thread_time()
+    pipe(**calls[0])
+    middle = time.thread_time()
+    speedups = [each for each in PLANNED if round(of.steps / each) < of.steps]
+    plan = tune_plan(pipe, plan, calls, speedups)
     return plan, (time.thread_time() - middle) / (middle - begin)

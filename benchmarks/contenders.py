@@ -83,12 +83,13 @@ def contenders(made: Calibrated, full: bool = True) -> list[Contender]:
     for of, count, title in [(made.of, CAPTIONS, "plan"), *_carried_plans(made.of)]:
         for speedup in PLANNED:
             apply[f"{title}, {speedup:g}x"] = partial(planned, made, of, count, speedup)
+    apply |= {f"tuned plan, {speedup:g}x": partial(tuned, made, speedup) for speedup in PLANNED}
     apply |= {setting.name: partial(apply_fitted_teacache, made, setting) for setting in teacache_settings(model)}
     apply |= {setting.name: partial(apply_calibrated_magcache, made, setting) for setting in magcache_settings()}
     found += [
         Contender(OURS, name, apply_it)
         for name, apply_it in apply.items()
-        if full or name in SHOWN or name.startswith(("adaptive", "plan"))
+        if full or name in SHOWN or name.startswith(("adaptive", "plan", "tuned plan"))
     ]
     return found + _peers(settings, made)
 
@@ -132,6 +133,11 @@ def _carried_plans(of: Of) -> list[tuple[Of, int, str]]:
 def planned(made: Calibrated, of: Of, count: int, speedup: float, pipe: Any) -> AbstractContextManager[object]:
     """Applies a plan. Its design is searched once in a process, as for a user who makes several runs."""
     return apply_cache_plan(pipe, made.plan(of, count)[0], speedup=speedup)
+
+
+def tuned(made: Calibrated, speedup: float, pipe: Any) -> AbstractContextManager[object]:
+    """Applies a plan whose designs were tried."""
+    return apply_cache_plan(pipe, made.tuned_plan()[0], speedup=speedup)
 
 
 def apply_fitted_teacache(made: Calibrated, setting: TeaCacheSetting, pipe: Any) -> AbstractContextManager[object]:

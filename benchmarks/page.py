@@ -98,11 +98,20 @@ def _calibrated(results: Sequence[Mapping[str, Any]]) -> str:
             "## Calibration and fits",
             "",
             f"Calibration took {min(times):.2f} to {max(times):.2f} times the CPU time of its calls alone. TeaCache's "
-            f"fits: R² of {min(fits):.2f} to {max(fits):.2f}.",
+            f"fits: R² of {min(fits):.2f} to {max(fits):.2f}.{_tuning(found)}",
             "",
             *lines,
         ]
     )
+
+
+def _tuning(found: Sequence[Mapping[str, Any]]) -> str:
+    """What trying designs cost."""
+    tuned = [result["calibration"] for result in found if "tuning_gains" in result["calibration"]]
+    if not tuned:
+        return ""
+    took = [each["tuning_cpu_time_in_calls"] / len(each["tuning_gains"]) for each in tuned]
+    return f" Tuning took the CPU time of {min(took):.1f} to {max(took):.1f} calls for each speed-up."
 
 
 _QUESTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

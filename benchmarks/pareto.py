@@ -16,6 +16,7 @@ from .summary import FEWER, kind_of, title
 STYLES: dict[str, dict[str, Any]] = {
     "fewer steps": {"color": "black", "marker": ".", "linestyle": "-", "label": FEWER},
     "plan": {"color": VERMILION, "marker": "*", "linestyle": "-", "markersize": 11, "label": "plan"},
+    "tuned plan": {"color": VERMILION, "marker": "h", "linestyle": "-", "label": "tuned plan"},
     "carried plan": {"color": VERMILION, "marker": "*", "fillstyle": "none", "label": "plan from one caption"},
     "plan of 50 Euler steps": {
         "color": VERMILION,

@@ -27,6 +27,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "TeaCache, fitted, with prediction": ("TeaCache",),
     "adaptive cache": ("adaptive",),
     "calibrated plan": ("plan",),
+    "tuned plan": ("tuned plan",),
     "plan from one caption, 50 Euler steps, 16×16": ("carried plan",),
 }
 """By the name that tables have for a method: the kinds of rows that belong to it."""
@@ -46,6 +47,8 @@ def kind_of(row: Mapping[str, Any]) -> str:
     family, name = str(row["family"]), str(row["name"])
     if family != _OURS:
         return family
+    if name.startswith("tuned plan"):
+        return "tuned plan"
     if name.startswith("plan"):
         if name.startswith("plan of one caption"):
             return "carried plan"
@@ -142,7 +145,7 @@ def _several(cells: Iterable[str]) -> str:
 
 _SHORTER = (
     "fewer steps", "best peer", "SGLang's defaults", "DBCache", "gap control", "MagCache", "TeaCache", "adaptive",
-    "plan", "carried plan",
+    "plan", "tuned plan", "carried plan",
 )  # fmt: skip
 _COLUMNS = dict(zip(METHODS, _SHORTER, strict=True))
 

@@ -31,6 +31,7 @@ from sgl_diffusion_accel.calibration.calibrate import calibrate
 from sgl_diffusion_accel.calibration.check_plan import check_plan
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.teacache_fit import fit_teacache
+from sgl_diffusion_accel.calibration.tune_plan import tune_plan
 from sgl_diffusion_accel.comparing.compare import compare
 from sgl_diffusion_accel.comparing.comparison import ComparisonReport
 from sgl_diffusion_accel.errors import (
@@ -121,4 +122,5 @@ __all__ = [
     "register_attention_backend",
     "remove",
     "set_attention_backend",
+    "tune_plan",
 ]

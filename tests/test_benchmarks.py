@@ -137,6 +137,7 @@ def test_table_goes_between_its_markers() -> None:
         ("F1 W4 MC3 R.24, reuse", "DBCache, SGLang's defaults"),
         ("SCM late-fast static, TS2", "late masks"),
         ("plan, 2x", "plan"),
+        ("tuned plan, 2x", "tuned plan"),
         ("plan of one caption and 50 Euler steps, 2x", "carried plan"),
         ("plan of 50 Euler steps, 2x", "plan of 50 Euler steps"),
     ],

@@ -20,6 +20,7 @@ from sgl_diffusion_accel.calibration.moments import carry_over
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import factor_at
 from sgl_diffusion_accel.calibration.plan_policy import PlanPolicy
+from sgl_diffusion_accel.calibration.tuned import name_for, settings_named
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.scheduler_response import Response, adds_noise, share_of_schedule
@@ -165,15 +166,15 @@ _BUDGETS = ("speedup", "computed_steps", "max_error")
 
 @functools.lru_cache(maxsize=256)
 def _design(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, reach: float, computed: int) -> Design:
-    return best_design(computed, _moments(plan, timesteps, response, reach))
+    moments = _moments(plan, timesteps, response, reach)
+    # What was tried is known of the plan's own runs alone.
+    is_own = _is_same(plan, timesteps) and np.allclose(moments.response, plan.moments.response, rtol=1e-3, atol=1e-6)
+    return best_design(computed, moments, settings_named(name_for(plan.tuned if is_own else (), computed), moments))
 
 
 @functools.lru_cache(maxsize=64)
 def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, reach: float) -> Moments:
-    near = _SAME * plan.timesteps[0]
-    is_same = len(timesteps) == plan.steps and all(
-        abs(one - other) < near for one, other in zip(timesteps, plan.timesteps, strict=True)
-    )
+    is_same = _is_same(plan, timesteps)
     gram = plan.gram_matrix if is_same else carry_over(plan.gram_matrix, plan.timesteps, timesteps)
     found = np.frombuffer(response).reshape(len(timesteps) + 1, len(timesteps))
     # A run that begins later than those of the calibration has passed the place where errors grow.
@@ -181,6 +182,14 @@ def _moments(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, rea
     reach = reach if begins_later else 1.0
     settings = GapSettings(early=early_growth(plan.growth)).in_run_of(len(timesteps), reach)
     return Moments(gram, found, plan.answers, settings.early, reach)
+
+
+def _is_same(plan: CachePlan, timesteps: Sequence[float]) -> bool:
+    """Whether a run has the timesteps of the plan."""
+    near = _SAME * plan.timesteps[0]
+    return len(timesteps) == plan.steps and all(
+        abs(one - other) < near for one, other in zip(timesteps, plan.timesteps, strict=True)
+    )
 
 
 def check_model(plan: CachePlan, targets: Sequence[Target]) -> None:

@@ -60,7 +60,7 @@ def check_plan(
     """
     of_type("plan", plan, CachePlan, "a CachePlan: calibrate(pipe, calls)")
     read = read_calls(pipe, calls, "check_plan(pipe, plan, calls=…)")
-    budgets = _budgets(plan, speedups)
+    budgets = budgets_of(plan, speedups)
     targets = find_targets(pipe)
     check_model(plan, targets)
     refuse_cached(targets, "a check")
@@ -68,10 +68,10 @@ def check_plan(
     with recording(pipe) as watch:
         runs = watch.runs
         for number, call in enumerate(read, 1):
-            expected = _final(pipe, call, runs, plan)
+            expected = final_latents(pipe, call, runs, plan)
             for computed, found in squares.items():
                 with apply_cache_plan(pipe, plan, computed_steps=computed):
-                    off = _final(pipe, call, runs, plan) - expected
+                    off = final_latents(pipe, call, runs, plan) - expected
                 found.append(float(off.square().mean()))
             logger.info("checked: call %d of %d", number, len(read))
     moved = plan.moments.moved
@@ -82,8 +82,13 @@ def check_plan(
     return replace(plan, checks=tuple(checks))
 
 
-def _budgets(plan: CachePlan, speedups: Iterable[float]) -> list[int]:
-    """Numbers of computed steps, the most first."""
+def budgets_of(plan: CachePlan, speedups: Iterable[float]) -> list[int]:
+    """Numbers of computed steps, the most first.
+
+    Raises:
+        ConfigError: No speed-ups, or impossible ones.
+        ConfigTypeError: One is not a number.
+    """
     given = [real("speedups", each) for each in speedups]
     found = {max(1, round(plan.steps / each)) for each in given if np.isfinite(each) and each > 1}
     budgets = sorted(found - {plan.steps}, reverse=True)
@@ -92,8 +97,18 @@ def _budgets(plan: CachePlan, speedups: Iterable[float]) -> list[int]:
     return budgets
 
 
-def _final(pipe: Any, call: Call, runs: list[Recording], plan: CachePlan) -> Tensor:
-    """The final latents of a run, in float32."""
+def final_latents(pipe: Any, call: Call, runs: list[Recording], plan: CachePlan) -> Tensor:
+    """The final latents of a run, in float32.
+
+    Args:
+        pipe: The pipeline, whose runs are recorded.
+        call: What it is called with.
+        runs: The recordings; they are of this run alone afterwards.
+        plan: Whose steps the run must have.
+
+    Raises:
+        ConfigError: It has others.
+    """
     runs.clear()
     pipe(**call.fresh())
     is_one = len(runs) == 1 and len(runs[0].timesteps) == plan.steps

@@ -19,6 +19,7 @@ from sgl_diffusion_accel.calibration.growth import early_growth
 from sgl_diffusion_accel.calibration.plan_checks import ENOUGH, Check, factor_at
 from sgl_diffusion_accel.calibration.plan_fields import checked, symmetric
 from sgl_diffusion_accel.calibration.plan_file import parts, read, refuse, write
+from sgl_diffusion_accel.calibration.tuned import Tuned, name_for, settings_named
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import count, of_type, real
 
@@ -48,6 +49,7 @@ class CachePlan:
             it, relative to that error and times the share. Empty where it was not measured.
         held_out: How many times as far off the last call would have been by a plan that had not seen it, at 3x. Near
             1 more calls would teach little. None for one call, and where it was not worth the search.
+        tuned: Which of several designs was the best for a number of computed steps, see `tune_plan`.
         library: Version of this library that made it.
 
     Raises:
@@ -72,6 +74,7 @@ class CachePlan:
     growth: tuple[tuple[float, float], ...] = ()
     answers: tuple[Answers, ...] = ()
     held_out: float | None = None
+    tuned: tuple[Tuned, ...] = ()
     library: str = __version__
 
     def __post_init__(self) -> None:
@@ -171,7 +174,7 @@ class CachePlan:
         return fewest_steps(self.expected_error, self.steps, wanted)
 
     def merge(self, *others: CachePlan) -> CachePlan:
-        """Joins recordings of the same setting from several processes or machines; checks are to be made anew.
+        """Joins recordings of the same setting from several processes or machines; checks and tuning begin anew.
 
         Raises:
             ConfigError: They are of different pipelines, models, schedules or guidance.
@@ -207,6 +210,7 @@ class CachePlan:
             growth=growth,
             answers=tuple(each for plan in plans for each in plan.answers),
             held_out=None if others else self.held_out,
+            tuned=() if others else self.tuned,
         )
 
     def save(self, path: str | Path) -> None:
@@ -225,7 +229,7 @@ class CachePlan:
         Example:
             >>> plan = CachePlan.load("plan.json")  # doctest: +SKIP
         """
-        fields = read(path, cls.__dataclass_fields__, ("growth", "answers", "held_out"))
+        fields = read(path, cls.__dataclass_fields__, ("growth", "answers", "held_out", "tuned"))
         if "answers" not in fields:  # its checks are of steps that were chosen otherwise
             fields["checks"] = []
         try:
@@ -234,10 +238,12 @@ class CachePlan:
             raise refuse(path, error) from error
 
     def __str__(self) -> str:
-        budgets = sorted({max(1, round(self.steps / ratio)) for ratio in (1.5, 2, 3, 4, 5)}, reverse=True)
+        usual = {max(1, round(self.steps / ratio)) for ratio in (1.5, 2, 3, 4, 5)}
+        tuned = {each.computed_steps: f", tuned: {each.gain:.1f} times closer" for each in self.tuned}
         rows = [
             f"  {self.steps / n:4.1f}x  {n:3d} steps computed  expected error {self.expected_error(n):.2%}"
-            for n in budgets
+            f"{tuned.get(n, '')}"
+            for n in sorted(usual | set(tuned), reverse=True)
         ]
         guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
         head = f"plan for {self.pipeline}, {self.scheduler}, {self.steps} steps{guidance}, from {self.calls} calls"
@@ -253,7 +259,7 @@ class CachePlan:
 
 @functools.lru_cache(maxsize=256)
 def _designed(plan: CachePlan, computed: int) -> Design:
-    return best_design(computed, plan.moments)
+    return best_design(computed, plan.moments, settings_named(name_for(plan.tuned, computed), plan.moments))
 
 
 def _short(value: Any) -> str:

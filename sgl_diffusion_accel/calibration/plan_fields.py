@@ -14,6 +14,7 @@ from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficien
 from sgl_diffusion_accel.calibration.answers import LEAST_LEFT, MOST, Answers
 from sgl_diffusion_accel.calibration.design import Matrix
 from sgl_diffusion_accel.calibration.plan_checks import Check
+from sgl_diffusion_accel.calibration.tuned import Tuned
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import count, finite, listed, of_type, text
 
@@ -44,6 +45,7 @@ def checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     found["checks"] = _checks(found["checks"], steps)
     found["growth"] = listed("growth", found["growth"], _pair, "a list of pairs, such as (0.9, 5.2)")
     found["answers"] = listed("answers", found["answers"], _answers, "a list of lists, one for each disturbed run")
+    found["tuned"] = _tuned(found["tuned"], steps)
     if found["held_out"] is not None:
         found["held_out"] = _ratio("held_out", found["held_out"])
     for name, kind in (("teacache", TeaCacheCoefficients), ("magnitudes", MagnitudeRatios)):
@@ -132,6 +134,20 @@ def symmetric(upper: Sequence[float], steps: int) -> Matrix:
     matrix = np.zeros((steps, steps))
     matrix[np.triu_indices(steps)] = upper
     return matrix + np.triu(matrix, 1).T
+
+
+def _tuned(values: Any, steps: int) -> tuple[Tuned, ...]:
+    """Choices of designs, one for a number of computed steps."""
+
+    def each(name: str, value: Any) -> Tuned:
+        tuned: Tuned = of_type(name, value, Tuned, "a Tuned, from tune_plan")
+        count(f"{name}.computed_steps", tuned.computed_steps, 1, steps)
+        return tuned
+
+    found = listed("tuned", values, each, "a list of Tuned, from tune_plan")
+    if len({each.computed_steps for each in found}) < len(found):
+        raise ConfigError("tuned has two designs for the same number of computed steps; allowed: one.")
+    return found
 
 
 def _triangle(name: str, values: Any, steps: int) -> tuple[float, ...]:

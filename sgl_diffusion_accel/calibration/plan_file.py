@@ -12,6 +12,7 @@ from typing import Any
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.plan_checks import Check
+from sgl_diffusion_accel.calibration.tuned import Tuned
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import listed
 
@@ -75,6 +76,7 @@ def parts(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     return {
         "checks": listed("checks", fields["checks"], partial(_made, lambda given: Check(**given)), "a list"),
+        "tuned": listed("tuned", fields.get("tuned", ()), partial(_made, lambda given: Tuned(**given)), "a list"),
         "teacache": _made(TeaCacheCoefficients.from_json, "teacache", fields["teacache"]),
         "magnitudes": _made(lambda given: MagnitudeRatios(**given), "magnitudes", fields["magnitudes"]),
     }

@@ -1,0 +1,260 @@
+"""Tuned plans: the best of the tried designs is kept and used, for the runs that it was tried on, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from invariants import Interrupted, Snapshot, assert_same, families
+from invariants.families import present
+from sgl_diffusion_accel import (
+    CachePlan,
+    ConfigError,
+    ConfigTypeError,
+    UnsupportedModelError,
+    apply_adaptive_cache,
+    apply_cache_plan,
+    check_plan,
+    tune_plan,
+)
+from sgl_diffusion_accel.calibration import apply_plan
+from sgl_diffusion_accel.calibration.design import DesignSettings
+from sgl_diffusion_accel.calibration.design_search import best_design
+from sgl_diffusion_accel.calibration.tune_plan import _BROKEN, _Race
+from sgl_diffusion_accel.calibration.tuned import NAMES, USUAL, Tuned, designs_to_try, settings_named
+from test_check_plan import calls, final, learned
+from test_plan import made
+from zoo import Family
+
+COMPUTED = 4
+"""Of twelve steps."""
+
+
+def error_of(pipe: Any, plan: CachePlan, name: str, call: dict[str, Any]) -> float:
+    """How far a run by a design is off."""
+    exact = final(pipe, call)
+    with apply_cache_plan(pipe, dataclasses.replace(plan, tuned=(Tuned(COMPUTED, name, 1.0, 1),)), computed_steps=4):
+        return float((final(pipe, call) - exact).square().mean().sqrt())
+
+
+@families("wan", matrix=["flux", "qwen"])
+def test_best_of_the_tried_designs_is_kept(family: Family) -> None:
+    pipe, plan = learned(family)
+    (call,) = calls(family, pipe, range(7, 8))
+    with torch.no_grad():
+        (tuned,) = tune_plan(pipe, plan, [call], speedups=[3.0], designs=4).tuned
+    errors = {name: error_of(pipe, plan, name, call) for name in designs_to_try(COMPUTED, plan.moments, 4)}
+    assert len(errors) > 1, "there is something to choose"
+    assert tuned.computed_steps == COMPUTED
+    assert errors[tuned.design] == min(errors.values())
+    assert tuned.gain == pytest.approx(errors[USUAL] / errors[tuned.design], rel=1e-3)
+    assert tuned.calls == 1
+
+
+def test_tuned_design_is_the_one_that_runs() -> None:
+    family = present("wan")
+    pipe, plan = learned(family)
+    designs = designs_to_try(COMPUTED, plan.moments, len(NAMES))
+    for name, design in designs.items():
+        chosen = dataclasses.replace(plan, tuned=(Tuned(COMPUTED, name, 2.0, 1),))
+        assert chosen.design(COMPUTED) == design
+        with apply_cache_plan(pipe, chosen, computed_steps=COMPUTED) as patch, torch.no_grad():
+            pipe(**calls(family, pipe, range(1))[0])
+            (branch,) = {each.computed for each in patch.stats.runs[0].branches.values()}
+        assert branch == design.mask
+    assert len({design.mask for design in designs.values()}) == len(designs) > 1
+
+
+def test_better_half_goes_on_to_the_next_call() -> None:
+    family = present("wan")
+    pipe, plan = learned(family)
+    tried = len(designs_to_try(COMPUTED, plan.moments, len(NAMES)))
+    steps: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: steps.append(1))
+    given = calls(family, pipe, range(3))
+    with torch.no_grad():
+        pipe(**given[0])
+        of_one, steps[:] = len(steps), []
+        tune_plan(pipe, plan, given, speedups=[3.0], designs=len(NAMES))
+    half = max(2, (tried + 1) // 2)
+    runs = tried + half + max(2, (half + 1) // 2)
+    assert len(steps) == 3 * of_one + runs * of_one * COMPUTED // 12
+
+
+def test_other_speedups_and_schedules_are_designed_as_before() -> None:
+    plan = made(steps=20)
+    name = next(
+        each for each in NAMES if best_design(7, plan.moments, settings_named(each, plan.moments)) != plan.design(7)
+    )
+    tuned = dataclasses.replace(plan, tuned=(Tuned(7, name, 2.0, 3),))
+    response, moments = plan.moments.response.tobytes(), plan.moments
+    assert tuned.design(7) != plan.design(7)
+    assert tuned.design(6) == plan.design(6)
+    assert apply_plan._design(tuned, plan.timesteps, response, 1.0, 7) == tuned.design(7)
+    later = tuple(each * 0.97 for each in plan.timesteps)
+    assert apply_plan._design(tuned, later, response, 1.0, 7) == apply_plan._design(plan, later, response, 1.0, 7)
+    other = np.tril(moments.response, -1) * 1.1
+    assert apply_plan._design(tuned, plan.timesteps, other.tobytes(), 1.0, 7) == apply_plan._design(
+        plan, plan.timesteps, other.tobytes(), 1.0, 7
+    )
+
+
+def test_tuning_takes_the_place_of_an_earlier_one_and_drops_checks() -> None:
+    family = present("flux")
+    pipe, plan = learned(family)
+    given = calls(family, pipe, range(1))
+    with torch.no_grad():
+        old = dataclasses.replace(
+            check_plan(pipe, plan, given, [2.0]), tuned=(Tuned(9, "stiff", 1.5, 2), Tuned(6, "loose", 1e6, 2))
+        )
+        tuned = tune_plan(pipe, old, given, speedups=[2.0, 4.0], designs=2)
+    assert [each.computed_steps for each in tuned.tuned] == [9, 6, 3]
+    assert tuned.tuned[0] == old.tuned[0]
+    assert tuned.tuned[1] != old.tuned[1]
+    assert tuned.checks == ()
+    assert dataclasses.replace(tuned, tuned=(), checks=()) == plan
+
+
+def test_one_call_that_all_are_far_off_on_does_not_decide() -> None:
+    """The mean is of logarithms: what is 4 times as near on one call may be 2 times as far on another."""
+    race = _Race(COMPUTED, learned(present("wan"))[1], 2)
+    one, other = race._errors
+    race._errors = {one: [np.log(1.0), np.log(100.0)], other: [np.log(1 / 16), np.log(400.0)]}
+    race._left.sort(key=race._mean)
+    assert race.result().design == other
+    assert race.result().gain == pytest.approx(2**0.5)
+
+
+def test_design_that_is_not_finite_loses() -> None:
+    race = _Race(COMPUTED, learned(present("wan"))[1], 2)
+    one, other = race._errors
+    for errors, wanted in (({one: [0.0], other: [_BROKEN]}, one), ({one: [_BROKEN], other: [0.0]}, other)):
+        race._errors, race._left = errors, sorted(errors, key=lambda name: errors[name][0])
+        assert race.result().design == wanted
+        assert np.isfinite(race.result().gain)
+    race._errors = {one: [_BROKEN], other: [_BROKEN]}
+    assert race.result() == Tuned(COMPUTED, USUAL, 1.0, 1)
+
+
+def test_designs_to_try_differ_in_their_steps_and_begin_with_the_usual_one() -> None:
+    moments = made(steps=20).moments
+    tried = designs_to_try(7, moments, len(NAMES))
+    assert next(iter(tried)) == USUAL
+    assert tried[USUAL] == best_design(7, moments)
+    assert len({design.mask for design in tried.values()}) == len(tried) > 2
+    assert list(designs_to_try(7, moments, 2)) == list(tried)[:2]
+    assert settings_named(USUAL, moments) == DesignSettings.of(moments)
+    assert len({settings_named(name, moments) for name in NAMES}) == len(NAMES)
+
+
+def test_file_keeps_what_was_tuned_and_files_of_before_have_none(tmp_path: Path) -> None:
+    plan = dataclasses.replace(made(steps=20), tuned=(Tuned(7, "stiff", 1.7, 3),))
+    plan.save(tmp_path / "plan.json")
+    assert CachePlan.load(tmp_path / "plan.json") == plan
+    fields = json.loads((tmp_path / "plan.json").read_text())
+    assert fields["tuned"] == [{"computed_steps": 7, "design": "stiff", "gain": 1.7, "calls": 3}]
+    del fields["tuned"]
+    (tmp_path / "old.json").write_text(json.dumps(fields))
+    assert CachePlan.load(tmp_path / "old.json").tuned == ()
+    for damaged in ([{"computed_steps": 7}], [3], "stiff", [{**fields, "computed_steps": 7}]):
+        (tmp_path / "bad.json").write_text(json.dumps({**fields, "tuned": damaged}))
+        with pytest.raises(ConfigError, match=r"tuned|bad\.json"):
+            CachePlan.load(tmp_path / "bad.json")
+
+
+def test_merging_begins_anew_and_printing_tells() -> None:
+    plan = dataclasses.replace(made(steps=20), tuned=(Tuned(9, "stiff", 1.7, 3),))
+    assert plan.merge(plan).tuned == ()
+    assert plan.merge() == plan
+    assert "9 steps computed" in str(plan)
+    assert "tuned: 1.7 times closer" in str(plan)
+    assert "tuned" not in str(dataclasses.replace(plan, tuned=()))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ((0, "stiff", 1.5, 1), ConfigError, "computed_steps"),
+        ((7, "stiffer", 1.5, 1), ConfigError, "usual"),
+        ((7, 3, 1.5, 1), ConfigTypeError, "design"),
+        ((7, "stiff", 0.9, 1), ConfigError, "gain"),
+        ((7, "stiff", float("nan"), 1), ConfigError, "gain"),
+        ((7, "stiff", 1.5, 0), ConfigError, "calls"),
+    ],
+)
+def test_choices_that_cannot_be_are_refused(values: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Tuned(*values)
+
+
+def test_plan_refuses_choices_of_more_steps_than_it_has_and_two_for_one() -> None:
+    plan = made(steps=20)
+    for tuned in ((Tuned(21, USUAL, 1.0, 1),), (Tuned(7, USUAL, 1.0, 1), Tuned(7, "stiff", 1.0, 1))):
+        with pytest.raises(ConfigError, match="tuned"):
+            dataclasses.replace(plan, tuned=tuned)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda given: {**given, "speedups": []}, ConfigError, "speedups"),
+        (lambda given: {**given, "speedups": [1.0]}, ConfigError, "speedups"),
+        (lambda given: {**given, "speedups": ["fast"]}, ConfigTypeError, "speedups"),
+        (lambda given: {**given, "designs": 1}, ConfigError, "designs"),
+        (lambda given: {**given, "designs": 2.5}, ConfigTypeError, "designs"),
+        (lambda given: {**given, "design": 3}, ConfigError, "Did you mean 'designs'"),
+        (lambda given: {**given, "calls": []}, ConfigError, "calls"),
+        (lambda given: {**given, "plan": "plan.json"}, ConfigTypeError, "plan"),
+        (lambda given: {**given, "plan": made(steps=20)}, UnsupportedModelError, "plan"),
+        (
+            lambda given: {**given, "calls": [{**given["calls"][0], "num_inference_steps": 9}]},
+            ConfigError,
+            "the plan is for 12 steps",
+        ),
+    ],
+)
+def test_bad_input_is_refused(
+    change: Callable[[dict[str, Any]], dict[str, Any]], error: type[Exception], message: str
+) -> None:
+    family = present("flux")
+    pipe, plan = learned(family)
+    given = {"plan": plan, "calls": calls(family, pipe, range(1)), "speedups": [2.0]}
+    with pytest.raises(error, match=message), torch.no_grad():
+        tune_plan(pipe, **change(given))
+
+
+def test_pipeline_with_a_cache_is_refused() -> None:
+    family = present("flux")
+    pipe, plan = learned(family)
+    with apply_adaptive_cache(pipe), pytest.raises(ConfigError, match="tuning"):
+        tune_plan(pipe, plan, calls(family, pipe, range(1)), [2.0])
+
+
+def test_pipeline_is_as_before() -> None:
+    family = present("wan")
+    pipe, plan = learned(family)
+    family.run(pipe, steps=12)
+    (call,) = calls(family, pipe, range(1))
+    before = Snapshot(pipe)
+    with torch.no_grad():
+        tune_plan(pipe, plan, [call], [2.0], designs=2)
+    assert_same(before, pipe)
+    ran: list[int] = []
+
+    def interrupt(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        ran.append(step)
+        if len(ran) > 12 + 3:
+            raise Interrupted
+        return values
+
+    with torch.no_grad(), pytest.raises(Interrupted):
+        tune_plan(pipe, plan, [{**call, "callback_on_step_end": interrupt}], [2.0])
+    family.run(pipe, steps=12)  # a run that is broken off leaves marks of the pipeline's own
+    assert_same(before, pipe)
