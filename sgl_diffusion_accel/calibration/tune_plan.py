@@ -47,7 +47,7 @@ def tune_plan(
         plan: From `calibrate` or `CachePlan.load`.
         calls: Keyword arguments of `pipe(...)`, like those of the calibration. Two to six different prompts do.
         speedups: Those that the plan is to be used at: steps of a run for each computed one, over 1.
-        designs: How many designs are tried for each speed-up, from 2. There are 9 of them, and where some compute the
+        designs: How many designs are tried for each speed-up, from 2. There are 10 of them, and where some compute the
             same steps, fewer.
 
     Returns:

@@ -17,8 +17,9 @@ USUAL = "usual"
 _CHANGES: dict[str, dict[str, Any]] = {
     USUAL: {},
     "new directions": {"fresh": 1.0},
-    "old directions": {"fresh": 0.3},
+    "little across": {"across": 0.3, "along": 0.0, "fresh": 1.0},
     "across twice": {"across": 2.0},
+    "old directions": {"fresh": 0.3},
     "none along": {"along": 0.0},
     "all along": {"along": 1.0},
     "across half": {"across": 0.5},
