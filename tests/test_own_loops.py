@@ -406,3 +406,17 @@ def test_adaptive_cache_says_where_it_cannot_put_right_what_it_predicts(named: b
     told = [record for record in caplog.records if "not put right" in record.getMessage()]
     assert len(told) == (0 if named else 1)
     assert ("scheduler=scheduler" in str(patch)) is not named
+
+
+@pytest.mark.parametrize("names", [("", ""), ("cond", "uncond")], ids=["unnamed", "named"])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_two_calls_without_names_say_that_guidance_is_not_counted(names: tuple[str, str], guidance: float) -> None:
+    pipe = present("wan").make()
+    call = present("wan").call(pipe)
+    pipe.scheduler.set_timesteps(12)
+    with apply_adaptive_cache(pipe) as patch:
+        for t in denoising_steps(pipe.scheduler.timesteps, scheduler=pipe.scheduler, guidance=guidance):
+            for name, text in zip(names, ("prompt_embeds", "negative_prompt_embeds"), strict=True):
+                with branch(name) if name else contextlib.nullcontext():
+                    pipe.transformer(call["latents"], t.expand(1), call[text])
+    assert ('with branch("cond")' in str(patch)) is (guidance > 1 and not names[0])

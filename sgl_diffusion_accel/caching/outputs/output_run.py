@@ -56,6 +56,7 @@ class OutputRun(Kept):
         self._tally = Tally()
         self._given: dict[str, Kind] = {}
         self._has_turned = False
+        self._is_unnamed = False
         self._decision = Decision(True, "first step")
         self._weights: Weights | None = None
         self._error = PredictionError(ends_alike=True)
@@ -65,7 +66,7 @@ class OutputRun(Kept):
     @property
     def remark(self) -> str | None:
         """What the user should know of the run so far."""
-        return self._policy.remark
+        return self._policy.remark or (_UNNAMED if self._is_unnamed else None)
 
     def nbytes(self) -> int:
         """Bytes of the outputs that are kept."""
@@ -179,6 +180,8 @@ class OutputRun(Kept):
         if self._expected is not None and self._policy.needs_error and kept.has(list(self._expected)):
             guess = combine([(weight, kept.outputs[node]) for node, weight in self._expected.items()])
             self._error.add(branch, guess, own, guidance)
+            # A second call of the same name: neither is known as cond or uncond.
+            self._is_unnamed |= "#" in branch and (guidance or 0) > 1
         distance = self._distance if self._policy.needs_distance(self._step) else None
         if distance is not None:
             distance.add(branch, own, guidance)
@@ -197,6 +200,12 @@ class OutputRun(Kept):
         is_alone = len(self._branches) == 1 and self._policy.needs_later(self._step)
         is_whole = self._guided is not None and self._guided.is_whole
         return is_alone and not is_whole and may_hold_parts(own)
+
+
+_UNNAMED = (
+    "two calls of a step have no names, so that their errors are counted without guidance. In a loop of your own type: "
+    'with branch("cond"): … and with branch("uncond"): …'
+)
 
 
 def _no_change() -> float:
