@@ -241,6 +241,17 @@ def test_what_is_off_follows_from_the_outputs_and_what_was_moved() -> None:
     torch.testing.assert_close(off, (ends[1] - ends[0]).flatten().float().cpu(), atol=1e-5, rtol=1e-3)
 
 
+def test_answers_that_a_file_is_without_are_measured_by_the_next_calls(tmp_path: Path) -> None:
+    """Also where it has the growth, as files of before have."""
+    family = present("flux")
+    path = tmp_path / "plan.json"
+    before = calibrate(few_blocks(family), given(family, 1), path, teacache=False, magnitudes=False)
+    dataclasses.replace(before, answers=()).save(path)
+    after = calibrate(few_blocks(family), given(family, 2), path, teacache=False, magnitudes=False)
+    assert (len(after.growth), len(after.answers)) == (2, 1)
+    assert after.answers[0][0][0] == pytest.approx(before.answers[0][0][0]), "at the first place"
+
+
 # Kept
 
 
