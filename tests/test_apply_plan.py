@@ -277,7 +277,7 @@ def test_experts_share_one_plan() -> None:
         pipe = family.make(scheduler=scheduler)
         expected, fewer = family.run(pipe, steps=STEPS), family.run(pipe, steps=STEPS // 2)
         patch = apply_cache_plan(pipe, plan_for("wan22", STEPS), speedup=2)
-        assert off(family.run(pipe, steps=STEPS), expected) < 0.6 * off(fewer, expected)
+        assert off(family.run(pipe, steps=STEPS), expected) < 0.75 * off(fewer, expected)
         assert computed(patch)[0] == computed(patch)[1]
         assert sum(computed(patch)[0]) == 6
         components = patch.stats.runs[-1].branches["cond"].components

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
+from sgl_diffusion_accel.calibration.answers import Answers
 from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments, design
 from sgl_diffusion_accel.calibration.design_search import best_design
 from sgl_diffusion_accel.loop.scheduler_response import euler, response_of
@@ -20,7 +22,7 @@ from zoo.base import flow_euler, unipc_flow
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # KDPM2 and NumPy 2
 
 STEPS = 16
-QUIET = DesignSettings(disturbance=0.0)
+QUIET = DesignSettings(along=0.0, across=0.0)
 SIGMAS = [3 * t / (1 + 2 * t) for t in np.linspace(1, 0, STEPS + 1)]
 
 
@@ -31,8 +33,8 @@ def smooth(steps: int = STEPS, seed: int = 0) -> np.ndarray:
     return powers @ random.normal(size=(5, 200)) + 0.01 * random.normal(size=(steps, 200))
 
 
-def euler_moments(outputs: np.ndarray, early: float = 0.0) -> Moments:
-    return Moments(outputs @ outputs.T / outputs.shape[1], euler(SIGMAS), early)
+def euler_moments(outputs: np.ndarray, answers: tuple[Answers, ...] = ()) -> Moments:
+    return Moments(outputs @ outputs.T / outputs.shape[1], euler(SIGMAS), answers)
 
 
 def unipc_moments(outputs: np.ndarray) -> Moments:
@@ -40,7 +42,7 @@ def unipc_moments(outputs: np.ndarray) -> Moments:
     scheduler.set_timesteps(len(outputs))
     response = response_of(scheduler, len(outputs))
     assert response is not None
-    return Moments(outputs @ outputs.T / outputs.shape[1], response, early=0.0)
+    return Moments(outputs @ outputs.T / outputs.shape[1], response)
 
 
 def midpoint_moments(outputs: np.ndarray) -> Moments:
@@ -50,7 +52,7 @@ def midpoint_moments(outputs: np.ndarray) -> Moments:
     response = response_of(scheduler, len(scheduler.timesteps))
     assert response is not None
     outputs = outputs[: len(response) - 1]
-    return Moments(outputs @ outputs.T / outputs.shape[1], response, early=0.0)
+    return Moments(outputs @ outputs.T / outputs.shape[1], response)
 
 
 MASKS = ["x.x.x.x.x.x.x.x.", "xxx...x....x..xx", "x...............", "xxxxxxxxxxxxxxx.", "x.....xx...x.x.x"]
@@ -69,7 +71,7 @@ def played(made: Design, outputs: np.ndarray, moments: Moments) -> np.ndarray:
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("moments_of", [euler_moments, unipc_moments], ids=["euler", "unipc"])
-@pytest.mark.parametrize("settings", [QUIET, DesignSettings(disturbance=0.0, ridge=0.1, foresight=1.0, depth=2)])
+@pytest.mark.parametrize("settings", [QUIET, dataclasses.replace(QUIET, ridge=0.1, foresight=1.0, depth=2)])
 def test_expected_errors_are_those_of_playing_it(mask: str, moments_of: object, settings: DesignSettings) -> None:
     outputs = smooth()
     moments = moments_of(outputs)  # type: ignore[operator]
@@ -78,26 +80,59 @@ def test_expected_errors_are_those_of_playing_it(mask: str, moments_of: object, 
     assert made.error == made.errors[-1]
 
 
-def test_noise_of_the_answers_is_expected_as_it_is_drawn() -> None:
-    """With κ the answers of computed steps err by κ/σ times the error of the latents, in a direction of its own."""
-    outputs = smooth()
-    moments, settings = euler_moments(outputs), DesignSettings(disturbance=0.5)
-    made = design(mask_of(MASKS[1]), moments, settings)
-    elements = 40_000
+def turned(levels: np.ndarray) -> np.ndarray:
+    """T, on what has four blocks of coordinates: each of the first three into the next, the third into itself."""
+    found = np.zeros_like(levels)
+    found[1], found[2] = levels[0], levels[1] + levels[2]
+    return found
+
+
+def answered(made: Design, moments: Moments, settings: DesignSettings, elements: int = 40_000) -> list[float]:
+    """Relative errors of the latents when a model is played that answers as a design foresees, `[S + 1]`."""
     random = np.random.default_rng(1)
-    factor = np.linalg.cholesky(moments.gram + 1e-12 * np.eye(STEPS))
-    true = factor @ random.normal(size=(STEPS, elements))
+    steps, answer, move = moments.steps, moments.answer, np.abs(moments.response[-1]).sum()
+    factor = np.linalg.cholesky(moments.gram + 1e-12 * np.eye(steps))
+    true = np.zeros((steps, 4, elements))  # the v in the first block, every z in the last
+    true[:, 0] = factor @ np.linalg.qr(random.normal(size=(elements, steps)))[0].T * np.sqrt(elements)
     answers, given, errors = np.zeros_like(true), np.zeros_like(true), []
-    for step in range(STEPS + 1):
-        off = moments.response[step, :step] @ (given - true)[:step]
-        errors.append(np.sqrt((off**2).mean() / moments.moved))
-        if step == STEPS:
-            break
+    for step in range(steps + 1):
+        off = np.tensordot(moments.response[step, :step], (given - true)[:step], 1)
+        errors.append(float(np.sqrt((off**2).sum(0).mean() / moments.moved)))
+        if step == steps:
+            return errors
         if made.mask[step]:
-            size = settings.disturbance / moments.left[step] * np.sqrt((off**2).mean())
-            answers[step] = true[step] + size * random.normal(size=elements)
+            along, across = settings.along * answer.along[step], settings.across * answer.across[step]
+            known, fresh = (off[:3] ** 2).sum(0).mean(), (off[3] ** 2).mean()
+            own = along * off + across * np.sqrt(1 - settings.fresh) * turned(off)
+            own[3] += across * np.sqrt(settings.fresh * known + fresh) * random.normal(size=elements)
+            answers[step] = true[step] + own / (moments.left[step] * move)
         given[step] = sum(weight * answers[node] for node, weight in made.weights[step].items())
-    np.testing.assert_allclose(errors, made.errors, rtol=0.05, atol=1e-6)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("mask", [MASKS[1], MASKS[4]])
+@pytest.mark.parametrize("fresh", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("along", [-0.5, 0.0, 0.7])
+def test_answers_are_expected_as_they_are_played(along: float, fresh: float, mask: str) -> None:
+    """In the direction of an error, in one that is turned the same way at all steps, and in one of its own."""
+    moments = euler_moments(smooth(), (((1.0, 2 * along, 0.8), (0.5, along, 0.6), (0.05, along, 0.4)),))
+    settings = DesignSettings(along=0.5, across=0.8, fresh=fresh)
+    made = design(mask_of(mask), moments, settings)
+    # What is drawn is off by half a percent; what is not is exact.
+    np.testing.assert_allclose(made.errors, answered(made, moments, settings), rtol=0.02 if fresh else 1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 15.0])
+def test_error_that_is_not_put_right_goes_on_by_the_answer_along_it(scale: float) -> None:
+    """x' = a·x/σ multiplies it by 1 + a·Δσ/σ at each step, in whatever units the latents are."""
+    known = (((1.0, -3.0, 0.0), (0.6, -3.0, 0.0), (0.4, 1.0, 0.0), (0.1, 0.5, 0.0)),)
+    moments = euler_moments(smooth(), known)
+    moments = dataclasses.replace(moments, response=scale * moments.response)
+    errors = design(mask_of("xx.xxxxxxxxxxxxx"), moments, DesignSettings(along=1.0)).errors
+    sigmas = np.array(SIGMAS) / SIGMAS[0]
+    factors = 1 + moments.answer.along * np.diff(sigmas) / sigmas[:-1]
+    assert errors[4] > 0
+    np.testing.assert_allclose(errors[4:], errors[4] * np.cumprod([1.0, *factors[4:]]), rtol=1e-9)
 
 
 def midpoint_of(moments: Moments) -> int:
@@ -110,14 +145,14 @@ def test_skipped_output_that_leads_to_a_midpoint_costs_by_the_answer_that_it_put
     moments = midpoint_moments(smooth())
     gone = midpoint_of(moments)
     mask = [step != gone for step in range(moments.steps)]
-    line = DesignSettings(disturbance=0.5, ridge=1e12)
+    line = DesignSettings(ridge=1e12)
     made = design(mask, moments, line)
     move = np.abs(moments.response[-1]).sum()
-    answer = line.disturbance * made.errors[gone + 1] / (moments.left[gone + 1] * move)
+    answer = line.across * moments.answer.across[gone + 1] * made.errors[gone + 1] / (moments.left[gone + 1] * move)
     assert made.errors[gone + 1] > 0
     assert made.errors[gone + 2] == pytest.approx(answer * abs(moments.response[gone + 2, gone + 1]), rel=1e-6)
     assert made.error > 0
-    assert design(mask, moments, DesignSettings(disturbance=0.0, ridge=1e12)).error < 1e-9, "no answer minds it"
+    assert design(mask, moments, dataclasses.replace(QUIET, ridge=1e12)).error < 1e-9, "no answer minds it"
 
 
 def test_what_was_skipped_before_a_midpoint_is_put_right_by_the_answer_that_is_given_there() -> None:
@@ -133,7 +168,7 @@ def test_what_was_skipped_before_a_midpoint_is_put_right_by_the_answer_that_is_g
 def test_scale_of_the_latents_does_not_matter(scale: float) -> None:
     """Schedulers of EDM's kind move the latents by hundreds, those of flow matching by one."""
     moments = euler_moments(smooth())
-    large = Moments(moments.gram, scale * moments.response, moments.early)
+    large = Moments(moments.gram, scale * moments.response)
     one, other = (design(mask_of(MASKS[1]), each, DesignSettings()) for each in (moments, large))
     np.testing.assert_allclose(one.errors, other.errors, rtol=1e-6)
 
@@ -163,13 +198,13 @@ def test_constant_and_straight_runs_are_reproduced(mask: str, degree: int) -> No
 def test_weights_learn_polynomials_from_the_moments(degree: int) -> None:
     powers = np.vander(np.arange(STEPS) / STEPS, degree + 1)
     outputs = powers @ np.random.default_rng(0).normal(size=(degree + 1, 50))
-    settings = DesignSettings(disturbance=0.0, ridge=1e-12)
+    settings = dataclasses.replace(QUIET, ridge=1e-12)
     mask = "xxxx.xxx.xx.xx.x"
     assert design(mask_of(mask), euler_moments(outputs), settings).error < 1e-5
 
 
 def test_ridge_pulls_the_weights_to_the_line_and_its_correction() -> None:
-    made = design(mask_of("xxx..xx........x"), euler_moments(smooth()), DesignSettings(disturbance=0.0, ridge=1e9))
+    made = design(mask_of("xxx..xx........x"), euler_moments(smooth()), dataclasses.replace(QUIET, ridge=1e9))
     for step in (3, 4):
         wanted = extrapolate([2, 1, 0], step)
         assert made.weights[step] == pytest.approx({**dict.fromkeys((2, 1, 0), 0.0), **wanted}, abs=1e-4)
@@ -183,7 +218,7 @@ def test_fitted_weights_are_better_than_the_line() -> None:
     moments = euler_moments(outputs)
     for mask in MASKS[:3]:
         fitted = design(mask_of(mask), moments, QUIET).error
-        assert fitted <= design(mask_of(mask), moments, DesignSettings(disturbance=0.0, ridge=1e9)).error * 1.001
+        assert fitted <= design(mask_of(mask), moments, dataclasses.replace(QUIET, ridge=1e9)).error * 1.001
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
@@ -203,42 +238,42 @@ def test_more_computed_steps_have_a_lower_expected_error() -> None:
     assert errors[0] > 2 * errors[1]
 
 
-def test_more_disturbance_has_a_higher_expected_error() -> None:
+@pytest.mark.parametrize("fresh", [0.0, 0.6, 1.0])
+def test_more_across_has_a_higher_expected_error(fresh: float) -> None:
     moments = euler_moments(smooth())
-    errors = [design(mask_of(MASKS[1]), moments, DesignSettings(disturbance=each)).error for each in (0.0, 0.3, 1.0)]
-    assert errors == sorted(errors)
+    settings = [DesignSettings(across=each, fresh=fresh) for each in (0.0, 0.3, 1.0)]
+    errors = [design(mask_of(MASKS[1]), moments, each).error for each in settings]
+    assert errors == sorted(set(errors))
 
 
-@pytest.mark.parametrize("early", [0.5, 2.0, 8.0])
-def test_growth_counts_what_each_gap_has_left_by_the_share_of_the_run_where_it_ends(early: float) -> None:
+def growing(along: float) -> tuple[Answers, ...]:
+    """Answers of a model whose early errors grow, where `along` is under 0; later ones fade."""
+    return (((1.0, along, 0.3), (0.7, along, 0.3), (0.5, 0.5, 0.3), (0.1, 0.5, 0.3)),)
+
+
+def test_early_errors_that_grow_have_a_higher_expected_error() -> None:
     outputs = smooth()
-    mask = mask_of("xx..x...x..x..xx")
-    plain, grown = (design(mask, euler_moments(outputs, each), QUIET) for each in (0.0, early))
-    assert grown.weights == plain.weights
-    assert grown.errors[:-1] == plain.errors[:-1]
-    given = np.stack([sum(weight * outputs[node] for node, weight in each.items()) for each in plain.weights])
-    moments = euler_moments(outputs)
-    added, begin = 0.0, 0
-    for end in (step for step, computed in enumerate(mask) if computed):
-        left = moments.response[-1, begin : end + 1] @ (given - outputs)[begin : end + 1]
-        factor = 1 + early * (SIGMAS[end] / SIGMAS[0]) ** 5
-        added, begin = added + (factor**2 - 1) * (left**2).mean(), end + 1
-    assert grown.error == pytest.approx(np.sqrt(plain.error**2 + added / moments.moved), rel=1e-6)
-    assert grown.error > plain.error
+    early, late = mask_of("xx..x..xxxxxxxxx"), mask_of("xxxxxxxxxxxx.x.x")
+    errors = {
+        mask: [
+            design(mask, euler_moments(outputs, growing(each)), DesignSettings()).error for each in (0.5, -1.0, -4.0)
+        ]
+        for mask in (early, late)
+    }
+    assert errors[early][2] > 1.5 * errors[early][1] > 1.5 * errors[early][0]
+    assert errors[late] == pytest.approx([errors[late][0]] * 3, rel=1e-9), "it is over before anything is skipped"
 
 
-def test_growth_moves_computed_steps_to_the_start() -> None:
+def test_early_errors_that_grow_move_computed_steps_to_the_start() -> None:
     outputs = smooth(30)
-    early, late = (
-        Moments(outputs @ outputs.T / outputs.shape[1], euler(np.linspace(1, 0, 31).tolist()), growth)
-        for growth in (16.0, 0.0)
-    )
-    assert sum(best_design(12, early).mask[:8]) > sum(best_design(12, late).mask[:8]) + 1
+    gram, response = outputs @ outputs.T / outputs.shape[1], euler(np.linspace(1, 0, 31).tolist())
+    grown, plain = (best_design(12, Moments(gram, response, growing(along))) for along in (-8.0, 0.5))
+    assert sum(grown.mask[:10]) > sum(plain.mask[:10]) + 1
 
 
 def test_size_of_the_outputs_does_not_matter() -> None:
     moments = euler_moments(smooth())
-    large = Moments(moments.gram * 1e8, moments.response, moments.early)
+    large = Moments(moments.gram * 1e8, moments.response)
     one, other = (design(mask_of(MASKS[1]), each, DesignSettings()) for each in (moments, large))
     np.testing.assert_allclose(one.errors, other.errors, rtol=1e-6)
 
@@ -279,6 +314,6 @@ def test_schedulers_that_look_back_get_more_careful_designs(make: Callable[[], A
     moments = moments_for(make())
     assert moments.looks_back is looks_back
     settings = DesignSettings.of(moments)
-    assert (settings.disturbance > DesignSettings.disturbance) is looks_back
     assert (settings.ridge > DesignSettings.ridge) is looks_back
+    assert dataclasses.replace(settings, ridge=DesignSettings.ridge) == DesignSettings()
     assert best_design(5, moments) == best_design(5, moments, settings)

@@ -179,7 +179,9 @@ def test_first_two_calls_are_made_once_more(name: str) -> None:
     assert all(
         growth > 0 and abs(left - share) < 0.1 for (left, growth), share in zip(plan.growth, SHARES, strict=True)
     )
-    assert dataclasses.replace(plan, growth=()) == without, "what is recorded comes from the undisturbed runs alone"
+    assert dataclasses.replace(plan, growth=(), answers=(), held_out=without.held_out) == without, (
+        "what is recorded comes from the undisturbed runs alone"
+    )
     assert plan.moments.early == early_growth(plan.growth)
     assert "errors of the start grow" in str(plan)
     assert "errors of the start grow" not in str(without)

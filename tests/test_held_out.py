@@ -62,8 +62,10 @@ def test_calibration_holds_the_last_call_against_those_before(tmp_path: Path) ->
 
 def test_the_same_call_twice_says_that_more_would_change_little() -> None:
     family = present("flux")
-    plan = calibrate(few_blocks(family), [family.call(None, steps=12), family.call(None, steps=12)], teacache=False)
-    assert plan.held_out == pytest.approx(1.0)
+    calls = [family.call(None, steps=12), family.call(None, steps=12)]
+    assert calibrate(few_blocks(family), calls, teacache=False, growth=False).held_out == pytest.approx(1.0)
+    plan = calibrate(few_blocks(family), calls, teacache=False)
+    assert plan.held_out == pytest.approx(1.0, abs=0.1), "but for the second disturbance, at another place"
     assert "more calls would change little" in str(plan)
 
 

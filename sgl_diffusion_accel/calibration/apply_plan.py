@@ -13,10 +13,9 @@ from sgl_diffusion_accel.caching.adaptive import settings_for
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, put_around, targets_of_cache
 from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
 from sgl_diffusion_accel.calibration.calibrate import digest, no_plan
-from sgl_diffusion_accel.calibration.design import Design, Moments
+from sgl_diffusion_accel.calibration.design import Design, Moments, carry_over
 from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
 from sgl_diffusion_accel.calibration.growth import early_growth
-from sgl_diffusion_accel.calibration.moments import carry_over
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import factor_at
 from sgl_diffusion_accel.calibration.plan_policy import PlanPolicy

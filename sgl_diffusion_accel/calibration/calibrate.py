@@ -51,10 +51,11 @@ def calibrate(
     """Learns from a few uncached runs how a pipeline moves, for plans at every speed-up.
 
     Each call is run as it is, two of them once more with one output disturbed. What the scheduler is given at
-    each step, guidance and all, is kept as a sketch (at most 1 MiB a step on the host, one run at a time). On the
-    device nothing is kept, but for TeaCache and MagCache: the last residual of each branch, for TeaCache the last
-    signal and output too; and three outputs in a disturbed run. Only the products between steps and the growth of the
-    disturbance remain: a plan has some tens of kilobytes whatever the model.
+    each step, guidance and all, is kept as a sketch (at most 1 MiB a step on the host, one run at a time; 2 MiB while a
+    call runs disturbed, to be held against the run before it). On the device nothing is kept, but for TeaCache and
+    MagCache: the last residual of each branch, for TeaCache the last signal and output too; and three outputs in a
+    disturbed run. Only the products between steps, the growth of the disturbance and what the model answered to it
+    remain: a plan has some tens of kilobytes whatever the model.
 
     Args:
         pipe: A diffusers pipeline with a diffusion transformer (two for Wan2.2, planned together), with no cache on it.
@@ -65,8 +66,8 @@ def calibrate(
         teacache: Also fit the coefficients of TeaCache on the same runs, where the model has a signal for them. Where a
             calibration goes on, they are from its larger part.
         magnitudes: Also record the magnitude ratios of MagCache in the same runs, where the model has blocks to watch.
-        growth: Also measure how errors of the start grow until the end, by making two of the calls once more, callbacks
-            and all. Plans of models whose pictures are decided early are better by several dB for it.
+        growth: Also measure how the model answers to latents that are off, and how errors of the start grow until the
+            end, by making two of the calls once more, callbacks and all. Without it plans expect what is usual.
         progress: Log each call as it is done.
 
     Returns:
@@ -160,8 +161,8 @@ def _held_out(plans: list[CachePlan], plan: CachePlan) -> CachePlan:
 
 
 def _measured(plans: list[CachePlan]) -> int:
-    """How often the growth has been measured."""
-    return sum(len(each.growth) for each in plans)
+    """How often a call has been disturbed, but for files of before, which kept nothing but the growth."""
+    return sum(len(each.answers) for each in plans)
 
 
 def _disturbed(
@@ -190,7 +191,7 @@ def _disturbed(
     try:
         pipe(**call.fresh())
     except Exception as error:  # the call itself is recorded: this must not lose it
-        logger.warning("how errors grow was not measured: the call failed when it was made once more (%s).", error)
+        logger.warning("how errors go on was not measured: the call failed when it was made once more (%s).", error)
         return plan
     finally:
         watch.disturbance = None
@@ -198,7 +199,7 @@ def _disturbed(
             blocks.forget()
     run = watch.runs[0]
     if len(watch.runs) != 1 or not same_start(plain.first, run.first):
-        logger.info("how errors grow was not measured: the call draws other noise each time it is made.")
+        logger.info("how errors go on was not measured: the call draws other noise each time it is made.")
         return plan
     if plain.final is None or run.final is None or plain.final.shape != run.final.shape:
         return plan

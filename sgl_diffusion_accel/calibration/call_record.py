@@ -46,20 +46,19 @@ class Recording:
             timestep: Of the step.
             sample: The latents before it, of the same shape.
         """
-        if self._picked is None:
+        if not self._sketches:
             self.shape = tuple(sample.shape)
-            self._picked = _picked(output.numel()).to(output.device)
-        self._sketches.append(self._sketch(output, self._picked))
+        self._sketches.append(self._sketch(output))
         self.timesteps.append(float(timestep))
 
     def move(self, output: Tensor, instead: Tensor) -> None:
         """Takes what the scheduler is given instead of the last output."""
-        assert self._picked is not None, "a step has been added"
-        self.moved = self._sketch(instead, self._picked) - self._sketch(output, self._picked)
+        self.moved = self._sketch(instead) - self._sketch(output)
 
-    @staticmethod
-    def _sketch(output: Tensor, picked: Tensor) -> Tensor:
-        return output.detach().flatten()[picked].float().cpu()
+    def _sketch(self, output: Tensor) -> Tensor:
+        if self._picked is None:
+            self._picked = _picked(output.numel()).to(output.device)
+        return output.detach().flatten()[self._picked].float().cpu()
 
     @property
     def outputs(self) -> Tensor:

@@ -34,6 +34,8 @@ Matrix = npt.NDArray[np.float64]
 _TURNS = 3
 """Levels of what is off: in the outputs themselves, turned once, and turned twice or more."""
 
+_NEAREST = 4  # measured steps, which the cubic to another timestep goes through
+
 
 @dataclass(frozen=True)
 class DesignSettings:
@@ -265,3 +267,34 @@ class Draft:
         weight = settings.ridge * max(matrix.trace() / len(nodes), 1e-30)
         solved = np.linalg.solve(matrix + weight * np.eye(len(nodes)), target + weight * start)
         return dict(zip(nodes, solved.tolist(), strict=True))
+
+
+def carry_over(gram: Matrix, measured: Sequence[float], wanted: Sequence[float]) -> Matrix:
+    """The Gram matrix for other timesteps, by cubic interpolation of the outputs in the timestep.
+
+    Args:
+        gram: Of the outputs at the measured timesteps, `[S, S]`.
+        measured: Their timesteps, falling.
+        wanted: Timesteps of the other schedule; outside of the measured range the nearest measured one is taken.
+
+    Returns:
+        Of the outputs at the wanted timesteps, `[S', S']`.
+    """
+    weights = np.stack([_interpolation(measured, float(np.clip(each, measured[-1], measured[0]))) for each in wanted])
+    # The outputs are interpolated, and not the entries: so the result is the Gram matrix of something.
+    carried: Matrix = weights @ gram @ weights.T
+    return carried
+
+
+def _interpolation(measured: Sequence[float], wanted: float) -> Matrix:
+    times = np.asarray(measured, dtype=np.float64)
+    row = np.zeros(len(times))
+    _, distinct = np.unique(-times, return_index=True)  # methods of second order come to a timestep twice
+    # Timesteps fall, and the search wants rising numbers.
+    place = np.searchsorted(-times[distinct], -wanted) - _NEAREST // 2
+    start = int(np.clip(place, 0, max(len(distinct) - _NEAREST, 0)))
+    near = distinct[start : start + _NEAREST].tolist()
+    for node in near:
+        others = [other for other in near if other != node]
+        row[node] = np.prod([(wanted - times[other]) / (times[node] - times[other]) for other in others])
+    return row

@@ -146,8 +146,8 @@ class CachePlan:
     def expected_error(self, computed_steps: int) -> float:
         """Error to be expected of the final latents, relative to how far they move in the run (root mean square).
 
-        Without checks it is what the design says, which leaves out much of how the model answers to latents that are
-        off; with them (`check_plan`) it is that times the factor by which it was exceeded.
+        Without checks it is what the design says, which takes it that the model answers to any error as it did to one
+        disturbance; with them (`check_plan`) it is that times the factor by which it was exceeded.
 
         Args:
             computed_steps: How many steps are computed, from 1 to `steps`.
