@@ -11,15 +11,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from invariants.families import few_blocks, present
 from sgl_diffusion_accel import CachePlan, ConfigError, calibrate
-from sgl_diffusion_accel.calibration import apply_plan
-from sgl_diffusion_accel.calibration.answers import MOST, Answers, answer_at, answers_between, scale_of
+from sgl_diffusion_accel.calibration import apply_plan, call_record
 from sgl_diffusion_accel.calibration.call_record import recording
-from sgl_diffusion_accel.calibration.design import Moments
-from sgl_diffusion_accel.calibration.growth import Disturbance
+from sgl_diffusion_accel.calibration.designs.answers import MOST, Answers, answer_at, answers_between, scale_of
+from sgl_diffusion_accel.calibration.designs.design import Moments
+from sgl_diffusion_accel.calibration.growth import Disturbance, disturbance_for
 from sgl_diffusion_accel.calibration.plan_checks import Check
 from sgl_diffusion_accel.loop.scheduler_response import Response, euler, left_at, response_of
 from test_growth import given
@@ -31,35 +30,38 @@ STEPS = 20
 DISTURBED = 4
 
 
-def response_for(scheduler: Any) -> Response:
-    scheduler.set_timesteps(STEPS)
-    response = response_of(scheduler, STEPS)
+def response_for(scheduler: Any, steps: int = STEPS) -> Response:
+    scheduler.set_timesteps(steps)
+    response = response_of(scheduler, steps)
     assert response is not None
     return response
 
 
-def loop(scheduler: Any, along: float, across: float, dtype: torch.dtype) -> None:
+def loop(scheduler: Any, along: float, across: float, dtype: torch.dtype, steps: int) -> None:
     """A run of a model that answers along·x + across·R x and a part of its own; R is a quarter turn."""
     generator = torch.Generator().manual_seed(1)
-    own = torch.randn(STEPS, 1, 4096, generator=generator).cumsum(0) / STEPS
+    own = torch.randn(steps, 1, 4096, generator=generator).cumsum(0) / steps
     sample = torch.randn(1, 4096, generator=generator).to(dtype)
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(steps)
     for timestep, part in zip(scheduler.timesteps, own, strict=True):
         one, other = sample.float().chunk(2, -1)
         output = along * sample.float() + across * torch.cat([-other, one], -1) + part
         sample = scheduler.step(output.to(dtype), timestep, sample, return_dict=False)[0]
 
 
-def measured(scheduler: Any, along: float, across: float, dtype: torch.dtype = torch.float32) -> Answers:
-    response = response_for(scheduler)
+def measured(
+    scheduler: Any, along: float, across: float, dtype: torch.dtype = torch.float32, steps: int = STEPS
+) -> Answers:
+    response = response_for(scheduler, steps)
+    made = disturbance_for(0, response) or Disturbance(DISTURBED)
     with recording(pipe_of(scheduler)) as watch:
-        loop(scheduler, along, across, dtype)
-        watch.disturbance = Disturbance(DISTURBED)
-        loop(scheduler, along, across, dtype)
-    plain, run = watch.runs
-    assert plain.moved is None
-    assert run.moved is not None
-    return answers_between(response, plain.outputs, run.outputs, run.moved, DISTURBED)
+        loop(scheduler, along, across, dtype, steps)
+        watch.disturbance = made
+        loop(scheduler, along, across, dtype, steps)
+    plain, run = (each.seen() for each in watch.runs)
+    assert plain is not None
+    assert run is not None
+    return answers_between(response, plain, run, made.step)
 
 
 def sd_euler() -> Any:
@@ -75,31 +77,34 @@ def test_answer_is_that_of_the_model(make: Any, along: float, across: float) -> 
     response = response_for(scheduler)
     scale = np.abs(response[-1]).sum()
     found = np.array(measured(scheduler, along / scale, across / scale))
-    left = left_at(response[-1])[DISTURBED + 1 :]
-    assert found.shape == (STEPS - DISTURBED - 1, 3)
+    left = left_at(response[-1])[-len(found) :]
+    assert STEPS > len(found) > STEPS - 2 * DISTURBED
     np.testing.assert_allclose(found[:, 0], left, rtol=1e-9)
     np.testing.assert_allclose(found[:, 1], along * left, atol=2e-3)
     np.testing.assert_allclose(found[:, 2], across * left, atol=2e-3)
 
 
-def test_answer_does_not_drown_in_half_precision() -> None:
-    """Rounding of outputs and latents comes on top of what is across; in float16 hardly, in bfloat16 it is seen."""
-    exact, half, rough = (
-        np.array(measured(flow_euler(), -1.5, 0.7, each)) for each in (torch.float32, torch.float16, torch.bfloat16)
-    )
-    np.testing.assert_allclose(half, exact, rtol=0.1)
-    np.testing.assert_allclose(rough[:, 1], exact[:, 1], rtol=0.1)
-    assert (rough[:, 2] > 0.95 * exact[:, 2]).all()
-    assert (np.hypot(exact[:, 2], 0.5) > rough[:, 2]).all()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize(("along", "across"), [(0.8, 0.0), (-1.5, 0.7)])
+def test_answer_does_not_drown_in_half_precision(along: float, across: float, steps: int, dtype: torch.dtype) -> None:
+    """Rounding of the latents is a part of what is off, that of the outputs comes on top of what is across."""
+    exact, rough = (np.array(measured(flow_euler(), along, across, each, steps)) for each in (torch.float32, dtype))
+    np.testing.assert_allclose(rough[:, 1], exact[:, 1], atol=0.05)
+    np.testing.assert_allclose(rough[:, 2], exact[:, 2], atol=0.2 if dtype == torch.bfloat16 else 0.05)
 
 
 def turning(change: dict[int, list[float]], response: Response, moved: list[float]) -> Answers:
     """Of outputs that are off as given, where step 1 was moved."""
-    plain = torch.randn(response.shape[1], 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    disturbed = plain.clone()
+    size = (response.shape[1], 2)
+    plain = torch.randn(*size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    off = torch.zeros(*size, dtype=torch.float64)
     for step, by in change.items():
-        disturbed[step] += torch.tensor(by, dtype=torch.float64)
-    return answers_between(response, plain, disturbed, torch.tensor(moved, dtype=torch.float64), 1)
+        off[step] = torch.tensor(by, dtype=torch.float64)
+    given = off.clone()
+    given[1] += torch.tensor(moved, dtype=torch.float64)
+    latents = torch.from_numpy(response[:-1]) @ given
+    return answers_between(response, (plain, torch.zeros_like(plain)), (plain + off, latents), 1)
 
 
 EVEN = euler(np.linspace(1, 0, 5).tolist())
@@ -219,26 +224,26 @@ def test_call_that_draws_its_noise_anew_tells_no_answer() -> None:
     assert calibrate(pipe, [call], teacache=False, magnitudes=False).answers == ()
 
 
-def test_what_is_off_follows_from_the_outputs_and_what_was_moved() -> None:
-    """Answers are held against latents that are not looked at; at the end of a run they can be."""
-    family = present("flux")
-    pipe = few_blocks(family)
-    ends: list[Tensor] = []
-    with recording(pipe) as watch:
-        for disturbance in (None, Disturbance(DISTURBED)):
-            watch.disturbance = disturbance
-            pipe(**given(family, 1)[0])
-            final = watch.runs[-1].final
-            assert final is not None
-            ends.append(final)
-    plain, run = watch.runs
-    response = response_of(pipe.scheduler, len(plain.timesteps))
-    assert response is not None
-    assert run.moved is not None
-    change = run.outputs - plain.outputs
-    change[DISTURBED] += run.moved
-    off = torch.from_numpy(response[-1]).float() @ change
-    torch.testing.assert_close(off, (ends[1] - ends[0]).flatten().float().cpu(), atol=1e-5, rtol=1e-3)
+def test_the_same_elements_of_outputs_and_latents_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_record, "SKETCH", 16)
+    monkeypatch.setattr(call_record, "LATENTS", 4)
+    record = call_record.Recording()
+    for step in range(3):
+        output = torch.arange(100.0).view(1, 4, 25) + 1000 * step
+        record.add(output, 3 - step, -output)
+    seen = record.seen()
+    assert seen is not None
+    outputs, latents = seen
+    assert torch.equal(outputs, -latents)
+    assert outputs.shape == (3, 4)
+    assert len(set(outputs[0].tolist())) == 4
+    assert record.nbytes == 3 * (16 + 4) * 4
+
+
+def test_latents_of_another_shape_than_the_outputs_are_not_compared() -> None:
+    record = call_record.Recording()
+    record.add(torch.ones(1, 8), 1, torch.ones(1, 4))
+    assert record.seen() is None
 
 
 def test_answers_that_a_file_is_without_are_measured_by_the_next_calls(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.parts.multistep import correct, extrapolate
-from sgl_diffusion_accel.calibration.answers import Answers
-from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments, design
-from sgl_diffusion_accel.calibration.design_search import best_design
+from sgl_diffusion_accel.calibration.designs.answers import Answers
+from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Moments, design
+from sgl_diffusion_accel.calibration.designs.design_search import best_design
 from sgl_diffusion_accel.loop.scheduler_response import euler, response_of
 from zoo.base import flow_euler, unipc_flow
 

@@ -10,7 +10,7 @@ import pytest
 
 from invariants.families import few_blocks, present
 from sgl_diffusion_accel import CachePlan, ConfigError, ConfigTypeError, calibrate
-from sgl_diffusion_accel.calibration.design import Moments
+from sgl_diffusion_accel.calibration.designs.design import Moments
 from sgl_diffusion_accel.calibration.plan_checks import ENOUGH, held_out_ratio
 from sgl_diffusion_accel.loop.scheduler_response import euler
 from test_plan import made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sgl_diffusion_accel.calibration.design import carry_over
+from sgl_diffusion_accel.calibration.designs.design import carry_over
 
 MEASURED = np.linspace(1000, 20, 12).tolist()
 

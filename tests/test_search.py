@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sgl_diffusion_accel.calibration.design import DesignSettings, design
-from sgl_diffusion_accel.calibration.design_search import best_design
+from sgl_diffusion_accel.calibration.designs.design import DesignSettings, design
+from sgl_diffusion_accel.calibration.designs.design_search import best_design
 from test_design import STEPS, euler_moments, smooth, unipc_moments
 
 MOMENTS = euler_moments(smooth())

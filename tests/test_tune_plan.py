@@ -25,10 +25,10 @@ from sgl_diffusion_accel import (
     tune_plan,
 )
 from sgl_diffusion_accel.calibration import apply_plan
-from sgl_diffusion_accel.calibration.design import DesignSettings
-from sgl_diffusion_accel.calibration.design_search import best_design
+from sgl_diffusion_accel.calibration.designs.design import DesignSettings
+from sgl_diffusion_accel.calibration.designs.design_search import best_design
+from sgl_diffusion_accel.calibration.designs.tuned import NAMES, USUAL, Tuned, designs_to_try, settings_named
 from sgl_diffusion_accel.calibration.tune_plan import _BROKEN, _Race
-from sgl_diffusion_accel.calibration.tuned import NAMES, USUAL, Tuned, designs_to_try, settings_named
 from test_check_plan import calls, final, learned
 from test_plan import made
 from zoo import Family

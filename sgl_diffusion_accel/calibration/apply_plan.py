@@ -13,13 +13,13 @@ from sgl_diffusion_accel.caching.adaptive import settings_for
 from sgl_diffusion_accel.caching.cache_patch import CachePatch, put_around, targets_of_cache
 from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
 from sgl_diffusion_accel.calibration.calibrate import digest, no_plan
-from sgl_diffusion_accel.calibration.design import Design, Moments, carry_over
-from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
+from sgl_diffusion_accel.calibration.designs.design import Design, Moments, carry_over
+from sgl_diffusion_accel.calibration.designs.design_search import best_design, fewest_steps
+from sgl_diffusion_accel.calibration.designs.tuned import name_for, settings_named
 from sgl_diffusion_accel.calibration.growth import early_growth
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import factor_at
 from sgl_diffusion_accel.calibration.plan_policy import PlanPolicy
-from sgl_diffusion_accel.calibration.tuned import name_for, settings_named
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.loop.runs import Run
 from sgl_diffusion_accel.loop.scheduler_response import Response, adds_noise, share_of_schedule

@@ -16,9 +16,9 @@ import numpy as np
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
-from sgl_diffusion_accel.calibration.answers import answers_between
 from sgl_diffusion_accel.calibration.block_record import BlockRecording
 from sgl_diffusion_accel.calibration.call_record import Recording, Watch, recording
+from sgl_diffusion_accel.calibration.designs.answers import answers_between
 from sgl_diffusion_accel.calibration.growth import disturbance_for, growth_between, same_start
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import ENOUGH, held_out_ratio
@@ -51,7 +51,7 @@ def calibrate(
     """Learns from a few uncached runs how a pipeline moves, for plans at every speed-up.
 
     Each call is run as it is, two of them once more with one output disturbed. What the scheduler is given at
-    each step, guidance and all, is kept as a sketch (at most 1 MiB a step on the host, one run at a time; 2 MiB while a
+    each step, guidance and all, is kept as a sketch (at most 1.25 MiB a step on the host, one run at a time; 2.5 MiB while a
     call runs disturbed, to be held against the run before it). On the device nothing is kept, but for TeaCache and
     MagCache: the last residual of each branch, for TeaCache the last signal and output too; and three outputs in a
     disturbed run. Only the products between steps, the growth of the disturbance and what the model answered to it
@@ -204,9 +204,10 @@ def _disturbed(
     if plain.final is None or run.final is None or plain.final.shape != run.final.shape:
         return plan
     growth = growth_between(made, response, plain.final, run.final)
-    if growth is None or run.moved is None or plain.timesteps != run.timesteps:
+    one, other = plain.seen(), run.seen()
+    if growth is None or one is None or other is None or plain.timesteps != run.timesteps:
         return plan
-    answers = answers_between(response, plain.outputs, run.outputs, run.moved, made.step)
+    answers = answers_between(response, one, other, made.step)
     return replace(plan, growth=(growth,), answers=(answers,) if answers else ())
 
 

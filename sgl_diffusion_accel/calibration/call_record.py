@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_diffusion_accel.calibration.design import Matrix
+from sgl_diffusion_accel.calibration.designs.design import Matrix
 from sgl_diffusion_accel.calibration.growth import Disturbance
 from sgl_diffusion_accel.errors import ConfigError, UnsupportedModelError
 from sgl_diffusion_accel.shadow import stand_before
@@ -18,6 +18,9 @@ from sgl_diffusion_accel.slots import Instead, original_class
 
 SKETCH = 1 << 18
 """Elements that are kept of an output: with 262,144 of them products are off by about 0.2 %, at 1 MiB a step."""
+
+LATENTS = 1 << 16
+"""Elements of these that are kept of the latents."""
 
 
 class Recording:
@@ -27,15 +30,14 @@ class Recording:
         timesteps: One for each step.
         shape: Of the latents.
         final: The latents after the last step so far, as the scheduler returned them.
-        moved: What is kept of what was added to an output, None in a run as it is.
     """
 
     def __init__(self) -> None:
         self.timesteps: list[float] = []
         self.shape: tuple[int, ...] = ()
         self.final: Tensor | None = None
-        self.moved: Tensor | None = None
         self._sketches: list[Tensor] = []
+        self._latents: list[Tensor] = []
         self._picked: Tensor | None = None
 
     def add(self, output: Tensor, timestep: Any, sample: Tensor) -> None:
@@ -48,22 +50,21 @@ class Recording:
         """
         if not self._sketches:
             self.shape = tuple(sample.shape)
-        self._sketches.append(self._sketch(output))
-        self.timesteps.append(float(timestep))
-
-    def move(self, output: Tensor, instead: Tensor) -> None:
-        """Takes what the scheduler is given instead of the last output."""
-        self.moved = self._sketch(instead) - self._sketch(output)
-
-    def _sketch(self, output: Tensor) -> Tensor:
         if self._picked is None:
             self._picked = _picked(output.numel()).to(output.device)
-        return output.detach().flatten()[self._picked].float().cpu()
+        self._sketches.append(_kept(output, self._picked))
+        if sample.shape == output.shape:
+            self._latents.append(_kept(sample, _fewer(self._picked)))
+        self.timesteps.append(float(timestep))
 
-    @property
-    def outputs(self) -> Tensor:
-        """What is kept of all outputs, `[S, E]`."""
-        return torch.stack(self._sketches)
+    def seen(self) -> tuple[Tensor, Tensor] | None:
+        """What is kept of all outputs and of the latents before each step, the same elements of both, `[S, E]` each.
+
+        None where the two are of unlike shapes.
+        """
+        if not self._latents or len(self._latents) < len(self._sketches):
+            return None
+        return torch.stack([_fewer(each) for each in self._sketches]), torch.stack(self._latents)
 
     @property
     def first(self) -> Tensor:
@@ -73,7 +74,7 @@ class Recording:
     @property
     def nbytes(self) -> int:
         """Bytes that are held on the host."""
-        return sum(each.numel() * each.element_size() for each in self._sketches)
+        return sum(each.numel() * each.element_size() for each in self._sketches + self._latents)
 
     def gram(self) -> Matrix:
         """Mean products of the outputs, `[S, S]`.
@@ -81,7 +82,7 @@ class Recording:
         Raises:
             ConfigError: An output is not finite.
         """
-        outputs = self.outputs.double()
+        outputs = torch.stack(self._sketches).double()
         if not outputs.isfinite().all():
             raise ConfigError(
                 "the pipeline gave its scheduler numbers that are not finite, without any cache: nothing can be "
@@ -98,6 +99,14 @@ def _picked(elements: int) -> Tensor:
     # A seed of its own: products are between steps and runs are averaged, so all have to pick the same elements; and
     # the user's random state stays.
     return torch.randint(elements, (SKETCH,), generator=torch.Generator().manual_seed(0)).sort().values
+
+
+def _kept(tensor: Tensor, picked: Tensor) -> Tensor:
+    return tensor.detach().flatten()[picked].float().cpu()
+
+
+def _fewer(picked: Tensor) -> Tensor:
+    return picked[:: max(1, SKETCH // LATENTS)] if len(picked) > LATENTS else picked
 
 
 class Watch:
@@ -132,7 +141,6 @@ class Watch:
         moved = None if self.disturbance is None else self.disturbance.see(given[_GIVEN[0]])
         if moved is None:
             return run
-        run.move(given[_GIVEN[0]], moved)
         return Instead(
             self.leave(
                 scheduler, run, self.call(moved, *(given.pop(name) for name in _GIVEN[1:]), *rest, **_others(given))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.parts.gap_control import GapSettings, late_growth
@@ -21,7 +22,8 @@ from sgl_diffusion_accel.loop.scheduler_response import Response, left_at
 SHARES = (0.9, 0.85)
 """Where a run is disturbed: the share of the run that is left, for one call after the other."""
 
-_SIZE = 0.3  # of the disturbance, relative to an output; in half precision a small one would drown in rounding
+_SIZE = 0.3  # of the disturbance, relative to an output
+_COARSE, _MOST_COARSE = 0.02, 1.0  # the same in half precision for each step of a run: it is to stand out of rounding
 _BEND = 3  # outputs that a bend is seen from
 _FEWEST = 10
 _NEAR = 0.1
@@ -35,10 +37,12 @@ class Disturbance:
 
     Attributes:
         step: Which step.
+        coarse: Its size in half precision, relative to an output.
         moved: ‖e‖ of the disturbance; 0 until it was made, or where nothing bends.
     """
 
     step: int
+    coarse: float = 0.3
     moved: float = 0.0
     _seen: int = 0
     _outputs: list[Tensor] = field(default_factory=list)
@@ -55,10 +59,11 @@ class Disturbance:
         if self._seen == self.step:
             newest, middle, oldest = reversed(self._outputs)
             self._outputs = []
+            share = _SIZE if output.dtype in (torch.float32, torch.float64) else self.coarse
             bend = newest - 2 * middle + oldest
             size = float(bend.norm())
             if size > 0 and np.isfinite(size):
-                moved = (newest + bend * (_SIZE * float(newest.norm()) / size)).to(output.dtype)
+                moved = (newest + bend * (share * float(newest.norm()) / size)).to(output.dtype)
                 self.moved = float((moved.float() - newest).norm())
         self._seen += 1
         return moved
@@ -84,8 +89,9 @@ def disturbance_for(call: int, response: Response) -> Disturbance | None:
         for step in range(_BEND - 1, steps - 1)
         if response[-1, step]  # what leads to a midpoint moves nothing that lasts
     ]
+    coarse = min(max(_SIZE, _COARSE * steps), _MOST_COARSE)
     step = min(able, key=lambda each: abs(left[each] - SHARES[call]), default=None)
-    return None if step is None or abs(left[step] - SHARES[call]) > _NEAR else Disturbance(step)
+    return None if step is None or abs(left[step] - SHARES[call]) > _NEAR else Disturbance(step, coarse)
 
 
 def growth_between(

@@ -12,14 +12,14 @@ import numpy as np
 from sgl_diffusion_accel._version import __version__
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
-from sgl_diffusion_accel.calibration.answers import Answers
-from sgl_diffusion_accel.calibration.design import Design, Matrix, Moments
-from sgl_diffusion_accel.calibration.design_search import best_design, fewest_steps
+from sgl_diffusion_accel.calibration.designs.answers import Answers
+from sgl_diffusion_accel.calibration.designs.design import Design, Matrix, Moments
+from sgl_diffusion_accel.calibration.designs.design_search import best_design, fewest_steps
+from sgl_diffusion_accel.calibration.designs.tuned import Tuned, name_for, settings_named
 from sgl_diffusion_accel.calibration.growth import early_growth
 from sgl_diffusion_accel.calibration.plan_checks import ENOUGH, Check, factor_at
 from sgl_diffusion_accel.calibration.plan_fields import checked, symmetric
 from sgl_diffusion_accel.calibration.plan_file import parts, read, refuse, write
-from sgl_diffusion_accel.calibration.tuned import Tuned, name_for, settings_named
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import count, of_type, real
 

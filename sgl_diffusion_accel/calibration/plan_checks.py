@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sgl_diffusion_accel.calibration.design import Design, Moments
-from sgl_diffusion_accel.calibration.design_search import best_design
+from sgl_diffusion_accel.calibration.designs.design import Design, Moments
+from sgl_diffusion_accel.calibration.designs.design_search import best_design
 from sgl_diffusion_accel.validate import count, within
 
 ENOUGH = 1.4

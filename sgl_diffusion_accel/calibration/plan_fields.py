@@ -11,10 +11,10 @@ import numpy as np
 
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
-from sgl_diffusion_accel.calibration.answers import LEAST_LEFT, MOST, Answers
-from sgl_diffusion_accel.calibration.design import Matrix
+from sgl_diffusion_accel.calibration.designs.answers import LEAST_LEFT, MOST, Answers
+from sgl_diffusion_accel.calibration.designs.design import Matrix
+from sgl_diffusion_accel.calibration.designs.tuned import Tuned
 from sgl_diffusion_accel.calibration.plan_checks import Check
-from sgl_diffusion_accel.calibration.tuned import Tuned
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import count, finite, listed, of_type, text
 

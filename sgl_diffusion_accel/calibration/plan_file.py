@@ -11,8 +11,8 @@ from typing import Any
 
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
+from sgl_diffusion_accel.calibration.designs.tuned import Tuned
 from sgl_diffusion_accel.calibration.plan_checks import Check
-from sgl_diffusion_accel.calibration.tuned import Tuned
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import listed
 

@@ -11,7 +11,7 @@ from sgl_diffusion_accel.caching.parts.call_policy import DEPTH, CallPolicy
 from sgl_diffusion_accel.caching.parts.gap_control import GapControl, GapSettings
 from sgl_diffusion_accel.caching.parts.multistep import Weights, extrapolate
 from sgl_diffusion_accel.caching.parts.policies import Change, Decision, Position, Tally
-from sgl_diffusion_accel.calibration.design import Design, Moments
+from sgl_diffusion_accel.calibration.designs.design import Design, Moments
 from sgl_diffusion_accel.loop.scheduler_response import passing_influence
 
 _LINE = 2  # steps that a line goes through

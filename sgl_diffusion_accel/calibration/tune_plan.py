@@ -13,8 +13,8 @@ from sgl_diffusion_accel.caching.cache_patch import refuse_cached
 from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan, check_model
 from sgl_diffusion_accel.calibration.call_record import Recording, recording
 from sgl_diffusion_accel.calibration.check_plan import budgets_of, final_latents
+from sgl_diffusion_accel.calibration.designs.tuned import USUAL, Tuned, designs_to_try
 from sgl_diffusion_accel.calibration.plan import CachePlan
-from sgl_diffusion_accel.calibration.tuned import USUAL, Tuned, designs_to_try
 from sgl_diffusion_accel.calls import Call, read_calls
 from sgl_diffusion_accel.targets import Pipeline, find_targets
 from sgl_diffusion_accel.validate import count, names_checked, of_type

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Draft, Moments
+from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Draft, Moments
 
 _ROUNDS = 3
 _NEAR, _FAR = 3, 4  # exchanges tried for each computed step: with its neighbours, and with some drawn at random

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sgl_diffusion_accel.calibration.design import Design, DesignSettings, Moments
-from sgl_diffusion_accel.calibration.design_search import best_design
+from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Moments
+from sgl_diffusion_accel.calibration.designs.design_search import best_design
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import count, finite, of_type
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
 from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate
-from sgl_diffusion_accel.calibration.answers import LEAST_LEFT, Answer, Answers, answer_at, scale_of
+from sgl_diffusion_accel.calibration.designs.answers import LEAST_LEFT, Answer, Answers, answer_at, scale_of
 from sgl_diffusion_accel.loop.scheduler_response import left_at, looks_back
 
 Matrix = npt.NDArray[np.float64]

@@ -6,8 +6,8 @@ the model still shows the picture that it would have shown, and the error fades 
 itself, as it does on rough models in the first half of a run; across, it turns into other errors. No product of outputs
 of undisturbed runs tells any of it.
 
-One disturbed run tells it for all steps that follow the disturbance, from the outputs alone: δ_s is what the scheduler
-makes of the differences before step s.
+One disturbed run tells it for all steps that follow the disturbance. The latents are looked at, and not only worked out
+from the outputs: in half precision their rounding is part of what the model answers to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from sgl_diffusion_accel.loop.scheduler_response import Response, left_at
@@ -46,34 +45,34 @@ class Answer:
     across: Array
 
 
-def answers_between(response: Response, plain: Tensor, disturbed: Tensor, moved: Tensor, step: int) -> Answers:
+Run = tuple[Tensor, Tensor]
+"""Outputs of a run, and the latents before each step, the same elements of both; `[S, E]` each."""
+
+
+def answers_between(response: Response, plain: Run, disturbed: Run, step: int) -> Answers:
     """Compares the outputs of two runs.
 
     Args:
         response: Of the scheduler, `[S + 1, S]`.
-        plain: Outputs of the undisturbed run, `[S, E]`.
-        disturbed: Those of the disturbed run.
-        moved: What was added to the output of the disturbed step, `[E]`.
-        step: Which step that was.
+        plain: The undisturbed run.
+        disturbed: The disturbed one.
+        step: Which step was disturbed.
 
     Returns:
-        Nothing for steps where the latents are not off, as where the scheduler forgets an output.
+        Nothing for steps where the latents are not off, as where the scheduler has forgotten what it was given.
     """
-    change = disturbed.double() - plain.double()
-    given = change.clone()
-    given[step] += moved.double()
-    off = torch.from_numpy(response[:-1]) @ given
-    scale = 1 / scale_of(response)
+    scale, left = 1 / scale_of(response), _left(response)
     found = []
-    for each in range(step + 1, len(change)):
-        square = float(off[each].square().sum())
+    for each in range(step + 1, len(left)):
+        change, off = (one[each].double() - other[each].double() for one, other in zip(disturbed, plain, strict=True))
+        square = float(off.square().sum())
         if not (0 < square < np.inf):
             continue
-        along = float(change[each] @ off[each]) / square
-        across = float((change[each] - along * off[each]).norm()) / square**0.5
+        along = float(change @ off) / square
+        across = float((change - along * off).norm()) / square**0.5
         pair = np.clip([along / scale[each], across / scale[each]], -MOST, MOST)
         if np.isfinite(pair).all():
-            found.append((float(_left(response)[each]), float(pair[0]), float(pair[1])))
+            found.append((float(left[each]), float(pair[0]), float(pair[1])))
     return tuple(found)
 
 
