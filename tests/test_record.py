@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sgl_diffusion_accel import ConfigError, UnsupportedModelError
-from sgl_diffusion_accel.calibration.call_record import SKETCH, Recording, recording
+from sgl_diffusion_accel.calibration.call_record import LATENTS, SKETCH, Recording, recording
 from zoo.base import flow_euler, unipc_flow
 
 STEPS = 5
@@ -45,7 +45,7 @@ def test_small_outputs_are_recorded_exactly() -> None:
     np.testing.assert_allclose(only.gram(), stacked @ stacked.T / 48, rtol=1e-12)
     assert only.timesteps == scheduler.timesteps.tolist()
     assert only.shape == (1, 48)
-    assert only.nbytes == STEPS * 48 * 4
+    assert only.nbytes == STEPS * 2 * 48 * 4, "outputs and latents"
 
 
 def test_large_outputs_are_recorded_as_bounded_sketches() -> None:
@@ -55,7 +55,7 @@ def test_large_outputs_are_recorded_as_bounded_sketches() -> None:
     with recording(pipe_of(scheduler := flow_euler())) as watch:
         runs = watch.runs
         run(scheduler, given)
-    assert runs[0].nbytes == STEPS * SKETCH * 4
+    assert runs[0].nbytes == STEPS * (SKETCH + LATENTS) * 4
     stacked = torch.cat(given).double().numpy()
     np.testing.assert_allclose(runs[0].gram(), stacked @ stacked.T / stacked.shape[1], rtol=0.01)
 

@@ -51,9 +51,9 @@ def calibrate(
     """Learns from a few uncached runs how a pipeline moves, for plans at every speed-up.
 
     Each call is run as it is, two of them once more with one output disturbed. What the scheduler is given at
-    each step, guidance and all, is kept as a sketch (at most 1.25 MiB a step on the host, one run at a time; 2.5 MiB while a
-    call runs disturbed, to be held against the run before it). On the device nothing is kept, but for TeaCache and
-    MagCache: the last residual of each branch, for TeaCache the last signal and output too; and three outputs in a
+    each step, guidance and all, is kept as a sketch (at most 1.25 MiB a step on the host, one run at a time; twice that
+    while a call runs disturbed, to be held against the run before it). On the device nothing is kept, but for TeaCache
+    and MagCache: the last residual of each branch, for TeaCache the last signal and output too; and three outputs in a
     disturbed run. Only the products between steps, the growth of the disturbance and what the model answered to it
     remain: a plan has some tens of kilobytes whatever the model.
 
