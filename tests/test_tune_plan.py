@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from invariants import Interrupted, Snapshot, assert_same, families
+from invariants import Interrupted, Snapshot, assert_same
 from invariants.families import present
 from sgl_diffusion_accel import (
     CachePlan,
@@ -31,7 +31,6 @@ from sgl_diffusion_accel.calibration.designs.tuned import NAMES, USUAL, Tuned, d
 from sgl_diffusion_accel.calibration.tune_plan import _BROKEN, _Race
 from test_check_plan import calls, final, learned
 from test_plan import made
-from zoo import Family
 
 COMPUTED = 4
 """Of twelve steps."""
@@ -44,18 +43,20 @@ def error_of(pipe: Any, plan: CachePlan, name: str, call: dict[str, Any]) -> flo
         return float((final(pipe, call) - exact).square().mean().sqrt())
 
 
-@families("wan", matrix=["flux", "qwen"])
-def test_best_of_the_tried_designs_is_kept(family: Family) -> None:
+def test_best_of_the_tried_designs_is_kept() -> None:
+    family = present("wan")
     pipe, plan = learned(family)
-    (call,) = calls(family, pipe, range(7, 8))
-    with torch.no_grad():
-        (tuned,) = tune_plan(pipe, plan, [call], speedups=[3.0], designs=4).tuned
-    errors = {name: error_of(pipe, plan, name, call) for name in designs_to_try(COMPUTED, plan.moments, 4)}
-    assert len(errors) > 1, "there is something to choose"
-    assert tuned.computed_steps == COMPUTED
-    assert errors[tuned.design] == min(errors.values())
-    assert tuned.gain == pytest.approx(errors[USUAL] / errors[tuned.design], rel=1e-3)
-    assert tuned.calls == 1
+    found = []
+    for call in calls(family, pipe, range(7, 10)):
+        with torch.no_grad():
+            (tuned,) = tune_plan(pipe, plan, [call], speedups=[3.0], designs=4).tuned
+        errors = {name: error_of(pipe, plan, name, call) for name in designs_to_try(COMPUTED, plan.moments, 4)}
+        assert tuned.computed_steps == COMPUTED
+        assert errors[tuned.design] == min(errors.values())
+        assert tuned.gain == pytest.approx(errors[USUAL] / errors[tuned.design], rel=1e-3)
+        assert tuned.calls == 1
+        found.append(tuned.design)
+    assert set(found) != {USUAL}, "there is something to choose"
 
 
 def test_tuned_design_is_the_one_that_runs() -> None:

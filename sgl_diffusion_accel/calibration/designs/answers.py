@@ -61,7 +61,7 @@ def answers_between(response: Response, plain: Run, disturbed: Run, step: int) -
     Returns:
         Nothing for steps where the latents are not off, as where the scheduler has forgotten what it was given.
     """
-    scale, left = 1 / scale_of(response), _left(response)
+    scale, left = 1 / scale_of(response), left_in(response)
     found = []
     for each in range(step + 1, len(left)):
         change, off = (one[each].double() - other[each].double() for one, other in zip(disturbed, plain, strict=True))
@@ -99,11 +99,12 @@ def scale_of(response: Response) -> Array:
     The sum over all steps is the size of the latents in units of the outputs: 1 for flow matching, about 15 for noise
     levels of Stable Diffusion.
     """
-    found: Array = _left(response) * np.abs(response[-1]).sum()
+    found: Array = left_in(response) * np.abs(response[-1]).sum()
     return found
 
 
-def _left(response: Response) -> Array:
+def left_in(response: Response) -> Array:
+    """Share of the run that is left at each step, from 1 down; σ for Euler's method on flow matching. `[S]`."""
     # It is divided by, and the last output may have no weight at all (DEIS).
     found: Array = np.maximum(left_at(response[-1]), LEAST_LEFT)
     return found

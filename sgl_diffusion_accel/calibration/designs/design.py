@@ -25,8 +25,8 @@ import numpy.typing as npt
 from sgl_diffusion_accel.caching.parts.call_policy import DEPTH
 from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
 from sgl_diffusion_accel.caching.parts.multistep import Weights, correct, extrapolate
-from sgl_diffusion_accel.calibration.designs.answers import LEAST_LEFT, Answer, Answers, answer_at, scale_of
-from sgl_diffusion_accel.loop.scheduler_response import left_at, looks_back
+from sgl_diffusion_accel.calibration.designs.answers import Answer, Answers, answer_at, left_in, scale_of
+from sgl_diffusion_accel.loop.scheduler_response import looks_back
 
 Matrix = npt.NDArray[np.float64]
 
@@ -107,8 +107,7 @@ class Moments:
     @property
     def left(self) -> Matrix:
         """Share of the run that is left at each step, from 1 down; σ for Euler's method on flow matching. `[S]`."""
-        left: Matrix = np.maximum(left_at(self.response[-1]), LEAST_LEFT)
-        return left
+        return left_in(self.response)
 
     @property
     def answer(self) -> Answer:
