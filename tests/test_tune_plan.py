@@ -25,9 +25,16 @@ from sgl_diffusion_accel import (
     tune_plan,
 )
 from sgl_diffusion_accel.calibration import apply_plan
-from sgl_diffusion_accel.calibration.designs.design import DesignSettings
+from sgl_diffusion_accel.calibration.designs.design import DesignSettings, as_foreseen
 from sgl_diffusion_accel.calibration.designs.design_search import best_design
-from sgl_diffusion_accel.calibration.designs.tuned import NAMES, USUAL, Tuned, designs_to_try, settings_named
+from sgl_diffusion_accel.calibration.designs.tuned import (
+    NAMES,
+    USUAL,
+    Tuned,
+    design_named,
+    designs_to_try,
+    settings_named,
+)
 from sgl_diffusion_accel.calibration.tune_plan import _BROKEN, _Race
 from test_check_plan import calls, final, learned
 from test_plan import made
@@ -91,9 +98,7 @@ def test_better_half_goes_on_to_the_next_call() -> None:
 
 def test_other_speedups_and_schedules_are_designed_as_before() -> None:
     plan = made(steps=20)
-    name = next(
-        each for each in NAMES if best_design(7, plan.moments, settings_named(each, plan.moments)) != plan.design(7)
-    )
+    name = next(each for each in NAMES if design_named(each, 7, plan.moments) != plan.design(7))
     tuned = dataclasses.replace(plan, tuned=(Tuned(7, name, 2.0, 3),))
     response, moments = plan.moments.response.tobytes(), plan.moments
     assert tuned.design(7) != plan.design(7)
@@ -121,6 +126,73 @@ def test_tuning_takes_the_place_of_an_earlier_one_and_drops_checks() -> None:
     assert tuned.tuned[1] != old.tuned[1]
     assert tuned.checks == ()
     assert dataclasses.replace(tuned, tuned=(), checks=()) == plan
+
+
+def test_tuned_design_is_expected_to_err_by_what_is_usual() -> None:
+    """Designs rest on other beliefs; what one of them expects of itself is no measure."""
+    moments = made(steps=20).moments
+    usual = DesignSettings.of(moments)
+    for name in NAMES:
+        found, own = design_named(name, 7, moments), best_design(7, moments, settings_named(name, moments))
+        assert (found.mask, found.weights) == (own.mask, own.weights)
+        if name == "little across":
+            assert own.error < 0.9 * found.error
+    again = as_foreseen(best_design(7, moments), moments, usual)
+    np.testing.assert_allclose(again.errors, best_design(7, moments).errors, rtol=1e-9)
+
+
+def broken(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "latents": values["latents"] * float("nan")}
+
+
+@pytest.mark.parametrize("check", [tune_plan, check_plan])
+def test_latents_that_are_not_finite_without_a_cache_are_refused(check: Any) -> None:
+    pipe, plan = learned(present("wan"))
+    (call,) = calls(present("wan"), pipe, range(1))
+    with pytest.raises(ConfigError, match="not finite, without any cache"), torch.no_grad():
+        check(pipe, plan, [{**call, "callback_on_step_end": broken}], [3.0])
+
+
+@pytest.mark.parametrize("check", [tune_plan, check_plan])
+def test_calls_that_draw_their_noise_anew_are_refused(check: Any) -> None:
+    pipe, plan = learned(present("wan"))
+    (call,) = calls(present("wan"), pipe, range(1))
+    pipe.prepare_latents = lambda *_: torch.randn_like(call["latents"])
+    with pytest.raises(ConfigError, match="draws other noise"), torch.no_grad():
+        check(pipe, plan, [call], [3.0])
+
+
+@pytest.mark.parametrize("check", [tune_plan, check_plan])
+def test_other_scheduler_of_the_same_timesteps_is_refused(check: Any) -> None:
+    family = present("wan")
+    pipe, plan = learned(family)
+    response = [weight * 1.01 for weight in plan.response]
+    with pytest.raises(ConfigError, match="other settings"), torch.no_grad():
+        check(pipe, dataclasses.replace(plan, response=response), calls(family, pipe, range(1)), [3.0])
+
+
+@pytest.mark.parametrize("check", [tune_plan, check_plan])
+def test_other_guidance_is_refused(check: Any) -> None:
+    family = present("wan")
+    pipe, plan = learned(family)
+    (call,) = calls(family, pipe, range(1))
+    with pytest.raises(ConfigError, match=r"the plan is for guidance .*, and a call has 3\.5"), torch.no_grad():
+        check(pipe, plan, [{**call, "guidance_scale": 3.5}], [3.0])
+
+
+def test_nothing_is_run_by_plans_where_all_designs_compute_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = present("wan")
+    pipe, plan = learned(family)
+    monkeypatch.setattr("sgl_diffusion_accel.calibration.tune_plan.designs_to_try", lambda *_: {USUAL: None})
+    steps: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: steps.append(1))
+    given = calls(family, pipe, range(2))
+    with torch.no_grad():
+        pipe(**given[0])
+        of_one, steps[:] = len(steps), []
+        tuned = tune_plan(pipe, plan, given, [3.0]).tuned
+    assert tuned == (Tuned(COMPUTED, USUAL, 1.0, 1),)
+    assert len(steps) == 2 * of_one
 
 
 def test_one_call_that_all_are_far_off_on_does_not_decide() -> None:
@@ -177,6 +249,7 @@ def test_merging_begins_anew_and_printing_tells() -> None:
     assert "9 steps computed" in str(plan)
     assert "tuned: 1.7 times closer" in str(plan)
     assert "tuned" not in str(dataclasses.replace(plan, tuned=()))
+    assert "tuned: the usual design is the best" in str(dataclasses.replace(plan, tuned=(Tuned(9, USUAL, 1.0, 3),)))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +281,8 @@ def test_plan_refuses_choices_of_more_steps_than_it_has_and_two_for_one() -> Non
         (lambda given: {**given, "speedups": []}, ConfigError, "speedups"),
         (lambda given: {**given, "speedups": [1.0]}, ConfigError, "speedups"),
         (lambda given: {**given, "speedups": ["fast"]}, ConfigTypeError, "speedups"),
+        (lambda given: {**given, "speedups": 3.0}, ConfigTypeError, r"speedups is a float.*\[3.0\]"),
+        (lambda given: {**given, "speedups": None}, ConfigTypeError, "speedups is a NoneType"),
         (lambda given: {**given, "designs": 1}, ConfigError, "designs"),
         (lambda given: {**given, "designs": 2.5}, ConfigTypeError, "designs"),
         (lambda given: {**given, "design": 3}, ConfigError, "Did you mean 'designs'"),
@@ -245,7 +320,7 @@ def test_pipeline_is_as_before() -> None:
     (call,) = calls(family, pipe, range(1))
     before = Snapshot(pipe)
     with torch.no_grad():
-        tune_plan(pipe, plan, [call], [2.0], designs=2)
+        tune_plan(pipe, plan, [call], [3.0], designs=2)
     assert_same(before, pipe)
     ran: list[int] = []
 
@@ -256,6 +331,6 @@ def test_pipeline_is_as_before() -> None:
         return values
 
     with torch.no_grad(), pytest.raises(Interrupted):
-        tune_plan(pipe, plan, [{**call, "callback_on_step_end": interrupt}], [2.0])
+        tune_plan(pipe, plan, [{**call, "callback_on_step_end": interrupt}], [3.0])
     family.run(pipe, steps=12)  # a run that is broken off leaves marks of the pipeline's own
     assert_same(before, pipe)

@@ -14,8 +14,8 @@ from sgl_diffusion_accel.caching.cache_patch import CachePatch, put_around, targ
 from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
 from sgl_diffusion_accel.calibration.calibrate import digest, no_plan
 from sgl_diffusion_accel.calibration.designs.design import Design, Moments, carry_over
-from sgl_diffusion_accel.calibration.designs.design_search import best_design, fewest_steps
-from sgl_diffusion_accel.calibration.designs.tuned import name_for, settings_named
+from sgl_diffusion_accel.calibration.designs.design_search import fewest_steps
+from sgl_diffusion_accel.calibration.designs.tuned import design_named, name_for
 from sgl_diffusion_accel.calibration.growth import early_growth
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import factor_at
@@ -168,7 +168,7 @@ def _design(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, reac
     moments = _moments(plan, timesteps, response, reach)
     # What was tried is known of the plan's own runs alone.
     is_own = _is_same(plan, timesteps) and np.allclose(moments.response, plan.moments.response, rtol=1e-3, atol=1e-6)
-    return best_design(computed, moments, settings_named(name_for(plan.tuned if is_own else (), computed), moments))
+    return design_named(name_for(plan.tuned if is_own else (), computed), computed, moments)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,22 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
-from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan, check_model
-from sgl_diffusion_accel.calibration.call_record import Recording, recording
+from sgl_diffusion_accel.calibration.apply_plan import check_model
+from sgl_diffusion_accel.calibration.call_record import recording
+from sgl_diffusion_accel.calibration.paired_runs import SPEEDUPS, PairedRuns, budgets_of
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import Check
-from sgl_diffusion_accel.calls import Call, read_calls
+from sgl_diffusion_accel.calls import read_calls
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.targets import Pipeline, find_targets
-from sgl_diffusion_accel.validate import names_checked, of_type, real
+from sgl_diffusion_accel.validate import names_checked, of_type
 
 logger = logging.getLogger(__name__)
-
-SPEEDUPS = (2.0, 3.0, 5.0)
-"""Where a plan is checked unless told otherwise."""
 
 
 @names_checked
@@ -66,13 +63,16 @@ def check_plan(
     refuse_cached(targets, "a check")
     squares: dict[int, list[float]] = {computed: [] for computed in budgets}
     with recording(pipe) as watch:
-        runs = watch.runs
+        runs = PairedRuns(pipe, plan, watch)
         for number, call in enumerate(read, 1):
-            expected = final_latents(pipe, call, runs, plan)
+            runs.begin(call)
             for computed, found in squares.items():
-                with apply_cache_plan(pipe, plan, computed_steps=computed):
-                    off = final_latents(pipe, call, runs, plan) - expected
-                found.append(float(off.square().mean()))
+                found.append(runs.square(plan, computed))
+                if not np.isfinite(found[-1]):
+                    raise ConfigError(
+                        f"a run by the plan with {computed} computed steps has ended with latents that are not finite. "
+                        "Check smaller speedups, or run it in float32."
+                    )
             logger.info("checked: call %d of %d", number, len(read))
     moved = plan.moments.moved
     checks = [
@@ -80,42 +80,3 @@ def check_plan(
         for computed, found in squares.items()
     ]
     return replace(plan, checks=tuple(checks))
-
-
-def budgets_of(plan: CachePlan, speedups: Iterable[float]) -> list[int]:
-    """Numbers of computed steps, the most first.
-
-    Raises:
-        ConfigError: No speed-ups, or impossible ones.
-        ConfigTypeError: One is not a number.
-    """
-    given = [real("speedups", each) for each in speedups]
-    found = {max(1, round(plan.steps / each)) for each in given if np.isfinite(each) and each > 1}
-    budgets = sorted(found - {plan.steps}, reverse=True)
-    if not budgets or not all(np.isfinite(each) and each > 1 for each in given):
-        raise ConfigError(f"speedups={given}; allowed: numbers over 1 that leave out a step, such as {list(SPEEDUPS)}.")
-    return budgets
-
-
-def final_latents(pipe: Any, call: Call, runs: list[Recording], plan: CachePlan) -> Tensor:
-    """The final latents of a run, in float32.
-
-    Args:
-        pipe: The pipeline, whose runs are recorded.
-        call: What it is called with.
-        runs: The recordings; they are of this run alone afterwards.
-        plan: Whose steps the run must have.
-
-    Raises:
-        ConfigError: It has others.
-    """
-    runs.clear()
-    pipe(**call.fresh())
-    is_one = len(runs) == 1 and len(runs[0].timesteps) == plan.steps
-    if not is_one or runs[0].final is None or not np.allclose(runs[0].timesteps, plan.timesteps, rtol=1e-3):
-        raise ConfigError(
-            f"the plan is for {plan.steps} steps of {plan.scheduler}, and a call has made "
-            f"{', '.join(str(len(run.timesteps)) for run in runs) or 'no'} steps, or at other timesteps. Check a plan "
-            "with calls like those that it was made from, or calibrate with these."
-        )
-    return runs[0].final.float()

@@ -14,8 +14,8 @@ from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
 from sgl_diffusion_accel.calibration.designs.answers import Answers
 from sgl_diffusion_accel.calibration.designs.design import Design, Matrix, Moments
-from sgl_diffusion_accel.calibration.designs.design_search import best_design, fewest_steps
-from sgl_diffusion_accel.calibration.designs.tuned import Tuned, name_for, settings_named
+from sgl_diffusion_accel.calibration.designs.design_search import fewest_steps
+from sgl_diffusion_accel.calibration.designs.tuned import Tuned, design_named, name_for
 from sgl_diffusion_accel.calibration.growth import early_growth
 from sgl_diffusion_accel.calibration.plan_checks import ENOUGH, Check, factor_at
 from sgl_diffusion_accel.calibration.plan_fields import checked, symmetric
@@ -231,7 +231,7 @@ class CachePlan:
         """
         fields = read(path, cls.__dataclass_fields__, ("growth", "answers", "held_out", "tuned"))
         if "answers" not in fields:  # its checks are of steps that were chosen otherwise
-            fields["checks"] = []
+            fields["checks"] = fields["tuned"] = []
         try:
             return cls(**{**fields, **parts(fields)})
         except (TypeError, ValueError) as error:
@@ -239,7 +239,7 @@ class CachePlan:
 
     def __str__(self) -> str:
         usual = {max(1, round(self.steps / ratio)) for ratio in (1.5, 2, 3, 4, 5)}
-        tuned = {each.computed_steps: f", tuned: {each.gain:.1f} times closer" for each in self.tuned}
+        tuned = {each.computed_steps: f", tuned: {each}" for each in self.tuned}
         rows = [
             f"  {self.steps / n:4.1f}x  {n:3d} steps computed  expected error {self.expected_error(n):.2%}"
             f"{tuned.get(n, '')}"
@@ -259,7 +259,7 @@ class CachePlan:
 
 @functools.lru_cache(maxsize=256)
 def _designed(plan: CachePlan, computed: int) -> Design:
-    return best_design(computed, plan.moments, settings_named(name_for(plan.tuned, computed), plan.moments))
+    return design_named(name_for(plan.tuned, computed), computed, plan.moments)
 
 
 def _short(value: Any) -> str:

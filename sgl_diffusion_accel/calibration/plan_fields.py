@@ -141,7 +141,7 @@ def _tuned(values: Any, steps: int) -> tuple[Tuned, ...]:
 
     def each(name: str, value: Any) -> Tuned:
         tuned: Tuned = of_type(name, value, Tuned, "a Tuned, from tune_plan")
-        count(f"{name}.computed_steps", tuned.computed_steps, 1, steps)
+        count(f"{name}.computed_steps", tuned.computed_steps, 1, max(steps - 1, 1))
         return tuned
 
     found = listed("tuned", values, each, "a list of Tuned, from tune_plan")

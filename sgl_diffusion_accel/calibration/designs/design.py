@@ -135,6 +135,14 @@ class Design:
         return self.errors[-1]
 
 
+def as_foreseen(made: Design, moments: Moments, settings: DesignSettings) -> Design:
+    """A design with the errors that other settings let expect of its steps and weights."""
+    draft = Draft(moments, settings)
+    for computed, weights in zip(made.mask, made.weights, strict=True):
+        draft.advance(computed, weights)
+    return draft.design()
+
+
 def design(mask: Sequence[bool], moments: Moments, settings: DesignSettings) -> Design:
     """Finds the weights for a mask, step by step, and the errors that are to be expected."""
     return Draft(moments, settings).then(mask).design()
@@ -171,8 +179,7 @@ class Draft:
     def then(self, steps: Sequence[bool]) -> Draft:
         """Takes further steps."""
         for computed in steps:
-            self._advance(len(self.mask), bool(computed))
-            self.mask += (bool(computed),)
+            self.advance(bool(computed))
         return self
 
     def until(self, step: int) -> Draft:
@@ -192,23 +199,33 @@ class Draft:
         errors = np.sqrt(np.maximum(self._square, 0) / (self._moments.moved or 1.0))
         return Design(self.mask, tuple(self._weights), tuple(errors.tolist()))
 
-    def _advance(self, step: int, computed: bool) -> None:
+    def advance(self, computed: bool, weights: Weights | None = None) -> None:
+        """Takes one step.
+
+        Args:
+            computed: Whether it is computed.
+            weights: Those of the outputs that it is made of; None for the best.
+        """
+        step = len(self.mask)
         off = self._left_off(step)
         self._square[step] = self._mean_square(off)
         if computed:
             self._answers[step] = self._answer(step, off)
+        weights = self._best(step, computed) if weights is None else weights
+        self.mask += (computed,)
+        self._weights.append(weights)
+        for node, weight in weights.items():
+            self._off[step] += weight * self._answers[node]
+        self._off[step, 0, step] -= 1
+
+    def _best(self, step: int, computed: bool) -> Weights:
         nodes = [node for node in range(step) if self.mask[node]][::-1]
         weighed = next((node for node in nodes if self._final[node]), -1)  # at others nothing could be put right
         skipped = {each: self._weights[each] for each in range(weighed + 1, step) if not self.mask[each]}
         nodes = ([step, *nodes] if computed else nodes)[: self._settings.depth]
         weights = self._prior(step, nodes, skipped)
         # A computed step with nothing to put right gives its own output: exact until the first skipped step.
-        if step and (not computed or skipped):
-            weights = self._fit(step, nodes, weights)
-        self._weights.append(weights)
-        for node, weight in weights.items():
-            self._off[step] += weight * self._answers[node]
-        self._off[step, 0, step] -= 1
+        return self._fit(step, nodes, weights) if step and (not computed or skipped) else weights
 
     def _left_off(self, row: int, before: int | None = None) -> Matrix:
         """δ before a step, or what the steps before another one have left in it; `[4, S]`."""

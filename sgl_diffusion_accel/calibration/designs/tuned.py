@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Moments
+from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Moments, as_foreseen
 from sgl_diffusion_accel.calibration.designs.design_search import best_design
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import count, finite, of_type
@@ -37,7 +37,8 @@ class Tuned:
     Attributes:
         computed_steps: Steps computed.
         design: Its name, one of `NAMES`.
-        gain: How many times as far off runs by the usual design were (geometric mean over calls); from 1.
+        gain: How many times as far off runs by the usual design were, the geometric mean over the calls that both were
+            tried on; from 1.
         calls: On how many calls the best one was tried.
 
     Raises:
@@ -60,6 +61,9 @@ class Tuned:
             raise ConfigError(f"gain={gain:g}; allowed: a number from 1.")
         object.__setattr__(self, "gain", gain)
 
+    def __str__(self) -> str:
+        return "the usual design is the best" if self.design == USUAL else f"{self.gain:.1f} times closer"
+
 
 def settings_named(name: str, moments: Moments) -> DesignSettings:
     """The settings of a design that is tried.
@@ -70,6 +74,18 @@ def settings_named(name: str, moments: Moments) -> DesignSettings:
     """
     usual = DesignSettings.of(moments)
     return replace(usual, ridge=usual.ridge * _RIDGE.get(name, 1.0), **_CHANGES.get(name, {}))
+
+
+def design_named(name: str, computed: int, moments: Moments) -> Design:
+    """A design that is tried. What is to be expected of it is what is usual, whatever it rests on itself.
+
+    Args:
+        name: One of `NAMES`.
+        computed: How many steps are computed.
+        moments: Of the runs.
+    """
+    made = best_design(computed, moments, settings_named(name, moments))
+    return made if name == USUAL else as_foreseen(made, moments, DesignSettings.of(moments))
 
 
 def name_for(tuned: Sequence[Tuned], computed_steps: int) -> str:
@@ -89,7 +105,7 @@ def designs_to_try(computed: int, moments: Moments, most: int) -> dict[str, Desi
     for name in NAMES:
         if len(found) == most:
             break
-        made = best_design(computed, moments, settings_named(name, moments))
+        made = design_named(name, computed, moments)
         if all(made.mask != other.mask for other in found.values()):
             found[name] = made
     return found

@@ -1,0 +1,121 @@
+"""Runs a call with and without a plan, and tells how far the two are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan
+from sgl_diffusion_accel.calibration.call_record import Recording, Watch
+from sgl_diffusion_accel.calibration.growth import same_start
+from sgl_diffusion_accel.calibration.plan import CachePlan
+from sgl_diffusion_accel.calls import Call
+from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
+from sgl_diffusion_accel.loop.pipeline_frames import guidance_of
+from sgl_diffusion_accel.loop.scheduler_response import response_of
+from sgl_diffusion_accel.validate import real
+
+SPEEDUPS = (2.0, 3.0, 5.0)
+"""Where a plan is checked unless told otherwise."""
+
+
+class PairedRuns:
+    """Runs of a pipeline, each call uncached first.
+
+    Args:
+        pipe: The pipeline.
+        plan: Whose steps, scheduler and guidance the calls must have.
+        watch: Records the runs.
+    """
+
+    def __init__(self, pipe: Any, plan: CachePlan, watch: Watch) -> None:
+        self._pipe, self._plan, self._runs = pipe, plan, watch.runs
+        self._begun: tuple[Call, Recording, Tensor] | None = None
+
+    def begin(self, call: Call) -> None:
+        """Runs a call uncached.
+
+        Raises:
+            ConfigError: It is of another kind than those that the plan was made from, or its latents are not finite.
+        """
+        run, final = self._run(call)
+        guidance = guidance_of(self._pipe, call.arguments)
+        wanted = self._plan.guidance
+        if guidance is not None and wanted is not None and guidance != wanted:
+            raise ConfigError(f"the plan is for guidance {wanted:g}, and a call has {guidance:g}. {_ALIKE}")
+        response = response_of(self._pipe.scheduler, self._plan.steps)
+        if response is None or not np.allclose(response, self._plan.moments.response, rtol=1e-3, atol=1e-6):
+            raise ConfigError(
+                f"the plan is for {self._plan.scheduler} with other settings than that of the pipeline. {_ALIKE}"
+            )
+        if not final.isfinite().all():
+            raise ConfigError(
+                "a call has ended with latents that are not finite, without any cache: nothing can be held against "
+                "them. Check the call, or run it in float32."
+            )
+        self._begun = call, run, final
+
+    def square(self, plan: CachePlan, computed: int) -> float:
+        """Runs the call by a plan.
+
+        Args:
+            plan: The plan.
+            computed: How many steps are computed.
+
+        Returns:
+            Mean square of how far off the final latents are; infinity where they are not finite.
+
+        Raises:
+            ConfigError: The run has begun otherwise than the uncached one.
+        """
+        if self._begun is None:
+            raise RuntimeError("begin(call) comes first")
+        call, exact, wanted = self._begun
+        with apply_cache_plan(self._pipe, plan, computed_steps=computed):
+            found, final = self._run(call)
+        if not same_start(exact.first, found.first):
+            raise ConfigError(
+                "a call draws other noise each time it is made, so that runs of it cannot be compared. Give it "
+                "generator=torch.Generator().manual_seed(0), or latents."
+            )
+        square = float((final - wanted).square().mean())
+        return square if np.isfinite(square) else np.inf
+
+    def _run(self, call: Call) -> tuple[Recording, Tensor]:
+        """The recording of a run, and its final latents in float32."""
+        self._runs.clear()
+        self._pipe(**call.fresh())
+        runs, plan = list(self._runs), self._plan
+        final = runs[0].final if len(runs) == 1 and len(runs[0].timesteps) == plan.steps else None
+        if final is None or not np.allclose(runs[0].timesteps, plan.timesteps, rtol=1e-3):
+            raise ConfigError(
+                f"the plan is for {plan.steps} steps of {plan.scheduler}, and a call has made "
+                f"{', '.join(str(len(run.timesteps)) for run in runs) or 'no'} steps, or at other timesteps. {_ALIKE}"
+            )
+        return runs[0], final.float()
+
+
+_ALIKE = "Give calls like those that the plan was made from, or calibrate with these."
+
+
+def budgets_of(plan: CachePlan, speedups: Iterable[float]) -> list[int]:
+    """Numbers of computed steps, the most first.
+
+    Raises:
+        ConfigError: No speed-ups, or impossible ones.
+        ConfigTypeError: No list of numbers.
+    """
+    listed: Any = speedups
+    if isinstance(listed, str) or not isinstance(listed, Iterable):
+        raise ConfigTypeError(
+            f"speedups is a {type(listed).__name__}; allowed: a list of numbers over 1, such as [3.0]."
+        )
+    given = [real("speedups", each) for each in listed]
+    found = {max(1, round(plan.steps / each)) for each in given if np.isfinite(each) and each > 1}
+    budgets = sorted(found - {plan.steps}, reverse=True)
+    if not budgets or not all(np.isfinite(each) and each > 1 for each in given):
+        raise ConfigError(f"speedups={given}; allowed: numbers over 1 that leave out a step, such as {list(SPEEDUPS)}.")
+    return budgets
