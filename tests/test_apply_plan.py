@@ -355,13 +355,13 @@ def test_designs_are_made_once_for_a_schedule(monkeypatch: pytest.MonkeyPatch) -
     from sgl_diffusion_accel.calibration import apply_plan as apply
 
     made: list[int] = []
-    best = apply.best_design
+    named = apply.design_named
 
-    def counted(count: int, *rest: Any) -> Any:
+    def counted(name: str, count: int, *rest: Any) -> Any:
         made.append(count)
-        return best(count, *rest)
+        return named(name, count, *rest)
 
-    monkeypatch.setattr(apply, "best_design", counted)
+    monkeypatch.setattr(apply, "design_named", counted)
     apply._design.cache_clear()
     family, pipe, plan = wan()
     apply_cache_plan(pipe, plan, speedup=2)

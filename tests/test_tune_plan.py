@@ -141,6 +141,15 @@ def test_tuned_design_is_expected_to_err_by_what_is_usual() -> None:
     np.testing.assert_allclose(again.errors, best_design(7, moments).errors, rtol=1e-9)
 
 
+def test_all_that_was_measured_along_an_error_is_expected() -> None:
+    plan = made(steps=20, answers=([(0.9, -2.0, 1.0), (0.1, -2.0, 1.0)],))
+    best = best_design(7, plan.moments)
+    wanted = as_foreseen(best, plan.moments, dataclasses.replace(DesignSettings(), along=1.0))
+    assert plan.design(7).weights == best.weights
+    assert plan.design(7).errors == wanted.errors
+    assert plan.expected_error(7) > 1.05 * best.error
+
+
 def broken(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "latents": values["latents"] * float("nan")}
 
