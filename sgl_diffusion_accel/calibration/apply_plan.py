@@ -167,7 +167,7 @@ _BUDGETS = ("speedup", "computed_steps", "max_error")
 def _design(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, reach: float, computed: int) -> Design:
     moments = _moments(plan, timesteps, response, reach)
     # What was tried is known of the plan's own runs alone.
-    is_own = _is_same(plan, timesteps) and np.allclose(moments.response, plan.moments.response, rtol=1e-3, atol=1e-6)
+    is_own = _is_same(plan, timesteps) and responds_alike(plan, moments.response)
     return design_named(name_for(plan.tuned if is_own else (), computed), computed, moments)
 
 
@@ -189,6 +189,11 @@ def _is_same(plan: CachePlan, timesteps: Sequence[float]) -> bool:
     return len(timesteps) == plan.steps and all(
         abs(one - other) < near for one, other in zip(timesteps, plan.timesteps, strict=True)
     )
+
+
+def responds_alike(plan: CachePlan, response: Response) -> bool:
+    """Whether a scheduler makes of the outputs what that of the plan did, for the same number of steps."""
+    return np.allclose(response, plan.moments.response, rtol=1e-3, atol=1e-6)
 
 
 def check_model(plan: CachePlan, targets: Sequence[Target]) -> None:

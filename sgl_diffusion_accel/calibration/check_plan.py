@@ -9,16 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from sgl_diffusion_accel.caching.cache_patch import refuse_cached
-from sgl_diffusion_accel.calibration.apply_plan import check_model
 from sgl_diffusion_accel.calibration.call_record import recording
-from sgl_diffusion_accel.calibration.paired_runs import SPEEDUPS, PairedRuns, budgets_of
+from sgl_diffusion_accel.calibration.paired_runs import SPEEDUPS, PairedRuns, read_pairs
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import Check
-from sgl_diffusion_accel.calls import read_calls
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.targets import Pipeline, find_targets
-from sgl_diffusion_accel.validate import names_checked, of_type
+from sgl_diffusion_accel.targets import Pipeline
+from sgl_diffusion_accel.validate import names_checked
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +26,8 @@ def check_plan(
 ) -> CachePlan:
     """Runs calls with and without a plan, and enters into it how far its runs were off.
 
-    What a plan expects comes from uncached runs, and leaves out much of how the model answers to latents that are off:
-    the error is more under strong guidance. After a check `plan.expected_error`, `plan.steps_for`, `print(plan)` and
+    What a plan expects comes from uncached runs and from how the model answered to a disturbance: under strong guidance
+    the error may be several times as large. After a check `plan.expected_error`, `plan.steps_for`, `print(plan)` and
     `apply_cache_plan(pipe, plan, max_error=...)` take it into account: the expected error times the factor by which it
     was exceeded, between the checked speed-ups by interpolation. The steps that are computed at a given speed-up stay.
 
@@ -55,12 +52,8 @@ def check_plan(
         >>> patch = apply_cache_plan(pipe, plan, max_error=0.05)
         >>> patch.remove()
     """
-    of_type("plan", plan, CachePlan, "a CachePlan: calibrate(pipe, calls)")
-    read = read_calls(pipe, calls, "check_plan(pipe, plan, calls=…)")
-    budgets = budgets_of(plan, speedups)
-    targets = find_targets(pipe)
-    check_model(plan, targets)
-    refuse_cached(targets, "a check")
+    asked = "check_plan(pipe, plan, calls=…)"
+    read, budgets = read_pairs(pipe, plan, calls, speedups, asked=asked, purpose="a check")
     squares: dict[int, list[float]] = {computed: [] for computed in budgets}
     with recording(pipe) as watch:
         runs = PairedRuns(pipe, plan, watch)

@@ -42,7 +42,7 @@ class Disturbance:
     """
 
     step: int
-    coarse: float = 0.3
+    coarse: float = _SIZE
     moved: float = 0.0
     _seen: int = 0
     _outputs: list[Tensor] = field(default_factory=list)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan
+from sgl_diffusion_accel.caching.cache_patch import refuse_cached
+from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan, check_model, responds_alike
 from sgl_diffusion_accel.calibration.call_record import Recording, Watch
 from sgl_diffusion_accel.calibration.growth import same_start
 from sgl_diffusion_accel.calibration.plan import CachePlan
-from sgl_diffusion_accel.calls import Call
+from sgl_diffusion_accel.calls import Call, read_calls
 from sgl_diffusion_accel.errors import ConfigError, ConfigTypeError
 from sgl_diffusion_accel.loop.pipeline_frames import guidance_of
 from sgl_diffusion_accel.loop.scheduler_response import response_of
-from sgl_diffusion_accel.validate import real
+from sgl_diffusion_accel.targets import find_targets
+from sgl_diffusion_accel.validate import of_type, real
 
 SPEEDUPS = (2.0, 3.0, 5.0)
 """Where a plan is checked unless told otherwise."""
@@ -47,7 +49,7 @@ class PairedRuns:
         if guidance is not None and wanted is not None and guidance != wanted:
             raise ConfigError(f"the plan is for guidance {wanted:g}, and a call has {guidance:g}. {_ALIKE}")
         response = response_of(self._pipe.scheduler, self._plan.steps)
-        if response is None or not np.allclose(response, self._plan.moments.response, rtol=1e-3, atol=1e-6):
+        if response is None or not responds_alike(self._plan, response):
             raise ConfigError(
                 f"the plan is for {self._plan.scheduler} with other settings than that of the pipeline. {_ALIKE}"
             )
@@ -99,6 +101,41 @@ class PairedRuns:
 
 
 _ALIKE = "Give calls like those that the plan was made from, or calibrate with these."
+
+
+def read_pairs(
+    pipe: Any,
+    plan: CachePlan,
+    calls: Iterable[Mapping[str, Any]],
+    speedups: Iterable[float],
+    *,
+    asked: str,
+    purpose: str,
+) -> tuple[list[Call], list[int]]:
+    """Checks what runs with and without a plan are asked for with.
+
+    Args:
+        pipe: The pipeline.
+        plan: The plan.
+        calls: Keyword arguments of `pipe(...)`.
+        speedups: Steps of a run for each computed one.
+        asked: What the user typed, for errors, see `read_calls`.
+        purpose: What it is for, such as "a check".
+
+    Returns:
+        The calls, and the numbers of computed steps, the most first.
+
+    Raises:
+        ConfigError: No calls, no speed-ups or impossible ones, or a cache is on the pipeline.
+        ConfigTypeError: Something has a wrong type.
+        UnsupportedModelError: The plan is of another model.
+    """
+    of_type("plan", plan, CachePlan, "a CachePlan: calibrate(pipe, calls)")
+    read, budgets = read_calls(pipe, calls, asked), budgets_of(plan, speedups)
+    targets = find_targets(pipe)
+    check_model(plan, targets)
+    refuse_cached(targets, purpose)
+    return read, budgets
 
 
 def budgets_of(plan: CachePlan, speedups: Iterable[float]) -> list[int]:

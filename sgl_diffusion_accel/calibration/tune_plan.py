@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from sgl_diffusion_accel.caching.cache_patch import refuse_cached
-from sgl_diffusion_accel.calibration.apply_plan import check_model
 from sgl_diffusion_accel.calibration.call_record import recording
 from sgl_diffusion_accel.calibration.designs.tuned import USUAL, Tuned, designs_to_try
-from sgl_diffusion_accel.calibration.paired_runs import PairedRuns, budgets_of
+from sgl_diffusion_accel.calibration.paired_runs import PairedRuns, read_pairs
 from sgl_diffusion_accel.calibration.plan import CachePlan
-from sgl_diffusion_accel.calls import read_calls
-from sgl_diffusion_accel.targets import Pipeline, find_targets
-from sgl_diffusion_accel.validate import count, names_checked, of_type
+from sgl_diffusion_accel.targets import Pipeline
+from sgl_diffusion_accel.validate import count, names_checked
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +63,9 @@ def tune_plan(
         >>> patch = apply_cache_plan(pipe, plan, speedup=2.0)
         >>> patch.remove()
     """
-    of_type("plan", plan, CachePlan, "a CachePlan: calibrate(pipe, calls)")
-    read = read_calls(pipe, calls, "tune_plan(pipe, plan, calls=…, speedups=[3.0])")
-    budgets = budgets_of(plan, speedups)
     most = count("designs", designs, 2)
-    targets = find_targets(pipe)
-    check_model(plan, targets)
-    refuse_cached(targets, "tuning")
+    asked = "tune_plan(pipe, plan, calls=…, speedups=[3.0])"
+    read, budgets = read_pairs(pipe, plan, calls, speedups, asked=asked, purpose="tuning")
     races = [_Race(computed, plan, most) for computed in budgets]
     with recording(pipe) as watch:
         runs = PairedRuns(pipe, plan, watch)
