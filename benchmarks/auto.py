@@ -76,14 +76,14 @@ def rows_of(setting: Setting, qualities: Sequence[str], texts: Sequence[str]) ->
     for quality in qualities:
         auto = Contender("auto", quality, apply=functools.partial(apply_auto, quality=quality))
         samples = [
-            compare(run(setting, auto, call), reference, setting.steps)
+            compare(run(setting, auto, call), reference, setting.steps)[0]
             for call, reference in zip(calls, plain, strict=True)
         ]
         share = sum(each.share for each in samples) / len(samples)
         # Rounded up: what it is held against may cost more, and never less.
         fewer = min(setting.steps, math.ceil(share * setting.steps - 1e-6))
         others = [
-            compare(run(setting, Contender("fewer", f"{fewer} steps", steps=fewer), call), reference, setting.steps)
+            compare(run(setting, Contender("fewer", f"{fewer} steps", steps=fewer), call), reference, setting.steps)[0]
             for call, reference in zip(calls, plain, strict=True)
         ]
         yield Row(

@@ -1,14 +1,14 @@
 """Measures caches on the miniatures: what they save, and how near the result stays to the unpatched run's.
 
     python -m benchmarks.cache [--models wan emoji] [--captions 6] [--steps 20 50] [--scheduler euler] [--size 16 16]
-                               [--guidance 7]
+                               [--guidance 7] [--batch 4]
 
 Everything that is compared runs in turn in one process, on the same captions and noise, against an unpatched run of its
 own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<model>.png`; for other runs than of 50
 Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`, for another guidance scale or size than the miniature's
-own with that behind it. With `--full` every setting of this library's sweeps. What is calibrated or fitted is so at the
-guidance that is measured, on the miniature's own size. With `--only` the rows that are measured replace those of the
-same name in the file, and the others stay.
+own, or batches, with that behind it. With `--full` every setting of this library's sweeps. What is calibrated or fitted
+is so at the guidance that is measured, on single pictures of the miniature's own size. With `--only` the rows that are
+measured replace those of the same name in the file, and the others stay.
 
 A command that was stopped goes on where it was, with the same code and versions on the same machine; `--fresh` begins
 anew. With `--minutes` no caption is begun that would end later: what is to be measured shares the time, and what one
@@ -52,13 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.only and given.minutes < math.inf:
         parser.error("--only measures on all captions of the file that it changes: leave --minutes out")
+    if given.batch < 1 or given.captions % given.batch:
+        parser.error(f"--captions {given.captions} are no batches of {given.batch}")
     be_quiet()
     RESULTS.mkdir(exist_ok=True)
     size = None if given.size is None else (given.size[0], given.size[1])
     kept = {
         setting: _unfinished(setting, given.only, given.fresh)
         for steps in given.steps
-        for setting in [Setting(model, steps, given.scheduler, size, given.guidance) for model in given.models]
+        for setting in [
+            Setting(model, steps, given.scheduler, size, given.guidance, given.batch) for model in given.models
+        ]
     }
     end = time.monotonic() + 60 * given.minutes
     for left, (setting, unfinished) in zip(range(len(kept), 0, -1), kept.items(), strict=True):
@@ -85,7 +89,7 @@ def _unfinished(setting: Setting, only: Sequence[str], fresh: bool) -> Unfinishe
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=list(DRAWN), choices=NAMES)
-    parser.add_argument("--captions", type=int, default=6)
+    parser.add_argument("--captions", type=int, default=6, help="with --batch, a multiple of it")
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="PART", help="measure only contenders whose family and name hold one"
@@ -94,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--full", action="store_true", help="every setting of this library's sweeps")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="in pixels")
     parser.add_argument("--guidance", type=float, help="guidance scale, of wan, qwen and emoji (their own, 4)")
+    parser.add_argument("--batch", type=int, default=1, help="captions in one call")
     parser.add_argument("--fresh", action="store_true", help="do not go on from a run that was stopped")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no caption that would end later")
     return parser
@@ -111,7 +116,7 @@ def measure(
 
     Args:
         setting: What is run.
-        count: Captions, each with its own noise.
+        count: Captions, each with its own noise; whole batches of them.
         only: Parts of the family and name of the contenders to measure; all of them if empty.
         full: Whether with every setting of this library's sweeps; so it is where `only` picks some.
         unfinished: Where samples are kept as they come, and taken from; None for nowhere.
@@ -131,12 +136,14 @@ def measure(
     names = " ".join(one.name for one in chosen)
     samples: dict[Contender, list[Sample]] = {one: [] for one in chosen}
     measured: list[str] = []
-    for index, caption in enumerate(captions(setting.model, count, CAPTION_SEED)):
+    every_caption = captions(setting.model, count, CAPTION_SEED)
+    for index in range(0, count, setting.batch):
+        batch = every_caption[index : index + setting.batch]
         at = time.monotonic() - made.seconds
-        measure_caption(setting, {"caption": caption, "seed": NOISE_SEED + index}, samples, unfinished)
-        measured.append(caption)
+        measure_batch(setting, {"caption": batch, "seed": NOISE_SEED + index}, samples, unfinished)
+        measured += batch
         took, spent = time.monotonic() - made.seconds - at, time.monotonic() - begin
-        print(f"{name_of(about(setting))}: caption {index + 1} of {count}, {spent / 60:.0f} min", flush=True)
+        print(f"{name_of(about(setting))}: caption {len(measured)} of {count}, {spent / 60:.0f} min", flush=True)
         if spent + took > seconds:
             break
     return {
@@ -149,24 +156,29 @@ def measure(
     }
 
 
-def measure_caption(
+def measure_batch(
     setting: Setting, call: dict[str, Any], samples: dict[Contender, list[Sample]], unfinished: Unfinished | None
 ) -> None:
-    """Adds a sample of each contender on one caption, those that are kept as they are."""
+    """Adds a sample of each contender on each caption of a call, those that are kept as they are."""
     reference: Run | None = None
     for turn, (one, taken) in enumerate(samples.items()):
         if turn % _PAIRED == 0:
             reference = None
-        name = (call["caption"], str(call["seed"]), one.family, one.name)
-        kept = None if unfinished is None else unfinished.sample(name)
-        if kept is not None:
-            taken.append(Sample(**kept))
+        seeds = range(call["seed"], call["seed"] + len(call["caption"]))
+        names = [
+            (caption, str(seed), one.family, one.name) for caption, seed in zip(call["caption"], seeds, strict=True)
+        ]
+        kept = [] if unfinished is None else [unfinished.sample(name) for name in names]
+        if kept and None not in kept:
+            taken += [Sample(**each) for each in kept if each]
             continue
         if reference is None:
             reference = run(setting, Contender(UNPATCHED, "reference"), call)
-        taken.append(compare(run(setting, one, call), reference, setting.steps))
-        if unfinished is not None:
-            unfinished.add(name, asdict(taken[-1]))
+        found = compare(run(setting, one, call), reference, setting.steps)
+        taken += found
+        for name, sample in zip(names, found, strict=True):
+            if unfinished is not None:
+                unfinished.add(name, asdict(sample))
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sgl_diffusion_accel import (
     tune_plan,
 )
 
-from .settings import PLANNED, teacache_settings
+from .settings import planned_speedups, teacache_settings
 
 CAPTIONS = 6
 """Captions that all is calibrated on, but for the plan that shows what one is worth."""
@@ -126,7 +126,9 @@ class Calibrated:
             is_tuned: Also what tuning did.
         """
         plan, cost = self.plan(self.of)
-        budgets = {f"{speedup:g}": max(1, round(self.of.steps / speedup)) for speedup in PLANNED}
+        budgets = {
+            f"{speedup:g}": max(1, round(self.of.steps / speedup)) for speedup in planned_speedups(self.of.steps)
+        }
         checked = self.once(
             "checked_plan", lambda: check_plan(self.of.load(), plan, [self.of.call(_CHECK_SEED, _CHECK_SEED)])
         )
@@ -161,6 +163,6 @@ def _tuned(of: Of, plan: CachePlan) -> tuple[CachePlan, float]:
     begin = time.thread_time()
     pipe(**calls[0])
     middle = time.thread_time()
-    speedups = [each for each in PLANNED if round(of.steps / each) < of.steps]
+    speedups = [each for each in planned_speedups(of.steps) if round(of.steps / each) < of.steps]
     plan = tune_plan(pipe, plan, calls, speedups)
     return plan, (time.thread_time() - middle) / (middle - begin)

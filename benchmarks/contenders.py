@@ -19,7 +19,6 @@ from sgl_diffusion_accel import (
 from .calibrated import CAPTIONS, Calibrated, Of
 from .peers import cache_dit, diffusers_caches, easycache, spectrum, taylorseer
 from .settings import (
-    PLANNED,
     SHOWN,
     TOLERANCES,
     MagCacheSetting,
@@ -30,6 +29,7 @@ from .settings import (
     gap_settings,
     late_settings,
     magcache_settings,
+    planned_speedups,
     preset_settings,
     sigma_settings,
     teacache_settings,
@@ -81,9 +81,9 @@ def contenders(made: Calibrated, full: bool = True) -> list[Contender]:
     apply: dict[str, Any] = {setting.name: partial(apply_cache_dit, **setting.knobs) for setting in ours}
     apply |= {f"adaptive, tolerance {each:g}": partial(apply_adaptive_cache, tolerance=each) for each in TOLERANCES}
     for of, count, title in [(made.of, CAPTIONS, "plan"), *_carried_plans(made.of)]:
-        for speedup in PLANNED:
+        for speedup in planned_speedups(steps):
             apply[f"{title}, {speedup:g}x"] = partial(planned, made, of, count, speedup)
-    apply |= {f"tuned plan, {speedup:g}x": partial(tuned, made, speedup) for speedup in PLANNED}
+    apply |= {f"tuned plan, {speedup:g}x": partial(tuned, made, speedup) for speedup in planned_speedups(steps)}
     apply |= {setting.name: partial(apply_fitted_teacache, made, setting) for setting in teacache_settings(model)}
     apply |= {setting.name: partial(apply_calibrated_magcache, made, setting) for setting in magcache_settings()}
     found += [

@@ -35,6 +35,7 @@ class Setting:
         scheduler: "euler", "unipc", or for Wan "dpm".
         size: Height and width in pixels; None for those that the miniature was trained on.
         guidance: Guidance scale; None for the miniature's own.
+        batch: Pictures in one call, each with a caption and noise of its own.
 
     Raises:
         ValueError: The miniature takes no guidance.
@@ -45,6 +46,7 @@ class Setting:
     scheduler: str = "euler"
     size: tuple[int, int] | None = None
     guidance: float | None = None
+    batch: int = 1
 
     def __post_init__(self) -> None:
         usual = spec_of(self.model).guidance
@@ -66,8 +68,9 @@ def about(setting: Setting) -> dict[str, Any]:
     """What is run, for the result's file and its name."""
     model = setting.model
     example: dict[str, Any] = call_kwargs(
-        model, captions(model, 1, CAPTION_SEED)[0], size=setting.size, guidance=setting.guidance
+        model, captions(model, setting.batch, CAPTION_SEED), size=setting.size, guidance=setting.guidance
     )
+    batch = {"batch": setting.batch} if setting.batch > 1 else {}
     return {
         "model": model,
         "pipeline": type(load_miniature(model)).__name__,
@@ -77,6 +80,7 @@ def about(setting: Setting) -> dict[str, Any]:
         "guidance": example.get("guidance_scale", example.get("true_cfg_scale", 1.0)),
         "latents": list(example["latents"].shape),
         "dtype": str(example["latents"].dtype).removeprefix("torch."),
+        **batch,
     }
 
 
@@ -107,7 +111,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sample:
-    """One contender on one caption, against the unpatched run of that caption.
+    """One contender on one caption, against the unpatched run of that caption; in a batch, what they cost together.
 
     Attributes:
         share: Share of the blocks' work that was executed.
@@ -140,17 +144,21 @@ def run(setting: Setting, contender: Contender, call: dict[str, Any]) -> Run:
     return Run(to_frames(setting.model, output, setting.size), work.calls, seconds, cpu_seconds)
 
 
-def compare(run: Run, reference: Run, steps: int) -> Sample:
-    """One run against the unpatched one."""
-    return Sample(
-        share=sum(run.work) / sum(reference.work),
-        computed=computed_steps(run.work, reference.work, steps),
-        psnr=psnr(run.frames, reference.frames),
-        ssim=ssim(run.frames, reference.frames),
-        speedup=reference.seconds / run.seconds,
-        cpu_speedup=reference.cpu_seconds / run.cpu_seconds,
-        seconds=run.seconds,
-    )
+def compare(run: Run, reference: Run, steps: int) -> list[Sample]:
+    """One run against the unpatched one, picture by picture."""
+    pictures = zip(run.frames[:, None], reference.frames[:, None], strict=True)
+    return [
+        Sample(
+            share=sum(run.work) / sum(reference.work),
+            computed=computed_steps(run.work, reference.work, steps),
+            psnr=psnr(made, wanted),
+            ssim=ssim(made, wanted),
+            speedup=reference.seconds / run.seconds,
+            cpu_speedup=reference.cpu_seconds / run.cpu_seconds,
+            seconds=run.seconds,
+        )
+        for made, wanted in pictures
+    ]
 
 
 def row(contender: Contender, samples: list[Sample]) -> dict[str, Any]:

@@ -187,22 +187,24 @@ def short_title(result: Mapping[str, Any]) -> str:
 
 def _how(result: Mapping[str, Any]) -> str:
     scheduler, steps = setting_of(result)
-    guidance, size = _unusual(result)
+    guidance, size, batch = _unusual(result)
     more = f", guidance {guidance}" if guidance else ""
-    return f"{steps} {SCHEDULERS[scheduler]} steps{more}" + (f" at {size.replace('x', '×')}" if size else "")
+    more += f" at {size.replace('x', '×')}" if size else ""
+    return f"{steps} {SCHEDULERS[scheduler]} steps{more}" + (f", batches of {batch}" if batch else "")
 
 
 def _suffix(result: Mapping[str, Any]) -> str:
-    """What the name of a result has behind it where guidance or size are not the miniature's own."""
-    guidance, size = _unusual(result)
-    return (f"_guidance_{guidance}" if guidance else "") + (f"_{size}" if size else "")
+    """What the name of a result has behind it where guidance or size are not the miniature's own, or in batches."""
+    guidance, size, batch = _unusual(result)
+    return (f"_guidance_{guidance}" if guidance else "") + (f"_{size}" if size else "") + (batch and f"_batch_{batch}")
 
 
-def _unusual(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Guidance and size as text, each empty where it is the miniature's own."""
+def _unusual(result: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Guidance, size and batch as text, each empty where it is the miniature's own, or 1."""
     spec = spec_of(result["model"])
     guidance, (height, width) = result["guidance"], result.get("size", [spec.world.side] * 2)
     return (
         "" if guidance == spec.guidance else f"{guidance:g}",
         "" if [height, width] == [spec.world.side] * 2 else f"{height}x{width}",
+        str(result["batch"]) if "batch" in result else "",
     )

@@ -81,7 +81,7 @@ def without_times(found):
 
 
 def test_a_run_that_was_stopped_goes_on_and_gives_what_one_gives_that_was_not(few, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrated, "PLANNED", (2.0,))
+    monkeypatch.setattr(calibrated, "planned_speedups", lambda steps: (2.0,))
     few.with_plan = True
     whole = cache.measure(SETTING, 3)
     names = [each.name for each in few(calibrated.Calibrated(SETTING.of))]
@@ -132,6 +132,34 @@ def test_the_command_goes_on_and_leaves_nothing_but_its_result(few, runs, tmp_pa
     cache.main((*given, "--only", "EasyCache"))
     cache.main((*given, "--fresh"))
     assert runs == ["reference", "5 steps", "threshold .5, after 2", "reference", "5 steps", "4 steps", *runs[6:]]
+
+
+def test_each_picture_of_a_batch_is_held_against_its_own(few, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "RESULTS", tmp_path)
+    given = ("--models", "qwen", "--steps", str(STEPS), "--captions", "4", "--batch", "2")
+    few.stop_at = 1
+    with pytest.raises(Stopped):
+        cache.main(given)
+    few.stop_at = None
+    cache.main(given)
+    written = json.loads((tmp_path / f"qwen_euler_{STEPS}_batch_2.json").read_text())
+    assert written["captions"] == captions("qwen", 4, cache.CAPTION_SEED)
+    assert written["latents"][0] == 2
+    assert summary.short_title(written) == f"Qwen-Image, {STEPS} Euler steps, batches of 2; 4 captions"
+    alone = cache.measure(SETTING, 4)
+    for one, other in zip(written["rows"], alone["rows"], strict=True):
+        assert one["name"] == other["name"]
+        assert len(one["samples"]) == 4
+        if one["family"] == FEWER:  # what has no cache treats each picture as if it were alone
+            expected = [each["psnr"] for each in other["samples"]]
+            assert [each["psnr"] for each in one["samples"]] == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("batch", ["0", "2", "-1"])
+def test_captions_that_are_no_whole_batches_are_refused(batch, capsys):
+    with pytest.raises(SystemExit):
+        cache.main(("--models", "qwen", "--captions", "3", "--batch", batch))
+    assert f"--captions 3 are no batches of {batch}" in capsys.readouterr().err
 
 
 def test_of_several_settings_those_that_were_finished_are_not_measured_again(few, runs, tmp_path, monkeypatch):
