@@ -29,17 +29,18 @@ _UNSKIPPABLE = "unskippable parts of a step, ms"
 def profiling(result: Mapping[str, Any]) -> str:
     """What was measured by `benchmarks.profiling`: the cost, and the shares that the reported parts have."""
     shares = "; ".join(f"{name}: {share:.1%}" for name, share in result["sums"].items())
-    return f"{overhead(result)}\n\nWhat the report accounts for: {shares}."
+    about, _, table = overhead(result).partition("\n")
+    return f"{about} What the report accounts for: {shares}.\n{table}"
 
 
 def attention(result: Mapping[str, Any]) -> str:
     """What was measured by `benchmarks.attention`: the cost of redirecting, and the kernels if there was a GPU."""
     host = result["environment"]
     about = f"One call of one layer: {result['layer']}; {host['cpu']}, {host['date']}, {result['pairs']} pairs."
-    columns = list(next(iter(result["redirection"].values())))
-    lines = [about, "", f"| layer | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
     for layer, rows in result["redirection"].items():
-        lines.append(f"| {layer} | {' | '.join(quartiles_cell(rows[name], 0) for name in columns)} |")
+        cells = (f"{name}: {quartiles_cell(row, 0)}" for name, row in rows.items())
+        about += f" {layer[:1].upper()}{layer[1:]}: {'; '.join(cells)}."
+    lines = [about]
     if "kernels" in result:
         lines += ["", f"On {host['gpu']}, bfloat16, matrix product {result['peak_tflops']:.0f} TFLOP/s:", ""]
         lines.append(kernel_table(result["kernels"]))

@@ -370,6 +370,23 @@ def test_designs_are_made_once_for_a_schedule(monkeypatch: pytest.MonkeyPatch) -
     assert made == [6, 3]
 
 
+@pytest.mark.parametrize("scheduler", [flow_euler, unipc_flow])
+def test_what_a_plan_has_shown_is_not_searched_for_again_in_its_run(
+    scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sgl_diffusion_accel.calibration.designs import design_search
+
+    family = present("wan")
+    pipe = family.make()
+    pipe.scheduler = scheduler()
+    plan = calibrate(pipe, [family.call(pipe, steps=STEPS)], teacache=False, magnitudes=False)
+    shown = plan.design(5)
+    monkeypatch.setattr(design_search, "_descend", lambda draft: pytest.fail("searched for again"))
+    patch = apply_cache_plan(pipe, plan, computed_steps=5)
+    family.run(pipe, steps=STEPS)
+    assert computed(patch) == [shown.mask] * len(computed(patch))
+
+
 def test_plan_of_a_file_is_the_plan(tmp_path: Any) -> None:
     family, pipe, plan = wan()
     apply_cache_plan(pipe, plan, speedup=3)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
-from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Draft, Moments
+from sgl_diffusion_accel.calibration.designs.answers import Answers
+from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Draft, Matrix, Moments
 
 _ROUNDS = 3
 _NEAR, _FAR = 3, 4  # exchanges tried for each computed step: with its neighbours, and with some drawn at random
 _BETTER = 0.999
+_ENTRY = 8  # bytes
 
 
 def best_design(computed: int, moments: Moments, settings: DesignSettings | None = None) -> Design:
@@ -18,7 +21,7 @@ def best_design(computed: int, moments: Moments, settings: DesignSettings | None
 
     The first step is always computed. The search begins with evenly spaced steps, and takes about two seconds for
     50 steps; it is a descent, so that what it finds is good and not proven to be best. The same input gives the same
-    design.
+    design, and is searched for once in a process: what a plan has shown or tried costs no second search where it runs.
 
     Args:
         computed: How many steps are computed, from 1 to the steps of the run.
@@ -26,10 +29,24 @@ def best_design(computed: int, moments: Moments, settings: DesignSettings | None
         settings: See `DesignSettings`; None for those of the scheduler.
     """
     settings = settings or DesignSettings.of(moments)
-    steps = moments.steps
+    gram, response = (each.astype(np.float64).tobytes() for each in (moments.gram, moments.response))
+    return _search(computed, gram, response, moments.answers, moments.reach, settings)
+
+
+@functools.lru_cache(maxsize=128)
+def _search(
+    computed: int, gram: bytes, response: bytes, answers: tuple[Answers, ...], reach: float, settings: DesignSettings
+) -> Design:
+    """By what the moments hold, since arrays cannot be looked up; all of it that designs depend on."""
+    steps = round((len(gram) / _ENTRY) ** 0.5)
+    moments = Moments(_matrix(gram, steps), _matrix(response, steps), answers, reach=reach)
     start = np.zeros(steps, dtype=bool)
     start[np.round(np.linspace(0, steps - 1, computed)).astype(int)] = True
     return _descend(Draft(moments, settings).then(start.tolist())).design()
+
+
+def _matrix(entries: bytes, columns: int) -> Matrix:
+    return np.frombuffer(entries).reshape(-1, columns)
 
 
 def fewest_steps(error: Callable[[int], float], steps: int, wanted: float) -> int:
