@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from sgl_diffusion_accel.calibration.designs.answers import Answers
-from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Draft, Matrix, Moments
+from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Draft, Moments
 
 _ROUNDS = 3
 _NEAR, _FAR = 3, 4  # exchanges tried for each computed step: with its neighbours, and with some drawn at random
 _BETTER = 0.999
-_ENTRY = 8  # bytes
 
 
 def best_design(computed: int, moments: Moments, settings: DesignSettings | None = None) -> Design:
@@ -28,25 +28,28 @@ def best_design(computed: int, moments: Moments, settings: DesignSettings | None
         moments: Of the runs.
         settings: See `DesignSettings`; None for those of the scheduler.
     """
-    settings = settings or DesignSettings.of(moments)
-    gram, response = (each.astype(np.float64).tobytes() for each in (moments.gram, moments.response))
-    return _search(computed, gram, response, moments.answers, moments.reach, settings)
+    return _search(computed, _Known(_digest(moments), moments), settings or DesignSettings.of(moments))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Moments that are looked up by what they hold, since arrays cannot be."""
+
+    digest: bytes
+    moments: Moments = field(compare=False)
+
+
+def _digest(moments: Moments) -> bytes:
+    """Of all that a design depends on."""
+    arrays = [each.astype(np.float64).tobytes() for each in (moments.gram, moments.response)]
+    return hashlib.sha256(b"".join([*arrays, repr((moments.answers, moments.reach)).encode()])).digest()
 
 
 @functools.lru_cache(maxsize=128)
-def _search(
-    computed: int, gram: bytes, response: bytes, answers: tuple[Answers, ...], reach: float, settings: DesignSettings
-) -> Design:
-    """By what the moments hold, since arrays cannot be looked up; all of it that designs depend on."""
-    steps = round((len(gram) / _ENTRY) ** 0.5)
-    moments = Moments(_matrix(gram, steps), _matrix(response, steps), answers, reach=reach)
-    start = np.zeros(steps, dtype=bool)
-    start[np.round(np.linspace(0, steps - 1, computed)).astype(int)] = True
+def _search(computed: int, known: _Known, settings: DesignSettings) -> Design:
+    moments, start = known.moments, np.zeros(known.moments.steps, dtype=bool)
+    start[np.round(np.linspace(0, moments.steps - 1, computed)).astype(int)] = True
     return _descend(Draft(moments, settings).then(start.tolist())).design()
-
-
-def _matrix(entries: bytes, columns: int) -> Matrix:
-    return np.frombuffer(entries).reshape(-1, columns)
 
 
 def fewest_steps(error: Callable[[int], float], steps: int, wanted: float) -> int:
