@@ -24,9 +24,9 @@ Made by `make table` from the JSON files in [results/](results/), which hold eve
 _PACKAGES = "cache-dit, and diffusers' FirstBlockCache, MagCache, TaylorSeer and, on Wan, SeaCache"
 
 _OTHERS = (
-    "The last column is a plan made from a single caption at 50 Euler steps and 16×16 pixels, used elsewhere. The "
-    "links lead to pictures of every setting. Runs of 20 steps are left out of the second table, since nothing below "
-    "8 steps was measured to compare with."
+    "The last column is a plan made from a single caption at 50 Euler steps and 16×16 pixels, used elsewhere. All plans"
+    " are made from single pictures, also those that run in batches. The links lead to pictures of every setting. Runs "
+    "of 20 steps are left out of the second table, since nothing below 8 steps was measured to compare with."
 )
 
 
@@ -47,7 +47,7 @@ def text(results: Sequence[Mapping[str, Any]]) -> str:
     parts = [_ABOUT.format(peers=_peers(results)), *(_model(result) for result in usual)]
     others = [result for result in results if not summary.is_usual(result)]
     if others:
-        parts += ["## Other schedulers, steps and sizes", _OTHERS]
+        parts += ["## Other schedulers, steps, sizes and batches", _OTHERS]
         parts += [summary.at_some_costs(others, ratios) for ratios in ((2.0,), (2.8, 3.8))]
     parts += [_calibrated(results), *_answers()]
     return "\n\n".join(part for part in parts if part) + "\n"
