@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.only and given.minutes < math.inf:
         parser.error("--only measures on all captions of the file that it changes: leave --minutes out")
     if given.batch < 1 or given.captions % given.batch:
-        parser.error(f"--captions {given.captions} are no batches of {given.batch}")
+        such_as = f": type --captions {2 * given.batch}" if given.batch > 1 else "; allowed: batches from 1"
+        parser.error(f"--captions {given.captions} are no batches of {given.batch}{such_as}")
     be_quiet()
     RESULTS.mkdir(exist_ok=True)
     size = None if given.size is None else (given.size[0], given.size[1])

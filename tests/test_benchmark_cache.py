@@ -155,11 +155,15 @@ def test_each_picture_of_a_batch_is_held_against_its_own(few, runs, tmp_path, mo
             assert [each["psnr"] for each in one["samples"]] == pytest.approx(expected, abs=0.01)
 
 
-@pytest.mark.parametrize("batch", ["0", "2", "-1"])
-def test_captions_that_are_no_whole_batches_are_refused(batch, capsys):
+@pytest.mark.parametrize(
+    ("batch", "such_as"), [("0", "batches from 1"), ("2", "type --captions 4"), ("-1", "batches from 1")]
+)
+def test_captions_that_are_no_whole_batches_are_refused(batch, such_as, capsys):
     with pytest.raises(SystemExit):
         cache.main(("--models", "qwen", "--captions", "3", "--batch", batch))
-    assert f"--captions 3 are no batches of {batch}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"--captions 3 are no batches of {batch}" in told
+    assert such_as in told
 
 
 def test_of_several_settings_those_that_were_finished_are_not_measured_again(few, runs, tmp_path, monkeypatch):
