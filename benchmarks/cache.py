@@ -8,7 +8,7 @@ own. Writes `benchmarks/results/<model>.json` and `benchmarks/results/pareto_<mo
 Euler steps `<model>_<scheduler>_<steps>` instead of `<model>`, for another guidance scale or size than the miniature's
 own, or batches, with that behind it. With `--full` every setting of this library's sweeps. What is calibrated or fitted
 is so at the guidance that is measured, on single pictures of the miniature's own size. With `--only` the rows that are
-measured replace those of the same name in the file, and the others stay.
+measured, on the captions of the file, replace those of the same name in it, and the others stay.
 
 A command that was stopped goes on where it was, with the same code and versions on the same machine; `--fresh` begins
 anew. With `--minutes` no caption is begun that would end later: what is to be measured shares the time, and what one
@@ -71,10 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if unfinished.count:
             print(f"{name}: goes on from {unfinished.count} samples of a run that was stopped", flush=True)
         share = (end - time.monotonic()) / left
-        result = measure(setting, given.captions, given.only, given.full, unfinished, share)
         path = RESULTS / f"{name}.json"
-        if given.only and path.exists():
-            result = merged(json.loads(path.read_text()), result)
+        old = json.loads(path.read_text()) if given.only and path.exists() else None
+        texts = captions(setting.model, given.captions, CAPTION_SEED) if old is None else old["captions"]
+        result = measure(setting, texts, given.only, given.full, unfinished, share)
+        if old is not None:
+            result = merged(old, result)
         path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         pareto.draw(result, RESULTS / f"pareto_{name}.png")
     for unfinished in kept.values():
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(
     setting: Setting,
-    count: int,
+    texts: Sequence[str],
     only: Sequence[str] = (),
     full: bool = False,
     unfinished: Unfinished | None = None,
@@ -117,7 +119,7 @@ def measure(
 
     Args:
         setting: What is run.
-        count: Captions, each with its own noise; whole batches of them.
+        texts: Captions, each with its own noise; whole batches of them.
         only: Parts of the family and name of the contenders to measure; all of them if empty.
         full: Whether with every setting of this library's sweeps; so it is where `only` picks some.
         unfinished: Where samples are kept as they come, and taken from; None for nowhere.
@@ -137,14 +139,13 @@ def measure(
     names = " ".join(one.name for one in chosen)
     samples: dict[Contender, list[Sample]] = {one: [] for one in chosen}
     measured: list[str] = []
-    every_caption = captions(setting.model, count, CAPTION_SEED)
-    for index in range(0, count, setting.batch):
-        batch = every_caption[index : index + setting.batch]
+    for index in range(0, len(texts), setting.batch):
+        batch = list(texts[index : index + setting.batch])
         at = time.monotonic() - made.seconds
         measure_batch(setting, {"caption": batch, "seed": NOISE_SEED + index}, samples, unfinished)
         measured += batch
         took, spent = time.monotonic() - made.seconds - at, time.monotonic() - begin
-        print(f"{name_of(about(setting))}: caption {len(measured)} of {count}, {spent / 60:.0f} min", flush=True)
+        print(f"{name_of(about(setting))}: caption {len(measured)} of {len(texts)}, {spent / 60:.0f} min", flush=True)
         if spent + took > seconds:
             break
     return {

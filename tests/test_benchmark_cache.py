@@ -24,6 +24,10 @@ OWN = {"wan": 4.0, "qwen": 4.0, "emoji": 4.0, "flux": 1.0}
 TIMES = ("seconds", "speedup", "cpu_speedup", "cpu_time_in_calls")
 
 
+def captions_of(count):
+    return captions("qwen", count, cache.CAPTION_SEED)
+
+
 class Stopped(Exception):
     pass
 
@@ -83,14 +87,14 @@ def without_times(found):
 def test_a_run_that_was_stopped_goes_on_and_gives_what_one_gives_that_was_not(few, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrated, "planned_speedups", lambda steps: (2.0,))
     few.with_plan = True
-    whole = cache.measure(SETTING, 3)
+    whole = cache.measure(SETTING, captions_of(3))
     names = [each.name for each in few(calibrated.Calibrated(SETTING.of))]
     assert runs == ["reference", *names] * 3
     runs.clear()
 
     few.turns, few.stop_at = 0, 1
     with pytest.raises(Stopped):
-        cache.measure(SETTING, 3, unfinished=Unfinished(tmp_path / "qwen", key_of(SETTING)))
+        cache.measure(SETTING, captions_of(3), unfinished=Unfinished(tmp_path / "qwen", key_of(SETTING)))
     assert runs == ["reference", *names, "reference", *names[:4]]
     runs.clear()
 
@@ -98,7 +102,7 @@ def test_a_run_that_was_stopped_goes_on_and_gives_what_one_gives_that_was_not(fe
     monkeypatch.setattr(calibrated, "_plan", lambda *given: pytest.fail("calibrated again"))
     kept = Unfinished(tmp_path / "qwen", key_of(SETTING))
     assert kept.count == 9
-    resumed = cache.measure(SETTING, 3, unfinished=kept)
+    resumed = cache.measure(SETTING, captions_of(3), unfinished=kept)
     assert runs == ["reference", *names[3:], "reference", *names]
     assert without_times(resumed) == without_times(whole)
     assert all(len(row["samples"]) == 3 for row in resumed["rows"])
@@ -134,6 +138,20 @@ def test_the_command_goes_on_and_leaves_nothing_but_its_result(few, runs, tmp_pa
     assert runs == ["reference", "5 steps", "threshold .5, after 2", "reference", "5 steps", "4 steps", *runs[6:]]
 
 
+def test_a_part_is_measured_on_the_captions_of_the_file(few, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "RESULTS", tmp_path)
+    given = ("--models", "qwen", "--steps", str(STEPS), "--captions")
+    cache.main((*given, "3", "--minutes", "0"))
+    path = tmp_path / f"qwen_euler_{STEPS}.json"
+    before = json.loads(path.read_text())
+    assert before["captions"] == captions_of(3)[:1] != captions_of(1)
+    for count in ("1", "3"):
+        runs.clear()
+        cache.main((*given, count, "--only", "EasyCache"))
+        assert runs == ["reference", f"{STEPS} steps", "threshold .5, after 2"]
+        assert without_times(json.loads(path.read_text())["rows"]) == without_times(before["rows"])
+
+
 def test_each_picture_of_a_batch_is_held_against_its_own(few, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "RESULTS", tmp_path)
     given = ("--models", "qwen", "--steps", str(STEPS), "--captions", "4", "--batch", "2")
@@ -146,7 +164,7 @@ def test_each_picture_of_a_batch_is_held_against_its_own(few, runs, tmp_path, mo
     assert written["captions"] == captions("qwen", 4, cache.CAPTION_SEED)
     assert written["latents"][0] == 2
     assert summary.short_title(written) == f"Qwen-Image, {STEPS} Euler steps, batches of 2; 4 captions"
-    alone = cache.measure(SETTING, 4)
+    alone = cache.measure(SETTING, captions_of(4))
     for one, other in zip(written["rows"], alone["rows"], strict=True):
         assert one["name"] == other["name"]
         assert len(one["samples"]) == 4
@@ -213,7 +231,7 @@ def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path):
 
 
 def test_no_caption_is_begun_that_would_end_too_late(few, runs, monkeypatch, tmp_path):
-    found = cache.measure(SETTING, 4, seconds=0.0)
+    found = cache.measure(SETTING, captions_of(4), seconds=0.0)
     assert found["captions"] == captions("qwen", 4, cache.CAPTION_SEED)[:1]
     assert all(len(row["samples"]) == 1 for row in found["rows"])
     with pytest.raises(SystemExit):
