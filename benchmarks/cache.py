@@ -92,7 +92,9 @@ def _unfinished(setting: Setting, only: Sequence[str], fresh: bool) -> Unfinishe
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=list(DRAWN), choices=NAMES)
-    parser.add_argument("--captions", type=int, default=6, help="with --batch, a multiple of it")
+    parser.add_argument(
+        "--captions", type=int, default=6, help="with --batch a multiple of it, with --only those of the file"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[50])
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="PART", help="measure only contenders whose family and name hold one"
@@ -162,24 +164,22 @@ def measure_batch(
     setting: Setting, call: dict[str, Any], samples: dict[Contender, list[Sample]], unfinished: Unfinished | None
 ) -> None:
     """Adds a sample of each contender on each caption of a call, those that are kept as they are."""
+    pictures = [(caption, str(seed)) for seed, caption in enumerate(call["caption"], call["seed"])]
     reference: Run | None = None
     for turn, (one, taken) in enumerate(samples.items()):
         if turn % _PAIRED == 0:
             reference = None
-        seeds = range(call["seed"], call["seed"] + len(call["caption"]))
-        names = [
-            (caption, str(seed), one.family, one.name) for caption, seed in zip(call["caption"], seeds, strict=True)
-        ]
-        kept = [] if unfinished is None else [unfinished.sample(name) for name in names]
-        if kept and None not in kept:
-            taken += [Sample(**each) for each in kept if each]
+        names = [(*picture, one.family, one.name) for picture in pictures]
+        kept = [each for name in names if unfinished and (each := unfinished.sample(name))]
+        if len(kept) == len(names):
+            taken += [Sample(**values) for values in kept]
             continue
         if reference is None:
             reference = run(setting, Contender(UNPATCHED, "reference"), call)
         found = compare(run(setting, one, call), reference, setting.steps)
         taken += found
-        for name, sample in zip(names, found, strict=True):
-            if unfinished is not None:
+        if unfinished is not None:
+            for name, sample in zip(names, found, strict=True):
                 unfinished.add(name, asdict(sample))
 
 

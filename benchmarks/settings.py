@@ -181,7 +181,6 @@ GAP_TOLERANCES = (0.004, 0.008, 0.016)
 """Tolerances of gap control on residuals. Nothing is put right there, so the same number costs more steps."""
 
 _PLANNED = (1.5, 2.0, 2.4, 2.8, 3.3, 3.8, 5.0, 6.25)
-_PLANNED_OF_30 = (1.5, 2.0, 2.4, 2.8, 3.0, 3.3, 3.8, 5.0, 6.25)
 
 
 def planned_speedups(steps: int) -> tuple[float, ...]:
@@ -192,7 +191,7 @@ def planned_speedups(steps: int) -> tuple[float, ...]:
     Args:
         steps: Of the run.
     """
-    return _PLANNED_OF_30 if steps == 30 else _PLANNED
+    return (*_PLANNED, 3.0) if steps == 30 else _PLANNED
 
 
 _SHOWN: tuple[Setting | TeaCacheSetting | MagCacheSetting, ...] = (

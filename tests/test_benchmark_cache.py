@@ -161,7 +161,7 @@ def test_each_picture_of_a_batch_is_held_against_its_own(few, runs, tmp_path, mo
     few.stop_at = None
     cache.main(given)
     written = json.loads((tmp_path / f"qwen_euler_{STEPS}_batch_2.json").read_text())
-    assert written["captions"] == captions("qwen", 4, cache.CAPTION_SEED)
+    assert written["captions"] == captions_of(4)
     assert written["latents"][0] == 2
     assert summary.short_title(written) == f"Qwen-Image, {STEPS} Euler steps, batches of 2; 4 captions"
     alone = cache.measure(SETTING, captions_of(4))
@@ -232,7 +232,7 @@ def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path):
 
 def test_no_caption_is_begun_that_would_end_too_late(few, runs, monkeypatch, tmp_path):
     found = cache.measure(SETTING, captions_of(4), seconds=0.0)
-    assert found["captions"] == captions("qwen", 4, cache.CAPTION_SEED)[:1]
+    assert found["captions"] == captions_of(4)[:1]
     assert all(len(row["samples"]) == 1 for row in found["rows"])
     with pytest.raises(SystemExit):
         cache.main(("--minutes", "1", "--only", "plan"))
