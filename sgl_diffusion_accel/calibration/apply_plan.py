@@ -15,7 +15,7 @@ from sgl_diffusion_accel.caching.parts.gap_control import GapSettings
 from sgl_diffusion_accel.calibration.calibrate import digest, no_plan
 from sgl_diffusion_accel.calibration.designs.design import Design, Moments, carry_over
 from sgl_diffusion_accel.calibration.designs.design_search import fewest_steps
-from sgl_diffusion_accel.calibration.designs.tuned import design_named, name_for
+from sgl_diffusion_accel.calibration.designs.tuned import design_tuned
 from sgl_diffusion_accel.calibration.growth import early_growth
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calibration.plan_checks import factor_at
@@ -168,7 +168,7 @@ def _design(plan: CachePlan, timesteps: tuple[float, ...], response: bytes, reac
     moments = _moments(plan, timesteps, response, reach)
     # What was tried is known of the plan's own runs alone.
     is_own = _is_same(plan, timesteps) and responds_alike(plan, moments.response)
-    return design_named(name_for(plan.tuned if is_own else (), computed), computed, moments)
+    return design_tuned(plan.tuned if is_own else (), computed, moments)
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from sgl_diffusion_accel.caching.cache_patch import refuse_cached
+from sgl_diffusion_accel.caching.parts.stats import RunStats
 from sgl_diffusion_accel.calibration.apply_plan import apply_cache_plan, check_model, responds_alike
 from sgl_diffusion_accel.calibration.call_record import Recording, Watch
+from sgl_diffusion_accel.calibration.designs.answers import Answers, answers_of_plan
 from sgl_diffusion_accel.calibration.growth import same_start
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.calls import Call, read_calls
@@ -24,6 +27,21 @@ SPEEDUPS = (2.0, 3.0, 5.0)
 """Where a plan is checked unless told otherwise."""
 
 
+@dataclass(frozen=True)
+class Uncached:
+    """A call, run uncached.
+
+    Attributes:
+        call: The call.
+        first: What is kept of the first step's output.
+        final: The final latents in float32, on the host.
+    """
+
+    call: Call
+    first: Tensor
+    final: Tensor
+
+
 class PairedRuns:
     """Runs of a pipeline, each call uncached first.
 
@@ -35,14 +53,20 @@ class PairedRuns:
 
     def __init__(self, pipe: Any, plan: CachePlan, watch: Watch) -> None:
         self._pipe, self._plan, self._runs = pipe, plan, watch.runs
-        self._begun: tuple[Call, Recording, Tensor] | None = None
+        self._begun: Uncached | None = None
+        self._plain: Recording | None = None
+        self._last: tuple[Recording, tuple[RunStats, ...], CachePlan, int] | None = None
 
-    def begin(self, call: Call) -> None:
+    def begin(self, call: Call) -> Uncached:
         """Runs a call uncached.
+
+        Returns:
+            What runs by a plan are held against, for `go_on`.
 
         Raises:
             ConfigError: It is of another kind than those that the plan was made from, or its latents are not finite.
         """
+        self._plain = self._last = None  # before another run is recorded
         run, final = self._run(call)
         guidance = guidance_of(self._pipe, call.arguments)
         wanted = self._plan.guidance
@@ -58,7 +82,12 @@ class PairedRuns:
                 "a call has ended with latents that are not finite, without any cache: nothing can be held against "
                 "them. Check the call, or run it in float32."
             )
-        self._begun = call, run, final
+        self._begun, self._plain = Uncached(call, run.first, final), run
+        return self._begun
+
+    def go_on(self, begun: Uncached) -> None:
+        """Goes on with a call that was begun before another one."""
+        self._begun, self._plain, self._last = begun, None, None
 
     def square(self, plan: CachePlan, computed: int) -> float:
         """Runs the call by a plan.
@@ -75,19 +104,38 @@ class PairedRuns:
         """
         if self._begun is None:
             raise RuntimeError("begin(call) comes first")
-        call, exact, wanted = self._begun
-        with apply_cache_plan(self._pipe, plan, computed_steps=computed):
-            found, final = self._run(call)
-        if not same_start(exact.first, found.first):
+        begun = self._begun
+        with apply_cache_plan(self._pipe, plan, computed_steps=computed) as patch:
+            found, final = self._run(begun.call)
+        if not same_start(begun.first, found.first):
             raise ConfigError(
                 "a call draws other noise each time it is made, so that runs of it cannot be compared. Give it "
                 "generator=torch.Generator().manual_seed(0), or latents."
             )
-        square = float((final - wanted).square().mean())
+        self._last = found, patch.stats.runs, plan, computed
+        square = float((final - begun.final).square().mean())
         return square if np.isfinite(square) else np.inf
 
+    def answers(self) -> Answers:
+        """How the model answered to the errors of the last run by a plan.
+
+        It is to be the last one since `begin`: what it is held against is not kept for long.
+
+        Returns:
+            Nothing where other steps were computed than the plan says, as where it was left in mid-run, and see
+            `answers_of_plan`.
+        """
+        if self._last is None or self._plain is None:
+            raise RuntimeError("begin(call) and square(plan, computed) come first")
+        run, stats, plan, computed = self._last
+        plain, cached, design = self._plain.seen(), run.seen(), plan.design(computed)
+        records = [record for part in stats for branch in part.branches.values() for record in branch.records]
+        if plain is None or cached is None or any(each.computed != design.mask[each.step] for each in records):
+            return ()
+        return answers_of_plan(plan.moments.response, plain, cached, design.weights)
+
     def _run(self, call: Call) -> tuple[Recording, Tensor]:
-        """The recording of a run, and its final latents in float32."""
+        """The recording of a run, and its final latents in float32, on the host."""
         self._runs.clear()
         self._pipe(**call.fresh())
         runs, plan = list(self._runs), self._plan
@@ -97,7 +145,7 @@ class PairedRuns:
                 f"the plan is for {plan.steps} steps of {plan.scheduler}, and a call has made "
                 f"{', '.join(str(len(run.timesteps)) for run in runs) or 'no'} steps, or at other timesteps. {_ALIKE}"
             )
-        return runs[0], final.float()
+        return runs[0], final.float().cpu()
 
 
 _ALIKE = "Give calls like those that the plan was made from, or calibrate with these."

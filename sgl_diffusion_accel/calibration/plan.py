@@ -15,7 +15,7 @@ from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficien
 from sgl_diffusion_accel.calibration.designs.answers import Answers
 from sgl_diffusion_accel.calibration.designs.design import Design, Matrix, Moments
 from sgl_diffusion_accel.calibration.designs.design_search import fewest_steps
-from sgl_diffusion_accel.calibration.designs.tuned import Tuned, design_named, name_for
+from sgl_diffusion_accel.calibration.designs.tuned import Tuned, design_tuned
 from sgl_diffusion_accel.calibration.growth import early_growth
 from sgl_diffusion_accel.calibration.plan_checks import ENOUGH, Check, factor_at
 from sgl_diffusion_accel.calibration.plan_fields import checked, symmetric
@@ -259,7 +259,7 @@ class CachePlan:
 
 @functools.lru_cache(maxsize=256)
 def _designed(plan: CachePlan, computed: int) -> Design:
-    return design_named(name_for(plan.tuned, computed), computed, plan.moments)
+    return design_tuned(plan.tuned, computed, plan.moments)
 
 
 def _short(value: Any) -> str:

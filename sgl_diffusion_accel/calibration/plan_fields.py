@@ -11,14 +11,13 @@ import numpy as np
 
 from sgl_diffusion_accel.caching.magcache.magnitudes import MagnitudeRatios
 from sgl_diffusion_accel.caching.teacache.coefficients import TeaCacheCoefficients
-from sgl_diffusion_accel.calibration.designs.answers import LEAST_LEFT, MOST, Answers
+from sgl_diffusion_accel.calibration.designs.answers import MOST_STEPS, checked_answers
 from sgl_diffusion_accel.calibration.designs.design import Matrix
 from sgl_diffusion_accel.calibration.designs.tuned import Tuned
 from sgl_diffusion_accel.calibration.plan_checks import Check
 from sgl_diffusion_accel.errors import ConfigError
 from sgl_diffusion_accel.validate import count, finite, listed, of_type, text
 
-_MOST_STEPS = 1000
 _LEAST_LEFT = 0.05
 
 
@@ -44,7 +43,9 @@ def checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     found["response"] = _response(found["response"], steps)
     found["checks"] = _checks(found["checks"], steps)
     found["growth"] = listed("growth", found["growth"], _pair, "a list of pairs, such as (0.9, 5.2)")
-    found["answers"] = listed("answers", found["answers"], _answers, "a list of lists, one for each disturbed run")
+    found["answers"] = listed(
+        "answers", found["answers"], checked_answers, "a list of lists, one for each disturbed run"
+    )
     found["tuned"] = _tuned(found["tuned"], steps)
     if found["held_out"] is not None:
         found["held_out"] = _ratio("held_out", found["held_out"])
@@ -55,7 +56,7 @@ def checked(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _falling(values: Any) -> tuple[float, ...]:
     """Timesteps, one for each denoising step; they fall, or stay where a scheduler takes two steps at one."""
-    times = listed("timesteps", values, finite, f"a list of 1 to {_MOST_STEPS} numbers", 1, _MOST_STEPS)
+    times = listed("timesteps", values, finite, f"a list of 1 to {MOST_STEPS} numbers", 1, MOST_STEPS)
     for step, (before, after) in enumerate(pairwise(times), 1):
         if before < after:
             raise ConfigError(f"timesteps do not fall: {before:g} is followed by {after:g} at step {step}.")
@@ -90,24 +91,6 @@ def _pair(name: str, value: Any) -> tuple[float, float]:
             f"{name}=({left:g}, {growth:g}); allowed: a share from {_LEAST_LEFT} to 1, and a growth from 0."
         )
     return left, growth
-
-
-def _answers(name: str, value: Any) -> Answers:
-    """Shares of a run, not rising, and what was off along and across."""
-    found = listed(name, value, _triple, "a list of triples, such as (0.9, -0.5, 1.2)", 1, _MOST_STEPS)
-    if any(one[0] < other[0] for one, other in pairwise(found)):
-        raise ConfigError(f"{name}: the shares of the run rise; allowed: those of later and later steps.")
-    return found
-
-
-def _triple(name: str, value: Any) -> tuple[float, float, float]:
-    left, along, across = listed(name, value, finite, "three numbers, such as (0.9, -0.5, 1.2)", 3, 3)
-    if not LEAST_LEFT <= left <= 1 or abs(along) > MOST or not 0 <= across <= MOST:
-        raise ConfigError(
-            f"{name}=({left:g}, {along:g}, {across:g}); allowed: a share from {LEAST_LEFT} to 1, a number from "
-            f"{-MOST:g} to {MOST:g}, and one from 0 to {MOST:g}."
-        )
-    return left, along, across
 
 
 def _ratio(name: str, value: Any) -> float:

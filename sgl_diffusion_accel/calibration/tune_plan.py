@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from sgl_diffusion_accel.calibration.call_record import recording
-from sgl_diffusion_accel.calibration.designs.tuned import USUAL, Tuned, designs_to_try
+from sgl_diffusion_accel.calibration.designs.answers import Answers
+from sgl_diffusion_accel.calibration.designs.tuned import USUAL, Tuned, answers_for, designs_to_try
 from sgl_diffusion_accel.calibration.paired_runs import PairedRuns, read_pairs
 from sgl_diffusion_accel.calibration.plan import CachePlan
 from sgl_diffusion_accel.targets import Pipeline
@@ -32,11 +33,13 @@ def tune_plan(
 ) -> CachePlan:
     """Tries designs that are foreseen to be about equally good, and keeps the best for each speed-up.
 
-    Designs that look alike to calibration differ by several dB on the model. So at each speed-up some of them are run:
-    all on the first call, and after each call the better half of them goes on to the next one, two at least. With six
-    designs and four calls that is 13 runs at each speed-up, each as much faster as the plan makes it, and an uncached
-    run for each call; before them each design is searched for, about two seconds at 50 steps and eight at 100. The
-    calls of the calibration will do.
+    Designs that look alike to calibration differ by several dB on the model. So at each speed-up the usual one is run
+    on every call. How the model answered to the errors that these runs left is what two further designs rest on, in the
+    place of how it answered to a disturbance; they are left out where guidance is so far from linear that it cannot be
+    told. Then the designs are run: all on the first call, and after each call the
+    better half of them goes on to the next one, two at least. With six designs and four calls that is 13 to 16 runs at
+    each speed-up, each as much faster as the plan makes it, and an uncached run for each call; before them each design
+    is searched for, about two seconds at 50 steps and eight at 100. The calls of the calibration will do.
 
     What is kept holds for runs of the plan's own timesteps and number of computed steps; others are designed as before.
 
@@ -45,7 +48,7 @@ def tune_plan(
         plan: From `calibrate` or `CachePlan.load`.
         calls: Keyword arguments of `pipe(...)`, like those of the calibration. Two to six different prompts do.
         speedups: Those that the plan is to be used at: steps of a run for each computed one, over 1.
-        designs: How many designs are tried for each speed-up, from 2. There are 10 of them, and where some compute the
+        designs: How many designs are tried for each speed-up, from 2. There are 12 of them, and where some compute the
             same steps, fewer.
 
     Returns:
@@ -68,12 +71,19 @@ def tune_plan(
     read, budgets = read_pairs(pipe, plan, calls, speedups, asked=asked, purpose="tuning")
     races = [_Race(computed, plan, most) for computed in budgets]
     with recording(pipe) as watch:
-        runs = PairedRuns(pipe, plan, watch)
+        runs, begun = PairedRuns(pipe, plan, watch), []
         for number, call in enumerate(read, 1):
-            runs.begin(call)
+            begun.append(runs.begin(call))
             for race in races:
-                race.run(runs)
-            logger.info("tuned: call %d of %d", number, len(read))
+                race.learn(runs)
+            logger.info("learned from the usual designs: call %d of %d", number, len(read))
+        for race in races:
+            race.enter()
+        for number, each in enumerate(begun):
+            runs.go_on(each)
+            for race in races:
+                race.run(runs, number)
+            logger.info("tuned: call %d of %d", number + 1, len(read))
     found = {each.computed_steps: each for each in (*plan.tuned, *(race.result() for race in races))}
     return replace(plan, tuned=tuple(found[computed] for computed in sorted(found, reverse=True)), checks=())
 
@@ -88,35 +98,48 @@ class _Race:
     """
 
     def __init__(self, computed: int, plan: CachePlan, most: int) -> None:
-        self._computed, self._plan = computed, plan
-        self._errors: dict[str, list[float]] = {name: [] for name in designs_to_try(computed, plan.moments, most)}
-        self._left = list(self._errors)
+        self._computed, self._plan, self._most = computed, plan, most
+        self._answers: list[Answers] = []
+        self._errors: dict[str, list[float]] = {USUAL: []}
+        self._left: list[str] = []
 
-    def run(self, runs: PairedRuns) -> None:
-        """Runs the present call by each design that is left, and leaves the better half."""
-        if len(self._errors) == 1:  # there is nothing to choose
-            return
+    def learn(self, runs: PairedRuns) -> None:
+        """Runs the present call by the usual design, and looks at how the model answered to what that left."""
+        self._errors[USUAL].append(self._error(runs, USUAL))
+        answers = runs.answers()
+        if answers:
+            self._answers.append(answers)
+        else:
+            logger.info("how the model answers to the errors of %d computed steps cannot be told", self._computed)
+
+    def enter(self) -> None:
+        """Takes the designs that are to be run, once all is learned."""
+        self._left = list(designs_to_try(self._computed, self._plan.moments, self._most, self._answers))
+        self._errors.update({name: [] for name in self._left if name != USUAL})
+
+    def run(self, runs: PairedRuns, call: int) -> None:
+        """Runs a call, counted from 0, by each design that is left, and leaves the better half."""
         for name in self._left:
-            tried = replace(self._plan, tuned=(Tuned(self._computed, name, 1.0, 1),))
-            square = runs.square(tried, self._computed)
-            # In logarithms, so that one call that all are far off on does not decide.
-            self._errors[name].append(np.log(max(square, _TINY)) if np.isfinite(square) else _BROKEN)
-        self._left.sort(key=self._mean)
+            if name != USUAL:
+                self._errors[name].append(self._error(runs, name))
+        self._left.sort(key=lambda name: float(np.mean(self._errors[name][: call + 1])))
         self._left = self._left[: max(_FEWEST, (len(self._left) + 1) // 2)]
 
     def result(self) -> Tuned:
-        """The best of those that are left."""
-        best = self._left[0]
-        if len(self._errors) == 1:
-            return Tuned(self._computed, USUAL, 1.0, 1)
-        same = len(self._errors[USUAL])
-        ahead = float(np.mean(self._errors[USUAL]) - np.mean(self._errors[best][:same])) / 2
-        if ahead <= 0:  # also where neither is finite
-            return Tuned(self._computed, USUAL, 1.0, same)
-        return Tuned(self._computed, best, float(np.exp(min(ahead, _MOST))), len(self._errors[best]))
+        """The best of those that are left, the usual one where none of them is ahead of it."""
+        best, usual = self._left[0], self._errors[USUAL]
+        ahead = float(np.mean(usual) - np.mean(self._errors[best])) / 2
+        if best == USUAL or ahead <= 0:  # also where neither is finite
+            return Tuned(self._computed, USUAL, 1.0, len(usual))
+        return replace(self._named(best), gain=float(np.exp(min(ahead, _MOST))), calls=len(usual))
 
-    def _mean(self, name: str) -> float:
-        return float(np.mean(self._errors[name]))
+    def _named(self, name: str) -> Tuned:
+        return Tuned(self._computed, name, 1.0, 1, answers_for(name, self._answers))
+
+    def _error(self, runs: PairedRuns, name: str) -> float:
+        """In logarithms, so that one call that all are far off on does not decide."""
+        square = runs.square(replace(self._plan, tuned=(self._named(name),)), self._computed)
+        return float(np.log(max(square, _TINY))) if np.isfinite(square) else _BROKEN
 
 
 _TINY = 1e-30

@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sgl_diffusion_accel.calibration.designs.answers import Answers, checked_answers
 from sgl_diffusion_accel.calibration.designs.design import Design, DesignSettings, Moments, as_foreseen
 from sgl_diffusion_accel.calibration.designs.design_search import best_design
 from sgl_diffusion_accel.errors import ConfigError
-from sgl_diffusion_accel.validate import count, finite, of_type
+from sgl_diffusion_accel.validate import count, finite, listed, of_type
 
 USUAL = "usual"
 """The design of a plan that nothing was tried for."""
 
+_OWN: dict[str, dict[str, Any]] = {"own errors": {}, "own errors, all along": {"along": 1.0}}
+"""Designs that rest on how the model answered to the errors that runs by the usual design left."""
+
 _CHANGES: dict[str, dict[str, Any]] = {
     USUAL: {},
+    **_OWN,
     "new directions": {"fresh": 1.0},
     "little across": {"across": 0.3, "along": 0.0, "fresh": 1.0},
     "across twice": {"across": 2.0},
@@ -37,12 +42,13 @@ class Tuned:
     Attributes:
         computed_steps: Steps computed.
         design: Its name, one of `NAMES`.
-        gain: How many times as far off runs by the usual design were, the geometric mean over the calls that both were
-            tried on; from 1.
-        calls: On how many calls the best one was tried.
+        gain: How many times as far off runs by the usual design were, the geometric mean over the calls; from 1.
+        calls: How many calls that was.
+        answers: How the model answered to the errors of runs by the usual design, one entry for each run that told,
+            where the design rests on that; as `CachePlan.answers`.
 
     Raises:
-        ConfigError: No steps or no calls, an unknown name, or a gain under 1.
+        ConfigError: No steps or no calls, an unknown name, a gain under 1, or answers without need or missing.
         ConfigTypeError: Something has a wrong type.
     """
 
@@ -50,6 +56,7 @@ class Tuned:
     design: str
     gain: float
     calls: int
+    answers: tuple[Answers, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("computed_steps", "calls"):
@@ -60,6 +67,13 @@ class Tuned:
         if gain < 1:
             raise ConfigError(f"gain={gain:g}; allowed: a number from 1.")
         object.__setattr__(self, "gain", gain)
+        known = listed("answers", self.answers, checked_answers, "a list of lists, one for each run")
+        if bool(known) != (self.design in _OWN):
+            raise ConfigError(
+                f"design={self.design!r} with answers of {len(known)} runs; allowed: some for {' and '.join(_OWN)}, "
+                "none for other designs."
+            )
+        object.__setattr__(self, "answers", known)
 
     def __str__(self) -> str:
         return "the usual design is the best" if self.design == USUAL else f"{self.gain:.1f} times closer"
@@ -76,7 +90,7 @@ def settings_named(name: str, moments: Moments) -> DesignSettings:
     return replace(usual, ridge=usual.ridge * _RIDGE.get(name, 1.0), **_CHANGES.get(name, {}))
 
 
-def design_named(name: str, computed: int, moments: Moments) -> Design:
+def design_named(name: str, computed: int, moments: Moments, answers: Sequence[Answers] = ()) -> Design:
     """A design. What is to be expected of it is the same for all, whatever it rests on itself.
 
     Half of the measured answer along an error makes the better designs, and all of it the better expectations: those
@@ -86,29 +100,44 @@ def design_named(name: str, computed: int, moments: Moments) -> Design:
         name: One of `NAMES`.
         computed: How many steps are computed.
         moments: Of the runs.
+        answers: What the design rests on in the place of the answers to a disturbance; none for those.
     """
-    made = best_design(computed, moments, settings_named(name, moments))
+    known = replace(moments, answers=tuple(answers)) if answers else moments
+    made = best_design(computed, known, settings_named(name, moments))
     return as_foreseen(made, moments, replace(DesignSettings.of(moments), along=1.0))
 
 
-def name_for(tuned: Sequence[Tuned], computed_steps: int) -> str:
-    """The name of the design for a number of computed steps."""
-    return next((each.design for each in tuned if each.computed_steps == computed_steps), USUAL)
+def design_tuned(tuned: Sequence[Tuned], computed: int, moments: Moments) -> Design:
+    """The design that was chosen for a number of computed steps, the usual one where none was."""
+    chosen = next((each for each in tuned if each.computed_steps == computed), None)
+    return (
+        design_named(USUAL, computed, moments)
+        if chosen is None
+        else design_named(chosen.design, computed, moments, chosen.answers)
+    )
 
 
-def designs_to_try(computed: int, moments: Moments, most: int) -> dict[str, Design]:
+def designs_to_try(computed: int, moments: Moments, most: int, answers: Sequence[Answers] = ()) -> dict[str, Design]:
     """Designs that differ in the steps that they compute, the usual one first.
 
     Args:
         computed: How many steps are computed.
         moments: Of the runs.
         most: How many designs at most.
+        answers: To the errors of runs by the usual design; without any, no design rests on them.
     """
     found: dict[str, Design] = {}
     for name in NAMES:
         if len(found) == most:
             break
-        made = design_named(name, computed, moments)
+        if name in _OWN and not answers:
+            continue
+        made = design_named(name, computed, moments, answers_for(name, answers))
         if all(made.mask != other.mask for other in found.values()):
             found[name] = made
     return found
+
+
+def answers_for(name: str, answers: Sequence[Answers]) -> tuple[Answers, ...]:
+    """What a design rests on of the answers to the errors of runs by the usual design: all or none."""
+    return tuple(answers) if name in _OWN else ()
