@@ -36,10 +36,10 @@ def tune_plan(
     Designs that look alike to calibration differ by several dB on the model. So at each speed-up the usual one is run
     on every call. How the model answered to the errors that these runs left is what two further designs rest on, in the
     place of how it answered to a disturbance; they are left out where guidance is so far from linear that it cannot be
-    told. Then the designs are run: all on the first call, and after each call the
-    better half of them goes on to the next one, two at least. With six designs and four calls that is 13 to 16 runs at
-    each speed-up, each as much faster as the plan makes it, and an uncached run for each call; before them each design
-    is searched for, about two seconds at 50 steps and eight at 100. The calls of the calibration will do.
+    told. Then the designs are run: all on the first call, and after each call the better half of them goes on to the
+    next one, two at least. With six designs and four calls that is 13 to 16 runs at each speed-up, each as much faster
+    as the plan makes it, and an uncached run for each call; each design is searched for, about two seconds at 50 steps
+    and eight at 100. The calls of the calibration will do.
 
     What is kept holds for runs of the plan's own timesteps and number of computed steps; others are designed as before.
 

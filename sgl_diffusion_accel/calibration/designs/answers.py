@@ -134,7 +134,7 @@ def _compared(
 
 
 def answer_at(left: Array, answers: Sequence[Answers]) -> Answer:
-    """The answer at other steps: the mean over disturbed runs of what lies between the measured ones.
+    """The answer at other steps: the mean over runs of what lies between the measured ones.
 
     Args:
         left: Share of the schedule that is left at each step, `[S]`.
