@@ -242,7 +242,7 @@ def test_merging_begins_anew_and_printing_tells() -> None:
     assert plan.merge(plan).tuned == ()
     assert plan.merge() == plan
     assert "9 steps computed" in str(plan)
-    assert "tuned: 1.7 times closer" in str(plan)
+    assert "tuned: 1.70 times closer" in str(plan)
     assert "tuned" not in str(dataclasses.replace(plan, tuned=()))
     assert "tuned: the usual design is the best" in str(dataclasses.replace(plan, tuned=(Tuned(9, USUAL, 1.0, 3),)))
 

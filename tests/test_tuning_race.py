@@ -7,14 +7,8 @@ import pytest
 import torch
 
 from invariants.families import present
-from sgl_diffusion_accel import (
-    CachePlan,
-    tune_plan,
-)
-from sgl_diffusion_accel.calibration.designs.tuned import (
-    USUAL,
-    Tuned,
-)
+from sgl_diffusion_accel import CachePlan, tune_plan
+from sgl_diffusion_accel.calibration.designs.tuned import USUAL, Tuned
 from sgl_diffusion_accel.calibration.paired_runs import PairedRuns
 from sgl_diffusion_accel.calibration.tune_plan import _BROKEN, _Race
 from test_check_plan import calls, learned

@@ -29,7 +29,8 @@ def check_plan(
     What a plan expects comes from uncached runs and from how the model answered to a disturbance: under strong guidance
     the error may be several times as large. After a check `plan.expected_error`, `plan.steps_for`, `print(plan)` and
     `apply_cache_plan(pipe, plan, max_error=...)` take it into account: the expected error times the factor by which it
-    was exceeded, between the checked speed-ups by interpolation. The steps that are computed at a given speed-up stay.
+    was exceeded, between the checked speed-ups by interpolation; it is not lowered where runs were nearer, which may be
+    luck. The steps that are computed at a given speed-up stay.
 
     Args:
         pipe: The pipeline that the plan was made for, with no cache on it.

@@ -104,7 +104,7 @@ class PairedRuns:
         """
         if self._begun is None:
             raise RuntimeError("begin(call) comes first")
-        begun = self._begun
+        begun, self._last = self._begun, None  # before another run is recorded
         with apply_cache_plan(self._pipe, plan, computed_steps=computed) as patch:
             found, final = self._run(begun.call)
         if not same_start(begun.first, found.first):

@@ -246,11 +246,11 @@ class CachePlan:
             for n in sorted(usual | set(tuned), reverse=True)
         ]
         guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
-        head = f"plan for {self.pipeline}, {self.scheduler}, {self.steps} steps{guidance}, from {self.calls} calls"
+        head = f"plan for {self.pipeline}, {self.scheduler}, {self.steps} steps{guidance}, from {_calls(self.calls)}"
         if self.growth:
             head += f", errors of the start grow {1 + early_growth(self.growth):.1f} times"
         if self.checks:
-            head += f", errors checked on {self.checks[0].calls}"
+            head += f", errors checked on {_calls(self.checks[0].calls)}"
         if self.held_out is not None:
             advice = "more calls would help" if self.held_out > ENOUGH else "more calls would change little"
             head += f"; without the last call its error would be {self.held_out:.1f} times as large: {advice}"
@@ -260,6 +260,10 @@ class CachePlan:
 @functools.lru_cache(maxsize=256)
 def _designed(plan: CachePlan, computed: int) -> Design:
     return design_tuned(plan.tuned, computed, plan.moments)
+
+
+def _calls(number: int) -> str:
+    return "1 call" if number == 1 else f"{number} calls"
 
 
 def _short(value: Any) -> str:

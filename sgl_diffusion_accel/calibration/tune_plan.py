@@ -110,7 +110,11 @@ class _Race:
         if answers:
             self._answers.append(answers)
         else:
-            logger.info("how the model answers to the errors of %d computed steps cannot be told", self._computed)
+            logger.info(
+                "how the model answers to the errors of %d computed steps cannot be told: the run left its plan, or "
+                "guidance is not linear",
+                self._computed,
+            )
 
     def enter(self) -> None:
         """Takes the designs that are to be run, once all is learned."""

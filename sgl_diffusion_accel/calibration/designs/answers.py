@@ -40,7 +40,12 @@ MOST_STEPS = 1000
 """Of a run."""
 
 _LEAST_OWN = 0.05  # weight of a computed output in what the scheduler is given, below which it cannot be told from it
-_LIKE = 0.05  # how far what the scheduler is given may be from the weighed outputs; Qwen-Image's guidance: up to 0.03
+_LIKE = 0.05
+"""How far what the scheduler is given may be from the weighed outputs.
+
+The normed guidance of Qwen-Image is up to 0.03 off. That is as much as the change that is looked for, so that answers
+are up to 1.8 times too large there; designs that rest on them are still among the best of a trained one.
+"""
 _USUAL = 2.0  # b / σ where nothing was measured; the median of four trained models is near it in mid-run
 
 
@@ -81,7 +86,7 @@ def answers_of_plan(response: Response, plain: Run, cached: Run, weights: Sequen
 
     The weights are those of the model's outputs, and what is known is what the scheduler was given, after guidance.
     That is the same where guidance is linear and the same at all steps. Whether it is shows at the steps that were left
-    out: there nothing but earlier outputs was given.
+    out: there nothing but earlier outputs was given. Where it nearly is, the answers are estimates.
 
     Args:
         response: Of the scheduler, `[S + 1, S]`.

@@ -76,7 +76,7 @@ class Tuned:
         object.__setattr__(self, "answers", known)
 
     def __str__(self) -> str:
-        return "the usual design is the best" if self.design == USUAL else f"{self.gain:.1f} times closer"
+        return "the usual design is the best" if self.design == USUAL else f"{self.gain:.2f} times closer"
 
 
 def settings_named(name: str, moments: Moments) -> DesignSettings:
