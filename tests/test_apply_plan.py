@@ -355,13 +355,13 @@ def test_designs_are_made_once_for_a_schedule(monkeypatch: pytest.MonkeyPatch) -
     from sgl_diffusion_accel.calibration import apply_plan as apply
 
     made: list[int] = []
-    named = apply.design_named
+    design = apply.design_tuned
 
-    def counted(name: str, count: int, *rest: Any) -> Any:
+    def counted(tuned: Any, count: int, *rest: Any) -> Any:
         made.append(count)
-        return named(name, count, *rest)
+        return design(tuned, count, *rest)
 
-    monkeypatch.setattr(apply, "design_named", counted)
+    monkeypatch.setattr(apply, "design_tuned", counted)
     apply._design.cache_clear()
     family, pipe, plan = wan()
     apply_cache_plan(pipe, plan, speedup=2)
