@@ -110,11 +110,9 @@ def design_named(name: str, computed: int, moments: Moments, answers: Sequence[A
 def design_tuned(tuned: Sequence[Tuned], computed: int, moments: Moments) -> Design:
     """The design that was chosen for a number of computed steps, the usual one where none was."""
     chosen = next((each for each in tuned if each.computed_steps == computed), None)
-    return (
-        design_named(USUAL, computed, moments)
-        if chosen is None
-        else design_named(chosen.design, computed, moments, chosen.answers)
-    )
+    if chosen is None:
+        return design_named(USUAL, computed, moments)
+    return design_named(chosen.design, computed, moments, chosen.answers)
 
 
 def designs_to_try(computed: int, moments: Moments, most: int, answers: Sequence[Answers] = ()) -> dict[str, Design]:
